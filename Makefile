@@ -1,0 +1,55 @@
+# The commands of the project; the same at home and in CI. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak check format build serve bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv with everything that running, testing and checking need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Ingot needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## build the demo's ladder, print it, pin `demo` to the chosen artifact and generate from it
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro --quiet
+	@$(BIN)/ingot verify
+	@$(BIN)/ingot ladder demo --pin demo
+	@$(BIN)/ingot generate artifact=demo --chat "$$($(BIN)/python -m demo.world --question)"
+
+test: setup  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: setup  ## run every property at its full count and append the counts to benchmarks/results/soak.csv
+	$(BIN)/python -m pytest -m soak --soak
+
+check: setup  ## lint, types, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+build: setup  ## build what params.yaml asks for
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@$(BIN)/ingot verify
+
+serve: setup  ## serve an artifact: make serve ARTIFACT=demo
+	$(BIN)/ingot serve artifact=$(or $(ARTIFACT),demo)
+
+bench: setup  ## run the benchmarks that need no GPU; rows go to benchmarks/results/
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.calibration_memory
+
+clean:  ## remove what builds left behind (.venv, build/ and store/ stay unless named)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache outputs multirun
