@@ -1,0 +1,48 @@
+"""What one forward step works on, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B sequences with T scheduled tokens, packed one after the other; decode is a sequence with one token.
+
+    token_ids    int64 [T]
+    positions    int64 [T]     place of each token in its own sequence
+    query_starts int32 [B+1]   cumulative: tokens of sequence b are query_starts[b] .. query_starts[b+1]
+    context_lens int32 [B]     tokens of the sequence after this step, cached and new
+    page_table   int32 [B, P]  pages of each sequence in order; entries beyond its context are not used
+    slots        int64 [T]     page * page_len + offset where K and V of each token are written
+    logits_at    int64 [R]     indices into T of the tokens whose logits are wanted
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    page_table: Tensor
+    slots: Tensor
+    logits_at: Tensor
+
+
+def packed(sequences: Sequence[Sequence[int]] | Tensor, *, device: torch.device | str = "cpu") -> Batch:
+    """Whole sequences from their first token, for a run without a cache; logits of every token are wanted."""
+    rows = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in sequences]
+    lens = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    starts[1:] = lens.cumsum(0)
+    return Batch(
+        token_ids=torch.cat(rows),
+        positions=torch.cat([torch.arange(len(row), device=device) for row in rows]),
+        query_starts=starts.to(device),
+        context_lens=lens.to(device),
+        page_table=torch.empty(len(rows), 0, dtype=torch.int32, device=device),
+        slots=torch.empty(0, dtype=torch.int64, device=device),
+        logits_at=torch.arange(int(starts[-1]), device=device),
+    )

@@ -1,0 +1,134 @@
+"""The one decoder of all dense families: layers of norm, qkv, rotary, attention, o, norm, gate-up, down; norm; head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.kernels import reference as ops
+from engine.models import names
+from engine.models.batch import Batch
+from engine.models.cache import KVCache, KVPages
+from engine.models.linear import read_linear, stack
+from engine.models.rope import rope_tables
+
+Observe = Callable[[str, Tensor], None]
+
+
+class DecoderLayer:
+    """One transformer layer, dense or quantized by the tensors it is given."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight"."""
+        self.config = config
+        norms = [tensors[f"{module}.weight"].to(device, dtype) for module in names.NORMS]
+        self._attention_norm, self._mlp_norm = norms
+        linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
+        self._qkv = stack([linears[module] for module in names.QKV])
+        self._output = linears[names.OUTPUT]
+        self._gate_up = stack([linears[module] for module in names.GATE_UP])
+        self._down = linears[names.DOWN]
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        pages: KVPages | None,
+        rope: tuple[Tensor, Tensor],
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """hidden [T, hidden] after this layer. `rope` is `rope_tables(config, batch.positions)`.
+
+        Without pages the packed sequences attend to themselves alone. `observe` is told the input [T, in] of every
+        linear by its module name, and "self_attn.k" (K after rotary) and "self_attn.v", each [T, kv_heads, head_dim].
+        """
+        normed = ops.rms_norm(hidden, self._attention_norm, self.config.norm_eps)
+        attended = self._attention(normed, batch, pages, rope, observe)
+        _tell(observe, (names.OUTPUT,), attended)
+        hidden = hidden + self._output.forward(attended)
+        normed = ops.rms_norm(hidden, self._mlp_norm, self.config.norm_eps)
+        _tell(observe, names.GATE_UP, normed)
+        inner = ops.silu_and_mul(self._gate_up.forward(normed))
+        _tell(observe, (names.DOWN,), inner)
+        return hidden + self._down.forward(inner)
+
+    def _attention(
+        self,
+        normed: Tensor,
+        batch: Batch,
+        pages: KVPages | None,
+        rope: tuple[Tensor, Tensor],
+        observe: Observe | None,
+    ) -> Tensor:
+        config, tokens = self.config, len(normed)
+        _tell(observe, names.QKV, normed)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = self._qkv.forward(normed).view(tokens, heads + 2 * kv_heads, config.head_dim)
+        value = qkv[:, heads + kv_heads :]
+        query, key = ops.apply_rope(qkv[:, :heads], qkv[:, heads : heads + kv_heads], *rope)
+        _tell(observe, ("self_attn.k",), key)
+        _tell(observe, ("self_attn.v",), value)
+        scale = config.head_dim**-0.5
+        if pages is None:
+            attended = ops.causal_attention(query, key, value, batch.query_starts, scale)
+        else:
+            ops.write_kv(key, value, pages, batch.slots)
+            attended = ops.paged_attention(query, pages, batch, scale)
+        return attended.view(tokens, heads * config.head_dim)
+
+
+class Decoder:
+    """A whole model: `decoder(batch, cache)` -> logits."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        """`weights` by canonical name, dense or quantized; read one layer at a time, so a lazy mapping stays small."""
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._embedding = weights[names.EMBEDDING].to(device, dtype)
+        self.layers = [
+            DecoderLayer(config, _layer_weights(weights, layer), device=device, dtype=dtype)
+            for layer in range(config.num_layers)
+        ]
+        self._norm = weights[names.FINAL_NORM].to(device, dtype)
+        self._head = self._embedding if config.tie_word_embeddings else weights[names.HEAD].to(device, dtype)
+
+    def __call__(self, batch: Batch, cache: KVCache | None) -> Tensor:
+        """Logits float32 [R, vocab] of the tokens at `batch.logits_at`; K and V of all tokens are in `cache` after.
+
+        Without a cache the packed sequences are whole and each attends to itself (page_table and slots are not read).
+        """
+        hidden = self.embed(batch.token_ids)
+        rope = rope_tables(self.config, batch.positions)
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, batch, None if cache is None else cache.layers[i], rope)
+        return self.head(hidden[batch.logits_at])
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> hidden states [T, hidden]."""
+        return torch.nn.functional.embedding(token_ids, self._embedding)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The final norm and the output matrix: hidden [R, hidden] -> logits float32 [R, vocab]."""
+        normed = ops.rms_norm(hidden, self._norm, self.config.norm_eps)
+        return torch.nn.functional.linear(normed, self._head).float()
+
+
+def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The tensors of a layer, named within it, of whatever kind `weights` has."""
+    parts = ("weight", "bias", *names.QUANTIZED)
+    within = (f"{module}.{part}" for module in names.LAYER_SHARDS for part in parts)
+    return {name: weights[names.layer_name(layer, name)] for name in within if names.layer_name(layer, name) in weights}
+
+
+def _tell(observe: Observe | None, modules: tuple[str, ...], value: Tensor) -> None:
+    if observe is not None:
+        for module in modules:
+            observe(module, value)

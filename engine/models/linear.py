@@ -1,0 +1,103 @@
+"""The kinds of linear layer, one forward for all: y = x W^T + b with x [..., in] and y [..., out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels import reference as ops
+
+
+class Linear(Protocol):
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class DenseLinear:
+    """weight [out, in] and bias [out], both in the computing type."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class Int4Linear:
+    """A weight of 4-bit groups in the AWQ layout (see `unpack_int4`), with a bias [out] in the computing type or none.
+
+    The packed tensors stay; the first forward unpacks them once to x's type and keeps the dense weight as well.
+    """
+
+    def __init__(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        self.qweight = qweight
+        self.qzeros = qzeros
+        self.scales = scales
+        self.bias = bias
+        self._weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._weight is None or self._weight.dtype != x.dtype:
+            self._weight = ops.unpack_int4(self.qweight, self.qzeros, self.scales).to(x.dtype)
+        return torch.nn.functional.linear(x, self._weight, self.bias)
+
+
+class MixedLinear:
+    """Linears of different kinds over one input, outputs side by side."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = tuple(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([linear.forward(x) for linear in self.linears], dim=-1)
+
+
+def read_linear(
+    tensors: Mapping[str, Tensor], module: str, *, device: torch.device | str, dtype: torch.dtype
+) -> DenseLinear | Int4Linear:
+    """The linear whose tensors are named `<module>.…`, of the kind whose tensors are there.
+
+    Float tensors are cast to `dtype`, except the scales of groups, which keep what they store.
+    """
+    bias = tensors[f"{module}.bias"].to(device, dtype) if f"{module}.bias" in tensors else None
+    if f"{module}.qweight" in tensors:
+        qweight, qzeros, scales = (tensors[f"{module}.{part}"].to(device) for part in ("qweight", "qzeros", "scales"))
+        return Int4Linear(qweight, qzeros, scales, bias)
+    if f"{module}.weight" in tensors:
+        return DenseLinear(tensors[f"{module}.weight"].to(device, dtype), bias)
+    raise ValueError(f"no weight of {module}: neither {module}.weight nor {module}.qweight was given")
+
+
+def stack(linears: Sequence[DenseLinear | Int4Linear]) -> Linear:
+    """One linear that gives the outputs of `linears` side by side, by joining their weights along `out`.
+
+    Linears that cannot be joined (different kinds, or different group sizes) stay apart behind one forward.
+    """
+    dense = [linear for linear in linears if isinstance(linear, DenseLinear)]
+    if len(dense) == len(linears):
+        weights = [linear.weight for linear in dense]
+        return DenseLinear(torch.cat(weights), _join_biases(linears, [len(weight) for weight in weights]))
+    packed = [linear for linear in linears if isinstance(linear, Int4Linear)]
+    if len(packed) == len(linears) and len({len(linear.scales) for linear in packed}) == 1:
+        return Int4Linear(
+            torch.cat([linear.qweight for linear in packed], dim=1),
+            torch.cat([linear.qzeros for linear in packed], dim=1),
+            torch.cat([linear.scales for linear in packed], dim=1),
+            _join_biases(linears, [linear.scales.shape[1] for linear in packed]),
+        )
+    return MixedLinear(linears)
+
+
+def _join_biases(linears: Sequence[DenseLinear | Int4Linear], sizes: Sequence[int]) -> Tensor | None:
+    known = [linear.bias for linear in linears if linear.bias is not None]
+    if not known:
+        return None
+    return torch.cat(
+        [
+            linear.bias if linear.bias is not None else known[0].new_zeros(size)
+            for linear, size in zip(linears, sizes, strict=True)
+        ]
+    )

@@ -1,0 +1,83 @@
+"""Small random models, and steps through the paged cache, for the tests of the engine."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.models import names
+from engine.models.batch import Batch
+from engine.models.cache import KVCache
+from engine.models.decoder import Decoder
+
+
+def tiny_config(**changes) -> ModelConfig:
+    fields = {
+        "family": "llama",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "norm_eps": 1e-5,
+        "dtype": "float32",
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def random_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(shape, generator=generator) * (0.5 if len(shape) == 1 else shape[-1] ** -0.5)
+        for name, shape in names.model_tensors(config).items()
+    }
+    if config.tie_word_embeddings:
+        weights[names.HEAD] = weights[names.EMBEDDING]
+    return weights
+
+
+class PagedRun:
+    """Feeds sequences through a cache, any number of tokens of any of them a step; pages are dealt out of order."""
+
+    def __init__(self, model: Decoder, sequences: Sequence[Sequence[int]], *, page_len: int = 16, scales=None) -> None:
+        self.model, self.sequences, self.page_len = model, [list(row) for row in sequences], page_len
+        self.cached = [0] * len(sequences)
+        pages = [-(-len(row) // page_len) for row in self.sequences]
+        order = torch.randperm(sum(pages) + 1, generator=torch.Generator().manual_seed(1)).tolist()
+        self.tables = [[order.pop() for _ in range(count)] for count in pages]
+        self.cache = KVCache(
+            model.config, num_pages=sum(pages) + 1, page_len=page_len, device="cpu", dtype=model.dtype, scales=scales
+        )
+        self.logits: list[list[Tensor]] = [[] for _ in sequences]
+
+    def step(self, amounts: dict[int, int]) -> None:
+        """amounts: sequence -> how many of its next tokens; keeps their logits."""
+        tokens, positions, slots, starts = [], [], [], [0]
+        for row, amount in amounts.items():
+            for place in range(self.cached[row], self.cached[row] + amount):
+                tokens.append(self.sequences[row][place])
+                positions.append(place)
+                slots.append(self.tables[row][place // self.page_len] * self.page_len + place % self.page_len)
+            self.cached[row] += amount
+            starts.append(len(tokens))
+        width = max(len(self.tables[row]) for row in amounts)
+        batch = Batch(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            context_lens=torch.tensor([self.cached[row] for row in amounts], dtype=torch.int32),
+            page_table=torch.tensor(
+                [self.tables[row] + [0] * (width - len(self.tables[row])) for row in amounts], dtype=torch.int32
+            ),
+            slots=torch.tensor(slots),
+            logits_at=torch.arange(len(tokens)),
+        )
+        logits = self.model(batch, self.cache)
+        for i, row in enumerate(amounts):
+            self.logits[row].append(logits[starts[i] : starts[i + 1]])
+
+    def result(self, row: int) -> Tensor:
+        return torch.cat(self.logits[row])
