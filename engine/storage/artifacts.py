@@ -1,0 +1,262 @@
+"""The manifest of an artifact: what it is made of, its id, and the proof that every byte is still there. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.config import Recipe
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SHORT = 12
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 1 << 20
+_SHOWN = 20
+
+
+class ArtifactError(ValueError):
+    """An artifact that is damaged, unknown, ambiguous or not allowed to be served; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A regular file of an artifact; `path` is relative, with forward slashes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an artifact is. `id` is the SHA-256 of the canonical bytes of manifest.json."""
+
+    id: str
+    recipe: Recipe
+    tp: int
+    sources: Mapping[str, str]
+    calibration: str | None
+    chat_template: str | None
+    files: tuple[FileEntry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, the manifest apart."""
+        return sum(entry.size for entry in self.files)
+
+
+def canonical_json(value: object) -> bytes:
+    """The one way to write a JSON value: sorted keys, no spaces, UTF-8, a newline at the end; no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    sources: Mapping[str, str],
+    calibration: str | None,
+    chat_template: str | None,
+    tp: int,
+) -> str:
+    """Hash every file under `folder`, write manifest.json beside them and return the id.
+
+    `sources` maps file names of the checkpoint to their SHA-256; `calibration` and `chat_template` are digests.
+    Refuses links, empty folders and anything that is not a regular file, naming it.
+    """
+    for what, digest in [*sources.items(), ("calibration", calibration), ("chat_template", chat_template)]:
+        if digest is not None and not _DIGEST.fullmatch(digest):
+            raise ArtifactError(f"the digest of {what} is {digest!r}: a manifest needs 64 lower-case hex digits")
+    found, refused = list_files(folder)
+    if refused:
+        raise ArtifactError(f"{folder} cannot become an artifact: {_listed(refused)}")
+    found.pop(MANIFEST, None)
+    digests = hash_files(folder, found)
+    content = {
+        "format": FORMAT,
+        "recipe": asdict(recipe),
+        "tp": tp,
+        "sources": dict(sources),
+        "calibration": calibration,
+        "chat_template": chat_template,
+        "files": [{"path": path, "size": found[path], "sha256": digests[path][0]} for path in sorted(found)],
+    }
+    raw = canonical_json(content)
+    _parse(raw, folder / MANIFEST)
+    # Never written in place: an older manifest may be a hard link to something that must not change.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).write_bytes(raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, with its own form checked but no file looked at."""
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST} that is a regular file")
+    return _parse(path.read_bytes(), path)
+
+
+def verify(folder: Path, expected_id: str | None = None) -> Manifest:
+    """Hash every byte of an artifact; ArtifactError names every file that is flipped, missing, extra or truncated.
+
+    Without `expected_id` the manifest itself is believed.
+    """
+    manifest, _ = verify_md5(folder, expected_id, with_md5=False)
+    return manifest
+
+
+def verify_md5(
+    folder: Path, expected_id: str | None = None, *, with_md5: bool = True
+) -> tuple[Manifest, dict[str, str]]:
+    """`verify`, and the MD5 of every file (the manifest too) from the same reading."""
+    manifest = read_manifest(folder)
+    if expected_id is not None and manifest.id != expected_id:
+        raise ArtifactError(
+            f"{folder / MANIFEST} does not have the id that was asked for: {manifest.id} instead of {expected_id}. "
+            "The manifest was changed or the folder is another artifact"
+        )
+    found, problems = list_files(folder)
+    found.pop(MANIFEST, None)
+    expected = {entry.path: entry for entry in manifest.files}
+    problems += [f"{path} is missing" for path in expected if path not in found]
+    problems += [f"{path} is not in the manifest" for path in found if path not in expected]
+    whole = []
+    for path, size in found.items():
+        if path in expected and size != expected[path].size:
+            problems.append(f"{path} has {size} bytes instead of {expected[path].size}")
+        elif path in expected:
+            whole.append(path)
+    digests = hash_files(folder, whole, with_md5=with_md5)
+    problems += [f"{path} has changed" for path in whole if digests[path][0] != expected[path].sha256]
+    if problems:
+        raise ArtifactError(f"artifact {manifest.id[:SHORT]} in {folder} is damaged: {_listed(sorted(problems))}")
+    md5 = {path: digest for path, (_, digest) in digests.items()}
+    if with_md5:
+        md5 |= {path: digest for path, (_, digest) in hash_files(folder, [MANIFEST], with_md5=True).items()}
+    return manifest, md5
+
+
+def list_files(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The regular files under a folder (relative path -> size, sorted), and what may not be in an artifact, as text."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder")
+    files: dict[str, int] = {}
+    refused: list[str] = []
+    for path, entry in _walk(folder, ""):
+        if entry is None:
+            refused.append(f"{path or '.'} is an empty folder")
+        elif entry.is_symlink():
+            refused.append(f"{path} is a link")
+        elif not stat.S_ISREG((status := entry.stat(follow_symlinks=False)).st_mode):
+            refused.append(f"{path} is not a regular file")
+        elif (problem := _path_problem(path)) is not None:
+            refused.append(f"{path!r} {problem}")
+        else:
+            files[path] = status.st_size
+    return dict(sorted(files.items())), refused
+
+
+def hash_files(folder: Path, paths: Iterable[str], *, with_md5: bool = False) -> dict[str, tuple[str, str]]:
+    """(SHA-256, MD5 or "") of files, in threads (hashlib lets go of the interpreter lock), a block at a time."""
+    paths = list(paths)
+
+    def digest(path: str) -> tuple[str, str]:
+        return hash_file(folder / path, with_md5=with_md5)
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(paths, threads.map(digest, paths), strict=True))
+
+
+def hash_file(path: Path, *, with_md5: bool = False) -> tuple[str, str]:
+    """(SHA-256, MD5 or "") of one file, which must not be a link."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    block = bytearray(_BLOCK)
+    view = memoryview(block)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            sha256.update(view[:count])
+            if with_md5:
+                md5.update(view[:count])
+    return sha256.hexdigest(), md5.hexdigest() if with_md5 else ""
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+    """Every entry that is not a folder, and (path, None) for a folder with nothing in it; links are not followed."""
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    if not listed:
+        yield prefix.rstrip("/"), None
+    for entry in listed:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name, entry
+
+
+def _path_problem(path: str) -> str | None:
+    """Why a path may not be in a manifest; None when it may."""
+    if not path.isprintable() or "\\" in path:
+        return "has characters in its name that an artifact may not have"
+    if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
+        return "leads out of the artifact"
+    return None
+
+
+def _parse(raw: bytes, path: Path) -> Manifest:
+    try:
+        content = json.loads(raw)
+        if canonical_json(content) != raw:
+            raise ArtifactError(f"{path} is not in its canonical form: it was changed by hand or by another program")
+        if content["format"] != FORMAT:
+            raise ArtifactError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}")
+        manifest = Manifest(
+            id=hashlib.sha256(raw).hexdigest(),
+            recipe=Recipe(**content["recipe"]),
+            tp=int(content["tp"]),
+            sources=dict(content["sources"]),
+            calibration=content["calibration"],
+            chat_template=content["chat_template"],
+            files=tuple(FileEntry(**entry) for entry in content["files"]),
+        )
+        _check_entries(manifest.files, path)
+    except ArtifactError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a manifest that can be read: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _check_entries(entries: tuple[FileEntry, ...], path: Path) -> None:
+    names = [entry.path for entry in entries]
+    if names != sorted(set(names)):
+        raise ArtifactError(f"{path} lists files twice or out of order")
+    for entry in entries:
+        problem = _path_problem(entry.path)
+        if entry.path == MANIFEST:
+            problem = "is the manifest itself"
+        elif not _DIGEST.fullmatch(entry.sha256) or type(entry.size) is not int or entry.size < 0:
+            problem = "has a size or SHA-256 that is none"
+        if problem:
+            raise ArtifactError(f"{path} names a file that it may not: {entry.path!r} {problem}")
+
+
+def _listed(problems: list[str]) -> str:
+    shown = "; ".join(problems[:_SHOWN])
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    hint = ""
+    if any("config.ini has" in problem for problem in problems):
+        hint = (
+            ". Settings are not edited in an artifact: give them when serving (for example serve.session_len=2048, "
+            "serve.cache_max_entry_count=0.5), which changes no file"
+        )
+    return f"{shown}{more}{hint}"

@@ -1,0 +1,178 @@
+"""The weight files of a TurboMind workspace: one table of names for writer and reader, and what fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+
+from engine.config import ModelConfig, Recipe
+from engine.models import names
+from engine.storage.turbomind_layout import TILE, Cut, Join
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Linears of a layer that TurboMind keeps in one matrix per rank, `layers.<i>.<stem>.<rank>.<kind>`.
+
+    `rotary` modules are stored with adjacent rotary pairs.
+    """
+
+    stem: str
+    modules: tuple[str, ...]
+    join: Join = "concatenate"
+    rotary: tuple[str, ...] = ()
+
+    def cut(self, kind: str) -> Cut:
+        """How tensor parallelism cuts a file of this part: the bias of a row-cut linear is copied to every rank."""
+        if names.LAYER_SHARDS[self.modules[0]] is names.Shard.COLUMN:
+            return "columns"
+        return "copies" if kind == "bias" else "rows"
+
+
+OUTER_FILES = {
+    "tok_embeddings.weight": names.EMBEDDING,
+    "norm.weight": names.FINAL_NORM,
+    "output.weight": names.HEAD,
+}
+NORM_FILES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+QKV = Part(stem="attention.w_qkv", modules=names.QKV, rotary=names.QKV[:2])
+OUTPUT = Part(stem="attention.wo", modules=(names.OUTPUT,))
+DOWN = Part(stem="feed_forward.w2", modules=(names.DOWN,))
+DENSE_PARTS = (
+    QKV,
+    OUTPUT,
+    Part(stem="feed_forward.w1", modules=names.GATE_UP[:1]),
+    Part(stem="feed_forward.w3", modules=names.GATE_UP[1:]),
+    DOWN,
+)
+INT4_PARTS = (QKV, OUTPUT, Part(stem="feed_forward.w13", modules=names.GATE_UP, join="interleave"), DOWN)
+FLOAT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
+KV_SCALE_BYTES = 16
+
+
+def layer_file(layer: int, name: str) -> str:
+    return f"layers.{layer}.{name}"
+
+
+def rank_file(layer: int, part: Part, rank: int, kind: str) -> str:
+    return f"layers.{layer}.{part.stem}.{rank}.{kind}"
+
+
+def kv_scale_file(layer: int, rank: int) -> str:
+    return f"layers.{layer}.past_kv_scale.{rank}.weight"
+
+
+def parts_of(recipe: Recipe) -> tuple[Part, ...]:
+    """The parts of a layer under a recipe; ValueError for weights that the format does not have."""
+    tables = {"fp16": DENSE_PARTS, "w4a16": INT4_PARTS}
+    if recipe.weights not in tables:
+        raise ValueError(f"a TurboMind workspace cannot hold {recipe.weights} weights; it can hold {', '.join(tables)}")
+    return tables[recipe.weights]
+
+
+def kinds_of(config: ModelConfig, recipe: Recipe, part: Part) -> tuple[str, ...]:
+    """The files that a part has per rank: (weight) or (qweight, scales_zeros), then bias."""
+    kinds = ("qweight", "scales_zeros") if recipe.weights == "w4a16" else ("weight",)
+    return (*kinds, "bias") if names.has_bias(config, part.modules[0]) else kinds
+
+
+def matrix_shape(config: ModelConfig, part: Part, tp: int) -> tuple[int, int]:
+    """(in, out) features of one rank's matrix of a part."""
+    shapes = [names.linear_shape(config, module) for module in part.modules]
+    inputs, outputs = shapes[0][1], sum(shape[0] for shape in shapes)
+    return (inputs, outputs // tp) if part.cut("weight") == "columns" else (inputs // tp, outputs)
+
+
+def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
+    """Name and size in bytes of every weight file (KV scales apart), in the order in which they are written."""
+    vocabulary = -(-config.vocab_size // tp) * tp
+    norm = config.hidden_size * 2
+    sizes = {"tok_embeddings.weight": vocabulary * norm, "norm.weight": norm, "output.weight": vocabulary * norm}
+    for layer in range(config.num_layers):
+        sizes |= {layer_file(layer, name): norm for name in NORM_FILES}
+        for part in parts_of(recipe):
+            inputs, outputs = matrix_shape(config, part, tp)
+            of_kind = {
+                "weight": inputs * outputs * 2,
+                "bias": outputs * 2,
+                "qweight": inputs * outputs // 2,
+                "scales_zeros": inputs // max(recipe.group_size, 1) * outputs * 4,
+            }
+            for kind in kinds_of(config, recipe, part):
+                sizes |= {rank_file(layer, part, rank, kind): of_kind[kind] for rank in range(tp)}
+    return sizes
+
+
+def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
+    """ValueError naming linear, dimension and what would fit, when a model cannot be laid out for `tp` ranks."""
+    parts_of(recipe)
+    if config.hidden_size != config.num_heads * config.head_dim:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not {config.num_heads} heads x head_dim {config.head_dim}: "
+            "config.ini of a TurboMind workspace has no key for that"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim {config.head_dim} is odd: rotary embeddings need an even one")
+    problem = next(_problems(config, recipe, tp), None)
+    if problem is None:
+        return
+    advice = f"tp that fits: {_ranks_that_fit(config, recipe)}"
+    if recipe.weights == "w4a16":
+        groups = _groups_that_fit(config, recipe, tp)
+        advice += f"; group_size that fits tp={tp}: {_listed(groups)}; weights=fp16 fits tp: "
+        advice += _ranks_that_fit(config, Recipe(weights="fp16"))
+    raise ValueError(f"{recipe.weights} with tp={tp} does not fit this model: {problem}; {advice}")
+
+
+def _problems(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[str]:
+    if tp < 1 or tp & (tp - 1):
+        yield f"tp must be a power of two, not {tp}"
+        return
+    for count, what in (
+        (config.num_heads, "attention heads"),
+        (config.num_kv_heads, "key/value heads"),
+        (config.intermediate_size, "features between mlp.up_proj and mlp.down_proj"),
+    ):
+        if count % tp:
+            yield f"its {count} {what} cannot be dealt to {tp} ranks"
+            return
+    if recipe.weights == "w4a16":
+        yield from _int4_problems(config, recipe.group_size, tp)
+
+
+def _int4_problems(config: ModelConfig, group_size: int, tp: int) -> Iterator[str]:
+    per_rank = " per rank" if tp > 1 else ""
+    for part in INT4_PARTS:
+        inputs, outputs = matrix_shape(config, part, tp)
+        linear = f"model.layers.*.{' + '.join(part.modules)}"
+        if group_size < 1 or inputs % group_size:
+            yield f"group_size {group_size} does not divide the {inputs} input features{per_rank} of {linear}"
+        for size, side in ((inputs, "input"), (outputs, "output")):
+            if size % TILE:
+                yield f"{linear} has {size} {side} features{per_rank}, and int4 tiles need a multiple of {TILE}"
+        for module in part.modules:
+            if names.linear_shape(config, module)[0] % 8:
+                yield f"model.layers.*.{module} has output features that are no multiple of 8, the values in a word"
+
+
+def _groups_that_fit(config: ModelConfig, recipe: Recipe, tp: int) -> list[int]:
+    if next(_problems(config, Recipe(weights="fp16"), tp), None) is not None:
+        return []
+    shared = gcd(*(matrix_shape(config, part, tp)[0] for part in INT4_PARTS))
+    fitting = [g for g in range(1, shared + 1) if shared % g == 0 and not list(_int4_problems(config, g, tp))]
+    return [group for group in fitting if group >= 16] or fitting
+
+
+def _ranks_that_fit(config: ModelConfig, recipe: Recipe) -> str:
+    powers = [1 << bit for bit in range(config.num_heads.bit_length())]
+    return _listed([tp for tp in powers if next(_problems(config, recipe, tp), None) is None])
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -1,0 +1,130 @@
+"""How TurboMind v0.1.0 lays tensors out in its weight files, as pure functions in both directions.
+
+A matrix here is stored (in_features, out_features): the transpose of a Hugging Face linear weight. A bias is (1, out).
+Rank cuts are contiguous blocks. Nothing in this file knows names, files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Nibble p of an HF-AWQ word holds column 8c + AWQ_ORDER[p].
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+TILE = 32
+
+# fp16(64 + z) for z in 0..15: the exponent of 64 leaves the zero point in mantissa bits 4..7.
+ZERO_BITS = 0x5400
+
+Join = Literal["concatenate", "interleave"]
+Cut = Literal["columns", "rows", "copies"]
+
+
+def interleave_rotary(matrix: Tensor, head_dim: int) -> Tensor:
+    """Turn half-split rotary columns (j, j + D/2) of every head into TurboMind's adjacent pairs (2j, 2j + 1)."""
+    rows, columns = matrix.shape
+    heads = matrix.reshape(rows, columns // head_dim, 2, head_dim // 2)
+    return heads.transpose(2, 3).reshape(rows, columns)
+
+
+def separate_rotary(matrix: Tensor, head_dim: int) -> Tensor:
+    """Undo `interleave_rotary`."""
+    rows, columns = matrix.shape
+    heads = matrix.reshape(rows, columns // head_dim, head_dim // 2, 2)
+    return heads.transpose(2, 3).reshape(rows, columns)
+
+
+def split_ranks(matrices: Sequence[Tensor], tp: int, *, cut: Cut, join: Join) -> list[Tensor]:
+    """Cut matrices for `tp` ranks, then join each rank's pieces into the one matrix of that rank.
+
+    `concatenate` puts pieces side by side (q, k, v); `interleave` alternates their columns (gate, up).
+    `copies` gives every rank the whole (the bias of a row-cut linear).
+    """
+    if cut == "copies":
+        pieces = [list(matrices)] * tp
+    else:
+        dim = 1 if cut == "columns" else 0
+        pieces = [list(rank) for rank in zip(*(matrix.chunk(tp, dim) for matrix in matrices), strict=True)]
+    if join == "interleave":
+        return [torch.stack(rank, dim=-1).flatten(1) for rank in pieces]
+    return [torch.cat(rank, dim=1) for rank in pieces]
+
+
+def join_ranks(ranks: Sequence[Tensor], columns: Sequence[int], *, cut: Cut, join: Join) -> list[Tensor]:
+    """Undo `split_ranks`; `columns` are the columns of each whole matrix."""
+    if cut == "copies":
+        ranks = ranks[:1]
+    per_rank = [size // len(ranks) if cut == "columns" else size for size in columns]
+    if join == "interleave":
+        pieces = [rank.reshape(rank.shape[0], -1, len(columns)).unbind(-1) for rank in ranks]
+    else:
+        pieces = [torch.split(rank, per_rank, dim=1) for rank in ranks]
+    dim = 1 if cut == "columns" else 0
+    return [torch.cat(of_rank, dim=dim) for of_rank in zip(*pieces, strict=True)]
+
+
+def pad_rows(matrix: Tensor, multiple: int) -> Tensor:
+    """Append zero rows up to a multiple (the vocabulary, which every rank reads in equal shares)."""
+    missing = -matrix.shape[0] % multiple
+    return torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])]) if missing else matrix
+
+
+def pack_nibbles(nibbles: Tensor) -> Tensor:
+    """uint8 [..., 8] of values 0..15 -> int32 [...]; nibble p goes to bits 4p..4p+3 (little-endian hosts only)."""
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).contiguous().view(torch.int32).squeeze(-1)
+
+
+def unpack_nibbles(words: Tensor) -> Tensor:
+    """int32 [...] -> uint8 [..., 8]; undoes `pack_nibbles`."""
+    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
+
+
+def pack_awq(values: Tensor) -> Tensor:
+    """uint8 [rows, M] of values 0..15 -> int32 [rows, M/8] in the HF-AWQ GEMM order."""
+    return pack_nibbles(values.reshape(*values.shape[:-1], -1, 8)[..., list(AWQ_ORDER)])
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """int32 [rows, M/8] in the HF-AWQ GEMM order -> uint8 [rows, M] in natural column order."""
+    return unpack_nibbles(words)[..., list(AWQ_INVERSE)].flatten(-2)
+
+
+def pack_tiles(values: Tensor) -> Tensor:
+    """uint8 [K, M] of values 0..15 -> int32 [K * M / 8] in 32 x 32 tiles; K and M are multiples of 32.
+
+    Tiles run along k, then n; a tile has 32 lanes of 4 words. lane = 4 * (n % 8) + (k % 8) // 2;
+    word = 2 * k[bit 4] + n[bit 4]; nibble = 4 * k[bit 0] + 2 * k[bit 3] + n[bit 3].
+    """
+    k, n = values.shape
+    #                    0: k tile   1: k4  2: k3  3: k2 k1  4: k0  5: n tile    6: n4  7: n3  8: n2 n1 n0
+    bits = values.reshape(k // TILE, 2, 2, 4, 2, n // TILE, 2, 2, 8)
+    return pack_nibbles(bits.permute(0, 5, 8, 3, 1, 6, 4, 2, 7).flatten(-3)).flatten()
+
+
+def unpack_tiles(words: Tensor, k: int, n: int) -> Tensor:
+    """int32 [K * M / 8] in tiles -> uint8 [K, M]; undoes `pack_tiles`."""
+    bits = unpack_nibbles(words).reshape(k // TILE, n // TILE, 8, 4, 2, 2, 2, 2, 2)
+    #                    0: k tile  1: n tile  2: n2 n1 n0  3: k2 k1  4: k4  5: n4  6: k0  7: k3  8: n3
+    return bits.permute(0, 4, 7, 3, 6, 1, 5, 8, 2).reshape(k, n)
+
+
+def pack_scales_zeros(scales: Tensor, zeros: Tensor) -> Tensor:
+    """fp16 scales and uint8 zero points [K/g, M] -> int32 [K/g, M]: low half fp16(64 + z), high half the scale."""
+    low = zeros.to(torch.int16) << 4 | ZERO_BITS
+    return torch.stack([low, scales.contiguous().view(torch.int16)], dim=-1).view(torch.int32).squeeze(-1)
+
+
+def unpack_scales_zeros(words: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 [K/g, M] -> (fp16 scales, uint8 zero points); ValueError when a zero point is not one of 0..15."""
+    halves = words.contiguous().unsqueeze(-1).view(torch.int16)
+    low = halves[..., 0]
+    if bool(((low & ~0xF0) != ZERO_BITS).any()):
+        raise ValueError(
+            "scales_zeros hold a zero point that is not a whole number from 0 to 15: this is not int4 data"
+        )
+    return halves[..., 1].contiguous().view(torch.float16), (low >> 4 & 15).to(torch.uint8)

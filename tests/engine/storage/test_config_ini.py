@@ -1,0 +1,129 @@
+import pytest
+
+from engine.config import ModelConfig, Recipe
+from engine.storage.config_ini import model_config_of, read_config_ini, weight_type_of, write_config_ini
+from tests.shared_data import shared
+
+GOLDEN = "golden/turbomind-v0.1.0/llama_mha"
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=601,
+    hidden_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=128,
+    intermediate_size=768,
+    norm_eps=1e-6,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+
+
+def _write(path, config=CONFIG, recipe=None, tp=1, **options):
+    recipe = recipe or Recipe()
+    options = {"model_name": "llama2", "session_len": 4104, **options}
+    return write_config_ini(path, config, recipe=recipe, tp=tp, weight_type=weight_type_of(config, recipe), **options)
+
+
+def _edited(tmp_path, old, new):
+    path = tmp_path / "config.ini"
+    _write(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("name", "recipe"), [("fp16", Recipe()), ("awq", Recipe(weights="w4a16", group_size=128))])
+def test_the_file_is_the_references_byte_for_byte(tmp_path, name, recipe, tp):
+    expected = shared(f"{GOLDEN}/expected.{name}.tp{tp}.config.ini").read_bytes()
+    _write(tmp_path / "config.ini", recipe=recipe, tp=tp)
+    assert (tmp_path / "config.ini").read_bytes() == expected
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    config = ModelConfig(
+        family="llama",
+        vocab_size=6400,
+        hidden_size=96,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=100,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+        attention_bias=True,
+        dtype="bfloat16",
+    )
+    path = tmp_path / "config.ini"
+    options = {"extra": {"max_batch_size": 7, "num_tokens_per_iter": 512}, "model_name": "a = b % c"}
+    written = _write(path, config, Recipe(kv="kv8"), 2, **options)
+    ini = read_config_ini(path)
+    assert ini == written
+    assert (ini.size_per_head, ini.rotary_embedding, ini.kv_head_num, ini.weight_type) == (16, 16, 2, "bf16")
+    assert (ini.quant_policy, ini.max_batch_size, ini.num_tokens_per_iter, ini.start_id) == (4, 7, 512, -1)
+    assert model_config_of(ini, path) == config
+
+
+def test_weight_type_follows_the_source():
+    for dtype, expected in (("float16", "fp16"), ("float32", "fp16"), ("bfloat16", "bf16")):
+        config = ModelConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"dtype": dtype})
+        assert weight_type_of(config, Recipe()) == expected
+        assert weight_type_of(config, Recipe(weights="w4a16", group_size=32)) == "int4"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("step_length = 1", "step_length = 2", "step_length"),
+        ("head_num = 4", "head_nun = 4", "unknown key head_nun"),
+        ("norm_eps = 1e-06\n", "", "norm_eps is missing"),
+        ("norm_eps = 1e-06", "norm_eps = tiny", "norm_eps = 'tiny'"),
+        ("norm_eps = 1e-06", "norm_eps = nan", "norm_eps"),
+        ("vocab_size = 601", "vocab_size = 601.5", "whole number"),
+        ("vocab_size = 601", "vocab_size = 0", "at least 1"),
+        ("tensor_para_size = 1", "tensor_para_size = 3", "power of two"),
+        ("quant_policy = 0", "quant_policy = 8", "0 or 4"),
+        ("weight_type = fp16", "weight_type = int8", "fp16 or bf16 or int4"),
+        ("weight_type = fp16", "weight_type = int4", "group_size"),
+        ("kv_head_num = 4", "kv_head_num = 3", "multiple of kv_head_num"),
+        ("rotary_embedding = 128", "rotary_embedding = 64", "part of the head"),
+        ("head_num = 4", "head_num = 4\nhead_num = 4", "already exists"),
+        ("[llama]", "[gpt]", r"\[llama\]"),
+        ("[llama]\n", "", "not a TurboMind config.ini"),
+    ],
+)
+def test_a_wrong_file_is_refused_naming_file_and_key(tmp_path, old, new, words):
+    path = _edited(tmp_path, old, new)
+    with pytest.raises(ValueError, match=words) as error:
+        read_config_ini(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["rope_scaling_factor = 0.0->2.0", "use_logn_attn = 0->1"])
+def test_a_setting_that_changes_numbers_is_refused(tmp_path, change):
+    key, _, values = change.partition(" = ")
+    old, _, new = values.partition("->")
+    path = _edited(tmp_path, f"{key} = {old}", f"{key} = {new}")
+    with pytest.raises(ValueError, match=key):
+        model_config_of(read_config_ini(path), path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra": {"head_num": 3}},
+        {"extra": {"max_batchsize": 3}},
+        {"session_len": 0},
+        {"model_name": "two\nlines"},
+        {"model_name": " x"},
+    ],
+)
+def test_nothing_is_written_for_wrong_values(tmp_path, options):
+    with pytest.raises(ValueError, match=r"config\.ini"):
+        _write(tmp_path / "config.ini", **options)
+    assert not (tmp_path / "config.ini").exists()

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.storage import turbomind_layout as layout
+
+
+def _numbers(*shape, high=16, dtype=torch.uint8):
+    return torch.randint(0, high, shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_rotary_columns_become_adjacent_pairs_as_the_formula_says():
+    head_dim, heads = 6, 2
+    columns = torch.arange(head_dim * heads).reshape(1, -1)
+    moved = layout.interleave_rotary(columns, head_dim)[0]
+    for head in range(heads):
+        for pair in range(head_dim // 2):
+            for b in range(2):
+                old = head * head_dim + b * (head_dim // 2) + pair
+                assert moved[head * head_dim + 2 * pair + b] == old
+    assert torch.equal(layout.separate_rotary(moved[None], head_dim), columns)
+
+
+def test_tiles_put_every_element_where_the_format_says():
+    k_size, n_size = 64, 96
+    values = _numbers(k_size, n_size)
+    words = layout.pack_tiles(values).numpy().view("uint32")
+    for k in range(0, k_size, 3):
+        for n in range(n_size):
+            lane = 4 * (n % 8) + (k % 8) // 2
+            word = 2 * ((k % 32) // 16) + (n % 32) // 16
+            nibble = 4 * (k % 2) + 2 * ((k % 16) // 8) + (n % 16) // 8
+            index = (((k // 32) * (n_size // 32) + n // 32) * 32 + lane) * 4 + word
+            assert (int(words[index]) >> (4 * nibble)) & 15 == values[k, n]
+
+
+@given(tiles=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_tiles_and_awq_words_unpack_to_what_was_packed(tiles, seed):
+    k, n = tiles[0] * 32, tiles[1] * 32
+    values = torch.randint(0, 16, (k, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(layout.unpack_tiles(layout.pack_tiles(values), k, n), values)
+    assert torch.equal(layout.unpack_awq(layout.pack_awq(values)), values)
+
+
+def test_awq_words_hold_columns_in_the_gemm_order():
+    word = int(layout.pack_awq(torch.arange(8, dtype=torch.uint8)[None])[0, 0]) & 0xFFFFFFFF
+    assert [(word >> (4 * p)) & 15 for p in range(8)] == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+def test_scales_zeros_are_64_plus_zero_and_scale_as_two_halves():
+    scales = torch.tensor([[0.5, -1.25, 6e-8, 65504.0]], dtype=torch.float16)
+    zeros = torch.tensor([[0, 7, 15, 8]], dtype=torch.uint8)
+    words = layout.pack_scales_zeros(scales, zeros)
+    assert words.dtype == torch.int32
+    assert words.view(torch.float16).view(1, 4, 2)[..., 0].tolist() == [[64.0, 71.0, 79.0, 72.0]]
+    back_scales, back_zeros = layout.unpack_scales_zeros(words)
+    assert torch.equal(back_scales, scales) and torch.equal(back_zeros, zeros)
+
+
+@pytest.mark.parametrize("low", [0x5401, 0x5500, 0xD400, 0])
+def test_a_zero_point_that_is_none_is_refused(low):
+    with pytest.raises(ValueError, match="0 to 15"):
+        layout.unpack_scales_zeros(torch.tensor([[low]], dtype=torch.int32))
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4]),
+    cut=st.sampled_from(["columns", "rows", "copies"]),
+    join=st.sampled_from(["concatenate", "interleave"]),
+    widths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_join_to_what_was_split(tp, cut, join, widths):
+    if join == "interleave":
+        widths = [widths[0]] * len(widths)
+    matrices = [_numbers(8, width * 4, high=100) + index for index, width in enumerate(widths)]
+    ranks = layout.split_ranks(matrices, tp, cut=cut, join=join)
+    assert len(ranks) == tp
+    joined = layout.join_ranks(ranks, [width * 4 for width in widths], cut=cut, join=join)
+    assert all(torch.equal(a, b) for a, b in zip(joined, matrices, strict=True))
+
+
+def test_a_rank_holds_its_share_of_q_k_and_v_side_by_side():
+    q, k, v = torch.arange(8)[None], 100 + torch.arange(4)[None], 200 + torch.arange(4)[None]
+    ranks = layout.split_ranks([q, k, v], 2, cut="columns", join="concatenate")
+    assert ranks[1].tolist() == [[4, 5, 6, 7, 102, 103, 202, 203]]
+
+
+def test_gate_and_up_alternate():
+    gate, up = torch.arange(4)[None], 100 + torch.arange(4)[None]
+    ranks = layout.split_ranks([gate, up], 2, cut="columns", join="interleave")
+    assert ranks[1].tolist() == [[2, 102, 3, 103]]
+
+
+def test_vocabulary_is_padded_with_zero_rows():
+    assert layout.pad_rows(torch.ones(5, 2), 4).sum(1).tolist() == [2, 2, 2, 2, 2, 0, 0, 0]
+    assert layout.pad_rows(torch.ones(4, 2), 4).shape == (4, 2)

@@ -1,0 +1,55 @@
+"""Small TurboMind workspaces with random weights."""
+
+import torch
+
+from engine.config import ModelConfig
+from engine.models import names
+from engine.storage.config_ini import weight_type_of, write_config_ini
+from engine.storage.workspace import WEIGHTS, write_weights
+
+SMALL = ModelConfig(
+    family="llama",
+    vocab_size=37,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+
+
+def random_tensors(config, recipe, seed=0):
+    """Random canonical tensors of a model, quantized linears for w4a16."""
+    random = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float16
+    tensors = {}
+    for name, shape in names.model_tensors(config).items():
+        module = names.split_name(name)[1].removesuffix(".weight")
+        if recipe.weights == "w4a16" and module in names.LINEARS:
+            prefix, (outputs, inputs) = name.removesuffix("weight"), shape
+            words = [(inputs, outputs // 8), (inputs // recipe.group_size, outputs // 8)]
+            for kind, size in zip(("qweight", "qzeros"), words, strict=True):
+                tensors[prefix + kind] = torch.randint(-(2**31), 2**31, size, generator=random).to(torch.int32)
+            tensors[prefix + "scales"] = torch.rand((words[1][0], outputs), generator=random).to(torch.float16)
+        else:
+            tensors[name] = torch.randn(shape, generator=random).to(dtype)
+    return tensors
+
+
+def make_workspace(folder, config, recipe, tp, tensors):
+    weights = folder / WEIGHTS
+    write_weights(weights, config, tensors.__getitem__, recipe=recipe, tp=tp)
+    write_config_ini(
+        weights / "config.ini",
+        config,
+        model_name="x",
+        recipe=recipe,
+        tp=tp,
+        session_len=64,
+        weight_type=weight_type_of(config, recipe),
+    )
+    return folder
