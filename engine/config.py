@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "qwen", "turbomind"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How the rotary embedding is stretched beyond the length that a model was trained with.
+
+    - `linear`: every angle is divided by `factor`.
+    - `llama3`, `yarn`: long wavelengths are divided by `factor`, short ones are kept, those between are mixed; the
+      other numbers are Hugging Face's of the same name. yarn multiplies cos and sin by `attention_factor`.
+    - `dynamic` (Hugging Face), `qwen` (Qwen's own steps), `turbomind` (config.ini's rope_scaling_factor): the base
+      grows with the length that a sequence may reach, see `engine.models.rope_scaling.rope_base`.
+    """
+
+    kind: RopeKind
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of a dense decoder, in one vocabulary for every family and every source.
 
-    `vocab_size` is the number of rows of the embedding. `dtype` is what the source stores.
+    `vocab_size` is the number of rows of the embedding. `dtype` is what the source stores. `qk_norm` normalizes each
+    head of Q and K before rotary. A token sees the last `sliding_window` tokens, itself among them, or all with None.
+    `logn` multiplies the query of the t-th token by log(t) / log(max_position_embeddings) where that is above 1.
     """
 
     family: str
@@ -25,8 +53,13 @@ class ModelConfig:
     intermediate_size: int
     norm_eps: float
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
-    attention_bias: bool = False
+    sliding_window: int | None = None
+    logn: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     tie_word_embeddings: bool = False
     dtype: Dtype = "float16"
     bos_token_id: int | None = None
@@ -56,6 +89,7 @@ class EngineConfig:
     - `cache_block_seq_len`: tokens in a page.
     - `quant_policy`: 4 = int8 KV cache, 0 = not; None = what the workspace says.
     - `dtype`: computing type; `auto` is float32 on a CPU and the workspace's type on a GPU.
+    - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: None = what the workspace says.
     """
 
     device: str = "cpu"
@@ -67,6 +101,32 @@ class EngineConfig:
     cache_block_seq_len: int = 64
     quant_policy: int | None = None
     prefix_caching: bool = True
+    rope_scaling_factor: float | None = None
+    use_logn_attn: bool | None = None
+    max_position_embeddings: int | None = None
+
+    def applied_to(self, model: ModelConfig) -> ModelConfig:
+        """The model as it is run with these options. ValueError for a value out of range, and for a
+        rope_scaling_factor beside a scaling of the model's own."""
+        factor, trained = self.rope_scaling_factor, self.max_position_embeddings
+        if factor is not None and factor != 0 and not 1 <= factor < math.inf:
+            raise ValueError(f"rope_scaling_factor is {factor}, but must be 0 (off) or at least 1.")
+        if trained is not None and trained < 1:
+            raise ValueError(f"max_position_embeddings is {trained}, but must be at least 1.")
+        scaling = model.rope_scaling
+        if factor and scaling is not None and scaling.kind != "turbomind":
+            raise ValueError(
+                f"rope_scaling_factor is {factor}, but the model has a scaling of its own ({scaling.kind}): leave it "
+                "out, or set it to 0."
+            )
+        if factor is not None and (scaling is None or scaling.kind == "turbomind"):
+            scaling = RopeScaling(kind="turbomind", factor=factor) if factor else None
+        return replace(
+            model,
+            rope_scaling=scaling,
+            logn=model.logn if self.use_logn_attn is None else self.use_logn_attn,
+            max_position_embeddings=trained or model.max_position_embeddings,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,10 +63,18 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
 
 
-def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns the pairs (j, j + head_dim/2) of q, k [T, heads, head_dim] by the angles of cos, sin [T, head_dim/2]."""
+def apply_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, query_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Turns the pairs (j, j + head_dim/2) of q, k [T, heads, head_dim] by the angles of cos, sin [T, head_dim/2].
+
+    q is also multiplied by `query_scale` [T], where that is given.
+    """
     cos, sin = cos.float()[:, None], sin.float()[:, None]
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if query_scale is None:
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    scale = query_scale.float()[:, None, None]
+    return _rotate(q, cos * scale, sin * scale), _rotate(k, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,11 +105,14 @@ def write_kv(key: Tensor, value: Tensor, pages: Pages, slots: Tensor) -> None:
         stored[page, :, offset] = new.to(stored.dtype)
 
 
-def paged_attention(query: Tensor, pages: Pages, batch: PagedQueries, scale: float) -> Tensor:
+def paged_attention(
+    query: Tensor, pages: Pages, batch: PagedQueries, scale: float, window: int | None = None
+) -> Tensor:
     """softmax(q k^T * scale) v over the cached context of each sequence, causally; [T, heads, head_dim] like `query`.
 
     The tokens of `query` are the last ones of their context, and their K and V have been written. int8 pages are read
     dequantized, the newest token's too. Heads are grouped: query head h reads KV head h // (heads / kv_heads).
+    A token sees the last `window` tokens, itself among them, or all with None.
     """
     starts, lens = batch.query_starts.tolist(), batch.context_lens.tolist()
     out = torch.empty_like(query)
@@ -113,24 +124,27 @@ def paged_attention(query: Tensor, pages: Pages, batch: PagedQueries, scale: flo
         group, decoding = decoding[:fitting], decoding[fitting:]
         rows = batch.query_starts[:-1][group].long()
         key, value = _gather(pages, batch.page_table[group], longest)
-        out[rows] = _attend_from_last(query[rows], key, value, batch.context_lens[group], scale).to(out.dtype)
+        out[rows] = _attend_from_last(query[rows], key, value, batch.context_lens[group], scale, window).to(out.dtype)
     for b, length in enumerate(lens):
         first, last = starts[b], starts[b + 1]
         if last - first > 1:
             key, value = _gather(pages, batch.page_table[b : b + 1], length)
-            out[first:last] = _attend_causal(query[first:last], key[0], value[0], scale).to(out.dtype)
+            out[first:last] = _attend_causal(query[first:last], key[0], value[0], scale, window).to(out.dtype)
     return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int | None = None
+) -> Tensor:
     """Causal attention of packed whole sequences without a cache.
 
     q [T, heads, head_dim]; k, v [T, kv_heads, head_dim]; `starts` [B+1] cumulative lengths; the result is like q.
+    `window` is that of `paged_attention`.
     """
     out = torch.empty_like(q)
     for first, last in pairwise(starts.tolist()):
         key, value = (x[first:last].float().transpose(0, 1) for x in (k, v))
-        out[first:last] = _attend_causal(q[first:last], key, value, scale).to(out.dtype)
+        out[first:last] = _attend_causal(q[first:last], key, value, scale, window).to(out.dtype)
     return out
 
 
@@ -155,18 +169,23 @@ def _gather(pages: Pages, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return gathered[0], gathered[1]
 
 
-def _attend_from_last(query: Tensor, key: Tensor, value: Tensor, lens: Tensor, scale: float) -> Tensor:
+def _attend_from_last(
+    query: Tensor, key: Tensor, value: Tensor, lens: Tensor, scale: float, window: int | None
+) -> Tensor:
     """One query per sequence [B, heads, D] over key, value [B, kv_heads, L, D], of which lens [B] are real."""
     batch, heads, head_dim = query.shape
     kv_heads, longest = key.shape[1], key.shape[2]
     grouped = query.float().reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = (grouped * scale) @ key.transpose(-1, -2)
-    absent = torch.arange(longest, device=query.device) >= lens[:, None]
+    places = torch.arange(longest, device=query.device)
+    absent = places >= lens[:, None]
+    if window is not None:
+        absent |= places < lens[:, None] - window
     weights = scores.masked_fill_(absent[:, None, None], float("-inf")).softmax(-1)
     return (weights @ value).view(batch, heads, head_dim)
 
 
-def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
     """The last T positions [T, heads, D] of one sequence over all its key, value [kv_heads, L, D]."""
     tokens, heads, head_dim = query.shape
     kv_heads, length = key.shape[0], key.shape[1]
@@ -175,12 +194,17 @@ def _attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     out = torch.empty(kv_heads, group, tokens, head_dim, device=query.device)
     for first in range(0, tokens, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, tokens)
-        seen = length - tokens + last
-        block = grouped[:, :, first:last].reshape(kv_heads, -1, head_dim)
-        scores = (block @ key[:, :seen].transpose(1, 2)).view(kv_heads, group, last - first, seen)
-        future = torch.ones(last - first, seen, dtype=torch.bool, device=query.device).triu(seen - (last - first) + 1)
-        weights = scores.masked_fill_(future, float("-inf")).softmax(-1).view(kv_heads, -1, seen)
-        out[:, :, first:last] = (weights @ value[:, :seen]).view(kv_heads, group, last - first, head_dim)
+        # Keys from `oldest`, which the block's first query still sees, to `end`, which its last query is.
+        end = length - tokens + last
+        oldest = 0 if window is None else max(0, end - (last - first) + 1 - window)
+        block, seen = grouped[:, :, first:last].reshape(kv_heads, -1, head_dim), end - oldest
+        scores = (block @ key[:, oldest:end].transpose(1, 2)).view(kv_heads, group, last - first, seen)
+        hidden = torch.ones(last - first, seen, dtype=torch.bool, device=query.device)
+        hidden = hidden.triu(seen - (last - first) + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(seen - (last - first) - window)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1).view(kv_heads, -1, seen)
+        out[:, :, first:last] = (weights @ value[:, oldest:end]).view(kv_heads, group, last - first, head_dim)
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
 
 

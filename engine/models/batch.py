@@ -20,6 +20,8 @@ class Batch:
     page_table   int32 [B, P]  pages of each sequence in order; entries beyond its context are not used
     slots        int64 [T]     page * page_len + offset where K and V of each token are written
     logits_at    int64 [R]     indices into T of the tokens whose logits are wanted
+    rope_bases   float64 [B]   base of each sequence's rotary embedding, fixed at its start, where the model's base
+                               depends on the length (see `rope_base`); None: as fits context_lens, for whole sequences
     """
 
     token_ids: Tensor
@@ -29,6 +31,7 @@ class Batch:
     page_table: Tensor
     slots: Tensor
     logits_at: Tensor
+    rope_bases: Tensor | None = None
 
 
 def packed(sequences: Sequence[Sequence[int]] | Tensor, *, device: torch.device | str = "cpu") -> Batch:

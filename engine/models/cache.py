@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ class KVCache:
         self.layers: list[KVPages] = []
         for layer in range(config.num_layers):
             stored = dtype if scales is None else torch.uint8
-            key, value = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
+            key, value = (_zeroed(shape, stored, device) for _ in range(2))
             if scales is None:
                 self.layers.append(KVPages(key=key, value=value))
                 continue
@@ -79,6 +81,13 @@ def page_bytes(config: ModelConfig, *, page_len: int, dtype: torch.dtype, quanti
     """Memory of one page over all layers, K and V together."""
     size = 1 if quantized else dtype.itemsize
     return 2 * config.num_layers * config.num_kv_heads * page_len * config.head_dim * size
+
+
+def _zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros, of which a CPU gets no memory before it is written: torch.zeros would touch every byte at once."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _check_scales(scales: KVScales, config: ModelConfig) -> None:

@@ -13,7 +13,7 @@ from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
 from engine.models.linear import read_linear, stack
-from engine.models.rope import rope_tables
+from engine.models.rope import Rope, rope_tables
 
 Observe = Callable[[str, Tensor], None]
 
@@ -28,6 +28,9 @@ class DecoderLayer:
         self.config = config
         norms = [tensors[f"{module}.weight"].to(device, dtype) for module in names.NORMS]
         self._attention_norm, self._mlp_norm = norms
+        self._head_norms = [
+            tensors[f"{module}.weight"].to(device, dtype) for module in (names.HEAD_NORMS if config.qk_norm else ())
+        ]
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
         self._qkv = stack([linears[module] for module in names.QKV])
         self._output = linears[names.OUTPUT]
@@ -39,10 +42,10 @@ class DecoderLayer:
         hidden: Tensor,
         batch: Batch,
         pages: KVPages | None,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         observe: Observe | None = None,
     ) -> Tensor:
-        """hidden [T, hidden] after this layer. `rope` is `rope_tables(config, batch.positions)`.
+        """hidden [T, hidden] after this layer. `rope` is `rope_tables(config, batch)`.
 
         Without pages the packed sequences attend to themselves alone. `observe` is told the input [T, in] of every
         linear by its module name, and "self_attn.k" (K after rotary) and "self_attn.v", each [T, kv_heads, head_dim].
@@ -62,23 +65,28 @@ class DecoderLayer:
         normed: Tensor,
         batch: Batch,
         pages: KVPages | None,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         observe: Observe | None,
     ) -> Tensor:
         config, tokens = self.config, len(normed)
         _tell(observe, names.QKV, normed)
         heads, kv_heads = config.num_heads, config.num_kv_heads
         qkv = self._qkv.forward(normed).view(tokens, heads + 2 * kv_heads, config.head_dim)
-        value = qkv[:, heads + kv_heads :]
-        query, key = ops.apply_rope(qkv[:, :heads], qkv[:, heads : heads + kv_heads], *rope)
+        query, key, value = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if config.qk_norm:
+            query, key = (
+                ops.rms_norm(x, weight, config.norm_eps)
+                for x, weight in zip((query, key), self._head_norms, strict=True)
+            )
+        query, key = ops.apply_rope(query, key, *rope)
         _tell(observe, ("self_attn.k",), key)
         _tell(observe, ("self_attn.v",), value)
         scale = config.head_dim**-0.5
         if pages is None:
-            attended = ops.causal_attention(query, key, value, batch.query_starts, scale)
+            attended = ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
         else:
             ops.write_kv(key, value, pages, batch.slots)
-            attended = ops.paged_attention(query, pages, batch, scale)
+            attended = ops.paged_attention(query, pages, batch, scale, config.sliding_window)
         return attended.view(tokens, heads * config.head_dim)
 
 
@@ -106,7 +114,7 @@ class Decoder:
         Without a cache the packed sequences are whole and each attends to itself (page_table and slots are not read).
         """
         hidden = self.embed(batch.token_ids)
-        rope = rope_tables(self.config, batch.positions)
+        rope = rope_tables(self.config, batch)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, batch, None if cache is None else cache.layers[i], rope)
         return self.head(hidden[batch.logits_at])

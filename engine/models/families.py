@@ -1,94 +1,149 @@
-"""Which checkpoints the one decoder computes: a row per architecture, and config.json -> ModelConfig.
+"""Which checkpoints the one decoder computes: a row per architecture, and config.json -> ModelConfig. No torch.
 
-A field that would change the numbers and is not computed here is refused by name; fields that cannot are ignored.
+Every field of config.json is one of three: it is read here, it must have a value under which it changes nothing, or it
+is known to change nothing. Any other field is refused by name.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import Dtype, ModelConfig
+from engine.models import layouts
+from engine.models.config_fields import DEFAULTS, HARMLESS, NEUTRAL, READ
+from engine.models.layouts import Layout
+from engine.models.rope_scaling import read_rope, refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What an architecture takes for granted where its config.json is silent; `name` is what we call it."""
+    """One architecture: what we call it, how it stores tensors, and how its config.json differs from Llama's.
+
+    - `renamed`: Llama's name of a field -> the name here. A field that goes by Llama's name all the same is not read.
+    - `defaults`: what the architecture takes where config.json is silent.
+    - `allowed`: further fields, and the values under which the decoder computes the same.
+    - `qkv_bias`, `o_bias`: always, never, or the name of the field that says so.
+    - `needed`: fields without which this is another model, and why.
+    """
 
     name: str
-    defaults: Mapping[str, Any]
-    attention_bias: bool
+    layout: Layout = layouts.HUGGING_FACE
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    qk_norm: bool = False
+    sliding_window: bool = False
+    intermediate_parts: int = 1
+    needed: Mapping[str, str] = field(default_factory=dict)
 
+
+_QWEN_WINDOW = {"use_sliding_window": (False,), "sliding_window": (None, int), "max_window_layers": (None, int)}
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(name="llama", defaults={}, attention_bias=True),
+    "LlamaForCausalLM": Family(
+        name="llama", qkv_bias="attention_bias", o_bias="attention_bias", allowed={"mlp_bias": (False,)}
+    ),
     "MistralForCausalLM": Family(
-        name="mistral", defaults={"sliding_window": 4096, "num_key_value_heads": 8}, attention_bias=False
+        name="mistral",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+        sliding_window=True,
+    ),
+    "InternLMForCausalLM": Family(name="internlm", defaults={"bias": True}, qkv_bias="bias", o_bias="bias"),
+    "InternLM2ForCausalLM": Family(
+        name="internlm2", layout=layouts.INTERNLM2, defaults={"bias": True}, qkv_bias="bias", o_bias="bias"
+    ),
+    "InternLM3ForCausalLM": Family(
+        name="internlm3",
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768},
+        qkv_bias="qkv_bias",
+        allowed={"bias": (False,), "mlp_bias": (False,), "attention_bias": (False,)},
+    ),
+    "QWenLMHeadModel": Family(
+        name="qwen",
+        layout=layouts.QWEN,
+        renamed={
+            "rms_norm_eps": "layer_norm_epsilon",
+            "max_position_embeddings": "seq_length",
+            "rope_theta": "rotary_emb_base",
+            "head_dim": "kv_channels",
+            "logn": "use_logn_attn",
+        },
+        defaults={"use_logn_attn": True, "use_dynamic_ntk": True},
+        allowed={
+            "no_bias": (True,),
+            "rotary_pct": (1,),
+            "scale_attn_weights": (True,),
+            "use_cache_quantization": (False,),
+        },
+        qkv_bias=True,
+        intermediate_parts=2,
+    ),
+    "Qwen2ForCausalLM": Family(
+        name="qwen2", defaults={"max_position_embeddings": 32768}, qkv_bias=True, allowed=_QWEN_WINDOW
+    ),
+    "Qwen3ForCausalLM": Family(
+        name="qwen3",
+        defaults={"head_dim": 128, "max_position_embeddings": 32768},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        allowed=_QWEN_WINDOW,
+    ),
+    "BaiChuanForCausalLM": Family(name="baichuan", layout=layouts.BAICHUAN, defaults={"max_position_embeddings": 4096}),
+    "BaichuanForCausalLM": Family(
+        name="baichuan2",
+        layout=layouts.BAICHUAN2,
+        needed={
+            "max_position_embeddings": "a Baichuan model without it has ALiBi attention (the models of 13B), which "
+            "this engine does not compute; Baichuan-7B and Baichuan2-7B it does"
+        },
     ),
 }
 
-# Fields of these and neighbouring architectures that change the numbers, and the values under which they do not.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "attention_chunk_size": (None,),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "attention_multiplier": (None,),
-    "clip_qkv": (None,),
-    "qk_layernorm": (None, False),
-    "use_qk_norm": (None, False),
-    "use_logn_attn": (None, False),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (None, False),
-}
-DEFAULTS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
 DTYPES: dict[str, Dtype] = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The row of a config.json; ValueError names the architecture that there is none for."""
+    architectures = hf_config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise refused("architectures", architectures, " or ".join(repr([known]) for known in FAMILIES))
+    return FAMILIES[name]
 
 
 def model_config(hf_config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
     """The shape of the model that a config.json describes; end tokens of generation_config.json are added.
 
-    ValueError names the field and the value that this decoder does not compute, or that is missing or impossible.
+    ValueError names the field and the value that this decoder does not compute or know, or that is missing.
     """
-    family = _family(hf_config)
-    fields = {**DEFAULTS, **family.defaults, **hf_config}
-    for name, allowed in NEUTRAL.items():
-        if name in fields and fields[name] not in allowed:
-            raise _refused(name, fields[name], " or ".join(repr(value) for value in allowed))
-    layer_types = fields.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
-        raise _refused("layer_types", sorted(set(layer_types)), "'full_attention' in every layer")
-    if not family.attention_bias and fields.get("attention_bias"):
-        raise _refused("attention_bias", fields["attention_bias"], "False for this architecture")
+    family = family_of(hf_config)
+    for name, why in family.needed.items():
+        if hf_config.get(name) is None:
+            raise ValueError(f"config.json of {hf_config['architectures'][0]} has no {name}: {why}.")
+    _check_known(hf_config, family)
+    given = {**family.defaults, **hf_config}
+    fields = {**DEFAULTS, **{name: value for name, value in given.items() if name not in family.renamed}}
+    fields |= {ours: given[theirs] for ours, theirs in family.renamed.items() if theirs in given}
     hidden_size, num_heads = _count(fields, "hidden_size"), _count(fields, "num_attention_heads")
     num_kv_heads = num_heads if fields.get("num_key_value_heads") is None else _count(fields, "num_key_value_heads")
     if num_heads % num_kv_heads:
-        raise _refused("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}")
-    if fields.get("head_dim") is not None:
-        head_dim = _count(fields, "head_dim")
-    elif hidden_size % num_heads:
-        raise _refused("num_attention_heads", num_heads, f"a divisor of hidden_size = {hidden_size}, or a head_dim")
-    else:
-        head_dim = hidden_size // num_heads
-    if head_dim % 2:
-        raise _refused("head_dim", head_dim, "an even number: rotary embedding turns pairs")
+        raise refused("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}")
+    intermediate_size, parts = _count(fields, "intermediate_size"), family.intermediate_parts
+    if intermediate_size % parts:
+        raise refused("intermediate_size", intermediate_size, f"a multiple of {parts} for this architecture")
+    trained = _count(fields, "max_position_embeddings")
+    windowed = family.sliding_window and fields.get("sliding_window") is not None
+    window = _count(fields, "sliding_window") if windowed else None
+    types = fields.get("layer_types")
+    if types is not None and (windowed or types != ["full_attention"] * _count(fields, "num_hidden_layers")):
+        raise refused("layer_types", types, "'full_attention' in every layer, without a sliding_window")
+    rope_theta, rope_scaling = read_rope(fields, trained=trained)
     return ModelConfig(
         family=family.name,
         vocab_size=_count(fields, "vocab_size"),
@@ -96,12 +151,17 @@ def model_config(hf_config: Mapping[str, Any], generation_config: Mapping[str, A
         num_layers=_count(fields, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=_count(fields, "intermediate_size"),
+        head_dim=_head_dim(fields, hidden_size, num_heads),
+        intermediate_size=intermediate_size // parts,
         norm_eps=_positive(fields, "rms_norm_eps"),
-        rope_theta=_rope_theta(fields),
-        max_position_embeddings=_count(fields, "max_position_embeddings"),
-        attention_bias=_flag(fields, "attention_bias"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=trained,
+        sliding_window=window,
+        logn=_flag(fields, "logn"),
+        qk_norm=family.qk_norm,
+        qkv_bias=_bias(fields, family.qkv_bias),
+        o_bias=_bias(fields, family.o_bias),
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
         dtype=_dtype(fields),
         bos_token_id=_bos(fields),
@@ -109,34 +169,42 @@ def model_config(hf_config: Mapping[str, Any], generation_config: Mapping[str, A
     )
 
 
-def _family(hf_config: Mapping[str, Any]) -> Family:
-    architectures = hf_config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
-        raise _refused("architectures", architectures, " or ".join(repr([name]) for name in FAMILIES))
-    return FAMILIES[architectures[0]]
-
-
-def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """The base of the rotary embedding, from `rope_theta` or from `rope_parameters` (transformers 5)."""
-    found = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        given = fields.get(name)
-        if given is None:
+def _check_known(hf_config: Mapping[str, Any], family: Family) -> None:
+    biases = {name for name in (family.qkv_bias, family.o_bias) if isinstance(name, str)}
+    read = READ | biases | set(family.renamed.values()) | set(family.defaults)
+    if family.sliding_window:
+        read |= {"sliding_window"}
+    if family.name == "internlm":
+        read |= {"rotary"}
+    for name, value in hf_config.items():
+        allowed = family.allowed.get(name, NEUTRAL.get(name))
+        if name in read and name not in family.allowed:
             continue
-        if not isinstance(given, Mapping):
-            raise _refused(name, given, "null or {'rope_type': 'default', ...}")
-        kinds = {given[key] for key in ("rope_type", "type") if given.get(key) is not None}
-        factor = given.get("partial_rotary_factor", 1.0)
-        unknown = sorted(set(given) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if not kinds <= {"default"} or factor not in (None, 1.0) or unknown:
-            raise _refused(name, dict(given), "null or {'rope_type': 'default', 'rope_theta': ...}")
-        if given.get("rope_theta") is not None:
-            found[name] = _positive(given, "rope_theta")
-    if fields.get("rope_theta") is not None:
-        found["rope_theta"] = _positive(fields, "rope_theta")
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config.json gives more than one base of the rotary embedding: {found}; keep one of them")
-    return next(iter(found.values()), 10000.0)
+        if allowed is None:
+            if name not in HARMLESS:
+                raise ValueError(
+                    f"config.json has {name} = {value!r}, a field that this engine does not know for "
+                    f"{hf_config['architectures'][0]}: it may change the numbers. Take it out if it does not."
+                )
+        elif value not in allowed and not (int in allowed and isinstance(value, int)):
+            shown = " or ".join("a number" if one is int else repr(one) for one in allowed)
+            raise refused(name, value, shown)
+
+
+def _head_dim(fields: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
+    if fields.get("head_dim") is not None:
+        head_dim = _count(fields, "head_dim")
+    elif hidden_size % num_heads:
+        raise refused("num_attention_heads", num_heads, f"a divisor of hidden_size = {hidden_size}, or a head_dim")
+    else:
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise refused("head_dim", head_dim, "an even number: rotary embedding turns pairs")
+    return head_dim
+
+
+def _bias(fields: Mapping[str, Any], rule: bool | str) -> bool:
+    return _flag(fields, rule) if isinstance(rule, str) else rule
 
 
 def _dtype(fields: Mapping[str, Any]) -> Dtype:
@@ -147,7 +215,7 @@ def _dtype(fields: Mapping[str, Any]) -> Dtype:
         raise ValueError(f"config.json gives more than one type of the weights: {sorted(names)}; keep one of them")
     name = names.pop()
     if name not in DTYPES:
-        raise _refused("dtype", name, " or ".join(DTYPES))
+        raise refused("dtype", name, " or ".join(DTYPES))
     return DTYPES[name]
 
 
@@ -157,7 +225,7 @@ def _bos(fields: Mapping[str, Any]) -> int | None:
         value = value[0]
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    raise _refused("bos_token_id", value, "one number or null")
+    raise refused("bos_token_id", value, "one number or null")
 
 
 def _eos(*configs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -169,33 +237,26 @@ def _eos(*configs: Mapping[str, Any]) -> tuple[int, ...]:
             if isinstance(token, int) and not isinstance(token, bool):
                 found[token] = None
             elif token is not None:
-                raise _refused("eos_token_id", value, "a number, a list of numbers or null")
+                raise refused("eos_token_id", value, "a number, a list of numbers or null")
     return tuple(found)
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _refused(name, value, "a whole number from 1 on")
+        raise refused(name, value, "a whole number from 1 on")
     return value
 
 
 def _positive(fields: Mapping[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _refused(name, value, "a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise refused(name, value, "a positive number")
     return float(value)
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
-        raise _refused(name, value, "true or false")
+        raise refused(name, value, "true or false")
     return bool(value)
-
-
-def _refused(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(
-        f"config.json has {name} = {value!r}, which this engine does not compute: it takes {allowed}. "
-        f"Known architectures: {', '.join(FAMILIES)}."
-    )

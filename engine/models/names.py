@@ -20,6 +20,8 @@ LAYER_SHARDS: dict[str, Shard] = {
     "self_attn.q_proj": Shard.COLUMN,
     "self_attn.k_proj": Shard.COLUMN,
     "self_attn.v_proj": Shard.COLUMN,
+    "self_attn.q_norm": Shard.REPLICATED,
+    "self_attn.k_norm": Shard.REPLICATED,
     "self_attn.o_proj": Shard.ROW,
     "post_attention_layernorm": Shard.REPLICATED,
     "mlp.gate_proj": Shard.COLUMN,
@@ -28,6 +30,7 @@ LAYER_SHARDS: dict[str, Shard] = {
 }
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -71,8 +74,8 @@ def linear_shape(config: ModelConfig, module: str) -> tuple[int, int]:
 
 
 def has_bias(config: ModelConfig, module: str) -> bool:
-    """Whether a linear of a layer has a bias: the four of the attention do where the config says so."""
-    return config.attention_bias and module.startswith("self_attn.")
+    """Whether a linear of a layer has a bias: those of the attention do where the config says so."""
+    return (config.qkv_bias and module in QKV) or (config.o_bias and module == OUTPUT)
 
 
 def layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -81,6 +84,9 @@ def layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for module in LAYER_SHARDS:
         if module in NORMS:
             shapes[f"{module}.weight"] = (config.hidden_size,)
+            continue
+        if module in HEAD_NORMS:
+            shapes |= {f"{module}.weight": (config.head_dim,)} if config.qk_norm else {}
             continue
         shapes[f"{module}.weight"] = linear_shape(config, module)
         if has_bias(config, module):

@@ -1,51 +1,80 @@
-"""Hugging Face checkpoints: config.json and safetensors files in a folder, single or sharded, read tensor by tensor."""
+"""Checkpoints in a folder, Hugging Face's or Meta's, single or sharded, read tensor by tensor by canonical names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import Dtype, ModelConfig, Recipe
 from engine.models import names
 from engine.models.decoder import Decoder
-from engine.models.families import model_config
+from engine.models.families import family_of, model_config
+from engine.models.layouts import META, Layout
+from engine.models.quantization import Quantization, read_quantization, unquantized
+from engine.storage.door import sources
+from engine.storage.meta_checkpoint import PARAMS, open_meta
+from engine.storage.packed_weights import EXTRAS, check_extra
+from engine.storage.weight_files import WeightFile, open_weights
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FLOATS = ("F16", "BF16", "F32")
-# Buffers that old checkpoints carry and every reader recomputes.
-IGNORED = ("self_attn.rotary_emb.inv_freq",)
+CONFIG = "config.json"
+# The first that is there is read: one file, or the index of several.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FLOATS: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+WORDS = "I32"
+OTHER_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 
 
 class Checkpoint:
     """A checkpoint on disk. All shapes and byte ranges are checked when it is opened; values are read on demand."""
 
-    def __init__(self, folder: Path) -> None:
-        """FileNotFoundError where there is no checkpoint, ValueError naming file and tensor for what does not fit."""
+    def __init__(self, folder: Path, *, allow_bin: bool = False, allow_quantized: bool = False) -> None:
+        """FileNotFoundError where there is no checkpoint, ValueError naming file and tensor for what does not fit.
+
+        Pickled weights (.bin, .pth) are refused unless `allow_bin`, and then read as weights alone. Quantized ones are
+        refused unless `allow_quantized`; the linears of their layers then have qweight, qzeros and scales.
+        """
         self.folder = folder
-        self.hf_config = _read_json(folder / "config.json", missing=f"{folder} is not a checkpoint")
-        generation = folder / "generation_config.json"
-        try:
-            self.config: ModelConfig = model_config(
-                self.hf_config, _read_json(generation, missing="") if generation.exists() else None
-            )
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+        self.quantization: Quantization | None = None
+        self._allow_bin = allow_bin
         self._index: dict[str, str] = {}
-        self._weight_files = self._find_weight_files()
-        self._places = self._check_tensors()
+        if not (folder / CONFIG).exists() and (folder / PARAMS).exists():
+            self.hf_config, ranks = open_meta(folder, _read_json(folder / PARAMS, missing=""), allow_bin=allow_bin)
+            self.config, layout = self._read_config(), META
+            self._weight_files: list[WeightFile] = [ranks]
+        else:
+            self.hf_config = _read_json(folder / CONFIG, missing=f"{folder} is not a checkpoint")
+            self.quantization = self._read_quantization(allow_quantized)
+            self.config, layout = self._read_config(), family_of(self.hf_config).layout
+            self._weight_files = self._open_weight_files()
+        stored = sum(len(file.tensors) for file in self._weight_files)
+        if self.config.num_layers > stored:
+            raise ValueError(
+                f"{folder} holds {stored} tensors, but its configuration asks for {self.config.num_layers} layers"
+            )
+        self._sources = sources(self.config, layout, self.quantization)
+        self._places = self._check_tensors(layout)
+        if all(self.hf_config.get(name) is None for name in ("dtype", "torch_dtype")):
+            kind = self._places[names.EMBEDDING].tensors[self._sources[names.EMBEDDING].stored][0]
+            self.config = replace(self.config, dtype=FLOATS[kind])
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the weights are, as they lie here."""
+        if self.quantization is None:
+            return Recipe()
+        return Recipe(weights="w4a16", group_size=self.quantization.group_size)
 
     @property
     def files(self) -> list[Path]:
         """Every file that the model is made of, sorted: weights, configuration, tokenizer, chat template."""
-        others = [path for pattern in ("*.json", "*.jinja", "tokenizer.model") for path in self.folder.glob(pattern)]
-        return sorted({*self._weight_files, *others})
+        weights = [path for file in self._weight_files for path in file.paths]
+        return sorted({*weights, *(path for pattern in OTHER_FILES for path in self.folder.glob(pattern))})
 
     def names(self) -> list[str]:
         """Canonical names of all tensors in the order of the forward pass; `lm_head.weight` even when it is tied."""
@@ -53,82 +82,127 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored, memory-mapped; KeyError for a name that is not in `names()`."""
-        path, stored = self._places[name]
-        with safe_open(path, framework="pt") as opened:
-            return _tensor(opened, stored)
+        return self._read([name])[name]
 
     def layer(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of one layer, named within it, as stored and memory-mapped.
+        """The tensors of one layer, named within it, as stored and memory-mapped."""
+        places = self.layer_names(layer)
+        found = self._read(places.values())
+        return {within: found[name] for within, name in places.items()}
 
-        Nothing is kept here: the mapping of a file, and the memory that reading it took, go with the tensors.
-        """
-        wanted = {name: self._places[names.layer_name(layer, name)] for name in names.layer_tensors(self.config)}
-        loaded: dict[str, Tensor] = {}
-        for path in sorted({path for path, _ in wanted.values()}):
-            with safe_open(path, framework="pt") as opened:
-                loaded |= {name: _tensor(opened, stored) for name, (at, stored) in wanted.items() if at == path}
-        return loaded
+    def layer_names(self, layer: int) -> dict[str, str]:
+        """The tensors of one layer: name within it -> canonical name."""
+        prefix = names.layer_name(layer, "")
+        return {name.removeprefix(prefix): name for name in self._places if name.startswith(prefix)}
 
     def weights(self) -> Mapping[str, Tensor]:
         """All tensors by canonical name, each read when it is asked for."""
         return _Weights(self)
 
-    def _find_weight_files(self) -> list[Path]:
-        if (self.folder / SINGLE).exists():
-            return [self.folder / SINGLE]
-        if not (self.folder / INDEX).exists():
-            raise FileNotFoundError(
-                f"{self.folder} has neither {SINGLE} nor {INDEX}: only safetensors weights are read; "
-                "convert other formats with transformers (save_pretrained)"
+    def _read(self, wanted: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by canonical name, each file opened once. Nothing is kept here: the mapping of a file, and the memory
+        that reading it took, go with the tensors."""
+        of_file: dict[Path, list[str]] = {}
+        for name in wanted:
+            of_file.setdefault(self._places[name].path, []).append(name)
+        found: dict[str, Tensor] = {}
+        for together in of_file.values():
+            stored = self._places[together[0]].read({self._sources[name].stored for name in together})
+            found |= {name: self._sources[name].of(stored[self._sources[name].stored]) for name in together}
+        return found
+
+    def _read_config(self) -> ModelConfig:
+        generation = self.folder / "generation_config.json"
+        try:
+            hf_config = unquantized(self.hf_config)
+            return model_config(hf_config, _read_json(generation, missing="") if generation.exists() else None)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    def _read_quantization(self, allowed: bool) -> Quantization | None:
+        try:
+            quantization = read_quantization(self.hf_config)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+        if quantization is not None and not allowed:
+            raise ValueError(
+                f"{self.folder} is quantized already ({quantization}), and unquantized weights are needed here: a "
+                "build takes it over with weights=as_is"
             )
-        placed = _read_json(self.folder / INDEX, missing="").get("weight_map")
+        return quantization
+
+    def _open_weight_files(self) -> list[WeightFile]:
+        name = next((name for name in WEIGHTS if (self.folder / name).exists()), None)
+        if name is None:
+            raise FileNotFoundError(
+                f"{self.folder} has none of {', '.join(WEIGHTS)}: no other weights are read; fetch them, or convert "
+                "them with transformers (save_pretrained)"
+            )
+        path = self.folder / name
+        paths = self._shards(path) if path.suffix == ".json" else [path]
+        return [open_weights(path, allow_bin=self._allow_bin) for path in paths]
+
+    def _shards(self, index: Path) -> list[Path]:
+        placed = _read_json(index, missing="").get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-            raise ValueError(f"{self.folder / INDEX} has no weight_map of tensor names to files: fetch it again")
-        files = sorted({self.folder / file for file in placed.values()})
-        for path in files:
+            raise ValueError(f"{index} has no weight_map of tensor names to files: fetch it again")
+        paths = sorted({self.folder / file for file in placed.values()})
+        for path in paths:
             if path.parent != self.folder:
-                raise ValueError(f"{self.folder / INDEX} names {path}, which is outside the checkpoint's folder")
+                raise ValueError(f"{index} names {path}, which is outside the checkpoint's folder")
             if not path.exists():
                 absent = min(name for name, file in placed.items() if self.folder / file == path)
                 raise ValueError(
-                    f"{path} is missing: {INDEX} says that it holds {absent} and others; fetch that shard again"
+                    f"{path} is missing: {index.name} says that it holds {absent} and others; fetch that shard again"
                 )
         self._index = placed
-        return files
+        return paths
 
-    def _check_tensors(self) -> dict[str, tuple[Path, str]]:
-        """Where each canonical tensor lies (file, stored name), after checking that all are there with their shapes."""
-        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for path in self._weight_files:
-            for name, (kind, shape) in _read_header(path).items():
+    def _check_tensors(self, layout: Layout) -> dict[str, WeightFile]:
+        """The file of each canonical tensor, after checking that all are there with their shapes."""
+        found: dict[str, WeightFile] = {}
+        words = {source.stored for source in self._sources.values() if source.words}
+        extras = EXTRAS if self.quantization is not None else ()
+        for file in self._weight_files:
+            for name, (kind, _) in file.tensors.items():
                 if name in found:
-                    raise ValueError(f"{path} holds {name}, and so does {found[name][0].name}: keep one of them")
-                if kind not in FLOATS and not name.endswith(IGNORED):
-                    raise ValueError(f"{path} holds {name} as {kind}; weights are read as {', '.join(FLOATS)}")
-                found[name] = (path, shape)
-        expected = names.model_tensors(self.config)
-        places: dict[str, tuple[Path, str]] = {}
-        for name, shape in expected.items():
-            stored = names.EMBEDDING if name == names.HEAD and self.config.tie_word_embeddings else name
-            if stored not in found:
-                where = self.folder / self._index.get(stored, INDEX if self._index else SINGLE)
-                raise ValueError(f"{where} has no tensor {stored}, which config.json asks for")
-            path, actual = found[stored]
-            if actual != shape:
-                raise ValueError(f"{path} holds {stored} with shape {actual}; config.json asks for {shape}")
-            places[name] = (path, stored)
-        surplus = [name for name in found if name not in expected and not name.endswith(IGNORED)]
+                    raise ValueError(f"{file.path} holds {name}, and so does {found[name].path.name}: keep one of them")
+                kinds = (WORDS,) if name in words else tuple(FLOATS)
+                if kind not in kinds and not name.endswith((*layout.ignored, *extras)):
+                    raise ValueError(f"{file.path} holds {name} as {kind}; weights are read as {', '.join(kinds)}")
+                found[name] = file
+        for source in self._sources.values():
+            if source.stored not in found:
+                where = self.folder / self._index.get(source.stored, self._weight_files[0].path.name)
+                raise ValueError(f"{where} has no tensor {source.stored}, which config.json asks for")
+            file = found[source.stored]
+            if (actual := file.tensors[source.stored][1]) != source.shape:
+                raise ValueError(
+                    f"{file.path} holds {source.stored} with shape {actual}; config.json asks for {source.shape}"
+                )
+        self._check_surplus(found, layout)
+        return {name: found[source.stored] for name, source in self._sources.items()}
+
+    def _check_surplus(self, found: Mapping[str, WeightFile], layout: Layout) -> None:
+        """ValueError for a tensor that is not used; a tied head may be stored all the same."""
+        used = {source.stored for source in self._sources.values()} | {layout.head}
+        surplus = [name for name in found if name not in used and not name.endswith(layout.ignored)]
         if surplus:
             raise ValueError(
-                f"{found[surplus[0]][0]} holds {surplus[0]}{' and others' if surplus[1:] else ''}, which the "
+                f"{found[surplus[0]].path} holds {surplus[0]}{' and others' if surplus[1:] else ''}, which the "
                 f"architecture of config.json ({self.hf_config['architectures'][0]}) does not use: check config.json"
             )
-        return places
 
 
-def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+def load_checkpoint(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_bin: bool = False,
+) -> Decoder:
     """The model of a checkpoint folder, cast to `dtype` on `device`."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, allow_bin=allow_bin)
     return Decoder(checkpoint.config, checkpoint.weights(), device=device, dtype=dtype)
 
 
@@ -150,43 +224,13 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _tensor(opened: Any, stored: str) -> Tensor:
-    loaded: Tensor = opened.get_tensor(stored)
-    return loaded
-
-
 def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{missing}: {path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: fetch it again")
     return content
-
-
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (type, shape) of a safetensors file; ValueError naming the first tensor that is cut off."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header_end = 8 + length
-        if size < 8 or header_end > size:
-            raise ValueError(f"{path} is cut off or not a safetensors file: its header does not fit in {size} bytes")
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            header = {
-                name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1])
-                for name, entry in entries.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is not a safetensors file: its header cannot be read ({error!r})") from error
-    for name, (_, _, end) in sorted(header.items(), key=lambda item: item[1][2]):
-        if header_end + end > size:
-            raise ValueError(
-                f"{path} is cut off: {name} ends at byte {header_end + end} of {size}; fetch that file again"
-            )
-    return {name: (kind, shape) for name, (kind, shape, _) in header.items()}

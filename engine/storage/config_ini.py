@@ -5,10 +5,12 @@ from __future__ import annotations
 import configparser
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from engine.config import ModelConfig, Recipe
+from engine.config import ModelConfig, Recipe, RopeScaling
+from engine.storage import ingot_section
+from engine.storage.ingot_section import IngotSection
 
 Value = int | float | str
 SECTION = "llama"
@@ -21,7 +23,7 @@ class IniConfig:
     """One field per key of the section `[llama]`, in file order.
 
     `start_id` and `end_id` are -1 where the model has none. The last three keys are read by the
-    reference's engine but written by no converter: None is "not in the file".
+    reference's engine but written by no converter: None is "not in the file". `ingot` is the section of that name.
     """
 
     model_name: str
@@ -55,6 +57,10 @@ class IniConfig:
     num_tokens_per_iter: int | None = None
     extra_tokens_per_iter: int | None = None
     max_prefill_iters: int | None = None
+    ingot: IngotSection = field(default_factory=IngotSection)
+
+
+KEYS = tuple(key.name for key in fields(IniConfig) if key.name != "ingot")
 
 
 def _at_least(least: int) -> tuple[Callable[[Value], bool], str]:
@@ -154,7 +160,7 @@ def write_config_ini(
         "num_layer": config.num_layers,
         "inter_size": config.intermediate_size,
         "norm_eps": config.norm_eps,
-        "attn_bias": int(config.attention_bias),
+        "attn_bias": int(config.qkv_bias or config.o_bias),
         "start_id": -1 if config.bos_token_id is None else config.bos_token_id,
         "end_id": config.eos_token_ids[0] if config.eos_token_ids else -1,
         "session_len": session_len,
@@ -165,11 +171,17 @@ def write_config_ini(
         "group_size": recipe.group_size if weight_type == "int4" else 0,
         "quant_policy": KV_INT8 if recipe.kv == "kv8" else 0,
         "max_position_embeddings": config.max_position_embeddings,
-        **extra,
+        "rope_scaling_factor": 0.0,
+        "use_logn_attn": int(config.logn),
     }
-    ini = _typed({key: str(value) for key, value in values.items()}, path)
-    lines = [f"{field.name} = {value}" for field in fields(ini) if (value := getattr(ini, field.name)) is not None]
-    path.write_text("\n".join([f"[{SECTION}]", *lines, "", ""]), encoding="utf-8", newline="\n")
+    if config.rope_scaling is not None and config.rope_scaling.kind == "turbomind":
+        values["rope_scaling_factor"] = config.rope_scaling.factor
+    ini = _typed({key: str(value) for key, value in (values | extra).items()}, ingot_section.section_of(config), path)
+    lines = [f"{key} = {value}" for key in KEYS if (value := getattr(ini, key)) is not None]
+    ours = ingot_section.section_lines(ini.ingot)
+    path.write_text(
+        "\n".join([f"[{SECTION}]", *lines, "", *ours, *([""] if ours else []), ""]), encoding="utf-8", newline="\n"
+    )
     return ini
 
 
@@ -181,22 +193,32 @@ def read_config_ini(path: Path) -> IniConfig:
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TurboMind config.ini: {' '.join(str(error).split())}") from error
-    if parser.sections() != [SECTION]:
+    if parser.sections() not in ([SECTION], [SECTION, ingot_section.SECTION]):
         found = ", ".join(f"[{name}]" for name in parser.sections()) or "none"
-        raise ValueError(f"{path} must have exactly the section [{SECTION}]; found: {found}")
-    return _typed(dict(parser[SECTION]), path)
+        raise ValueError(
+            f"{path} must have the section [{SECTION}], and may have [{ingot_section.SECTION}] after it; found: {found}"
+        )
+    ours = dict(parser[ingot_section.SECTION]) if parser.has_section(ingot_section.SECTION) else {}
+    return _typed(dict(parser[SECTION]), ingot_section.read_section(ours, path), path)
 
 
 def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
-    """The model that a config.ini describes; ValueError for a setting that would change numbers unheeded."""
+    """The model that a config.ini describes; ValueError for two scalings of the rotary embedding at once.
+
+    Below 1, `rope_scaling_factor` does nothing, as in the reference's engine.
+    """
+    scaling = ini.ingot.rope_scaling
     if ini.rope_scaling_factor >= 1.0:
-        raise ValueError(f"{path}: rope_scaling_factor {ini.rope_scaling_factor} is not supported; only 0.0 is")
-    if ini.use_logn_attn:
-        raise ValueError(f"{path}: use_logn_attn 1 is not supported; only 0 is")
+        if scaling is not None:
+            raise ValueError(
+                f"{path}: rope_scaling_factor {ini.rope_scaling_factor} does not go with the model's own scaling, "
+                f"rope_scaling of the section [{ingot_section.SECTION}]: set it to 0.0"
+            )
+        scaling = RopeScaling(kind="turbomind", factor=ini.rope_scaling_factor)
     return ModelConfig(
         family="llama",
         vocab_size=ini.vocab_size,
-        hidden_size=ini.head_num * ini.size_per_head,
+        hidden_size=ini.ingot.hidden_size or ini.head_num * ini.size_per_head,
         num_layers=ini.num_layer,
         num_heads=ini.head_num,
         num_kv_heads=ini.kv_head_num,
@@ -204,22 +226,29 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
         intermediate_size=ini.inter_size,
         norm_eps=ini.norm_eps,
         rope_theta=ini.rope_theta,
+        rope_scaling=scaling,
         # 0 means that the checkpoint did not say; the reference's engine then takes 2048.
         max_position_embeddings=ini.max_position_embeddings or 2048,
-        attention_bias=bool(ini.attn_bias),
+        sliding_window=ini.ingot.sliding_window,
+        logn=bool(ini.use_logn_attn),
+        qk_norm=ini.ingot.qk_norm,
+        # The file has one key for all biases; one that the model lacks is stored as zeros.
+        qkv_bias=bool(ini.attn_bias),
+        o_bias=bool(ini.attn_bias),
         dtype="bfloat16" if ini.weight_type == "bf16" else "float16",
         bos_token_id=ini.start_id if ini.start_id >= 0 else None,
         eos_token_ids=(ini.end_id,) if ini.end_id >= 0 else (),
     )
 
 
-def _typed(texts: Mapping[str, str], path: Path) -> IniConfig:
-    known = {field.name: field for field in fields(IniConfig)}
+def _typed(texts: Mapping[str, str], ingot: IngotSection, path: Path) -> IniConfig:
+    known = {field.name: field for field in fields(IniConfig) if field.name in KEYS}
     if unknown := [key for key in texts if key not in known]:
         raise ValueError(f"{path}: unknown key {', '.join(unknown)}. Known keys: {', '.join(known)}")
     if missing := [name for name, field in known.items() if field.default is MISSING and name not in texts]:
         raise ValueError(f"{path}: key {', '.join(missing)} is missing")
-    ini = IniConfig(**{key: _value(key, text, str(known[key].type), path) for key, text in texts.items()})  # type: ignore[arg-type]
+    values = {key: _value(key, text, str(known[key].type), path) for key, text in texts.items()}
+    ini = IniConfig(**values, ingot=ingot)  # type: ignore[arg-type]
     if ini.head_num % ini.kv_head_num:
         raise ValueError(f"{path}: head_num {ini.head_num} is not a multiple of kv_head_num {ini.kv_head_num}")
     if ini.rotary_embedding != ini.size_per_head:

@@ -49,13 +49,19 @@ def export_hf_awq(workspace: Workspace, folder: Path, *, shard_bytes: int = SHAR
 def hf_config(workspace: Workspace, *, tied: bool) -> dict[str, Any]:
     """The config.json of the exported checkpoint: a LlamaForCausalLM, whatever family it came from."""
     config = workspace.config
+    plain = not (config.qk_norm or config.logn or config.sliding_window or config.rope_scaling)
+    if not plain:
+        raise ValueError(
+            f"{workspace.folder} has norms over heads, logn attention, a sliding window or a scaled rotary embedding, "
+            "which the LlamaForCausalLM of this export does not say"
+        )
     eos: int | list[int] | None = list(config.eos_token_ids)
     if len(config.eos_token_ids) < 2:
         eos = config.eos_token_ids[0] if config.eos_token_ids else None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.qkv_bias,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos,
         "head_dim": config.head_dim,

@@ -10,7 +10,8 @@ import torch
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
-from engine.storage.turbomind_layout import TILE, Cut, Join
+from engine.storage.rank_cuts import TILE, rank_cut
+from engine.storage.turbomind_layout import Cut, Join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,11 @@ NORM_FILES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+# Of ours: the reference has no model with norms over heads. In TurboMind's rotary order, as the heads are.
+HEAD_NORM_FILES = {
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+}
 QKV = Part(stem="attention.w_qkv", modules=names.QKV, rotary=names.QKV[:2])
 OUTPUT = Part(stem="attention.wo", modules=(names.OUTPUT,))
 DOWN = Part(stem="feed_forward.w2", modules=(names.DOWN,))
@@ -53,7 +59,6 @@ DENSE_PARTS = (
 )
 INT4_PARTS = (QKV, OUTPUT, Part(stem="feed_forward.w13", modules=names.GATE_UP, join="interleave"), DOWN)
 FLOAT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
-KV_SCALE_BYTES = 16
 
 
 def layer_file(layer: int, name: str) -> str:
@@ -62,10 +67,6 @@ def layer_file(layer: int, name: str) -> str:
 
 def rank_file(layer: int, part: Part, rank: int, kind: str) -> str:
     return f"layers.{layer}.{part.stem}.{rank}.{kind}"
-
-
-def kv_scale_file(layer: int, rank: int) -> str:
-    return f"layers.{layer}.past_kv_scale.{rank}.weight"
 
 
 def parts_of(recipe: Recipe) -> tuple[Part, ...]:
@@ -79,14 +80,28 @@ def parts_of(recipe: Recipe) -> tuple[Part, ...]:
 def kinds_of(config: ModelConfig, recipe: Recipe, part: Part) -> tuple[str, ...]:
     """The files that a part has per rank: (weight) or (qweight, scales_zeros), then bias."""
     kinds = ("qweight", "scales_zeros") if recipe.weights == "w4a16" else ("weight",)
-    return (*kinds, "bias") if names.has_bias(config, part.modules[0]) else kinds
+    return (*kinds, "bias") if has_bias(config, part) else kinds
 
 
-def matrix_shape(config: ModelConfig, part: Part, tp: int) -> tuple[int, int]:
-    """(in, out) features of one rank's matrix of a part."""
+def has_bias(config: ModelConfig, part: Part) -> bool:
+    """Whether a part has bias files: config.ini has one key for q, k, v and o, so that what is missing is zeros."""
+    return (config.qkv_bias or config.o_bias) and part in (QKV, OUTPUT)
+
+
+def norm_files(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """The norms of a layer: file name -> (canonical name within the layer, values)."""
+    sizes = {file: (within, config.hidden_size) for file, within in NORM_FILES.items()}
+    if config.qk_norm:
+        sizes |= {file: (within, config.head_dim) for file, within in HEAD_NORM_FILES.items()}
+    return sizes
+
+
+def matrix_shape(config: ModelConfig, recipe: Recipe, part: Part, tp: int) -> tuple[int, int]:
+    """(in, out) features of one rank's stored matrix of a part, with what fills it up."""
     shapes = [names.linear_shape(config, module) for module in part.modules]
+    stored = rank_cut(config, recipe, part.modules, tp).stored
     inputs, outputs = shapes[0][1], sum(shape[0] for shape in shapes)
-    return (inputs, outputs // tp) if part.cut("weight") == "columns" else (inputs // tp, outputs)
+    return (inputs, stored) if part.cut("weight") == "columns" else (stored, outputs)
 
 
 def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
@@ -95,14 +110,15 @@ def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
     norm = config.hidden_size * 2
     sizes = {"tok_embeddings.weight": vocabulary * norm, "norm.weight": norm, "output.weight": vocabulary * norm}
     for layer in range(config.num_layers):
-        sizes |= {layer_file(layer, name): norm for name in NORM_FILES}
+        sizes |= {layer_file(layer, name): values * 2 for name, (_, values) in norm_files(config).items()}
         for part in parts_of(recipe):
-            inputs, outputs = matrix_shape(config, part, tp)
+            inputs, outputs = matrix_shape(config, recipe, part, tp)
+            group_size = rank_cut(config, recipe, part.modules, tp).group_size
             of_kind = {
                 "weight": inputs * outputs * 2,
                 "bias": outputs * 2,
                 "qweight": inputs * outputs // 2,
-                "scales_zeros": inputs // max(recipe.group_size, 1) * outputs * 4,
+                "scales_zeros": inputs // max(group_size, 1) * outputs * 4,
             }
             for kind in kinds_of(config, recipe, part):
                 sizes |= {rank_file(layer, part, rank, kind): of_kind[kind] for rank in range(tp)}
@@ -112,11 +128,6 @@ def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
 def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
     """ValueError naming linear, dimension and what would fit, when a model cannot be laid out for `tp` ranks."""
     parts_of(recipe)
-    if config.hidden_size != config.num_heads * config.head_dim:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not {config.num_heads} heads x head_dim {config.head_dim}: "
-            "config.ini of a TurboMind workspace has no key for that"
-        )
     if config.head_dim % 2:
         raise ValueError(f"head_dim {config.head_dim} is odd: rotary embeddings need an even one")
     problem = next(_problems(config, recipe, tp), None)
@@ -134,11 +145,7 @@ def _problems(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[str]:
     if tp < 1 or tp & (tp - 1):
         yield f"tp must be a power of two, not {tp}"
         return
-    for count, what in (
-        (config.num_heads, "attention heads"),
-        (config.num_kv_heads, "key/value heads"),
-        (config.intermediate_size, "features between mlp.up_proj and mlp.down_proj"),
-    ):
+    for count, what in ((config.num_heads, "attention heads"), (config.num_kv_heads, "key/value heads")):
         if count % tp:
             yield f"its {count} {what} cannot be dealt to {tp} ranks"
             return
@@ -147,24 +154,24 @@ def _problems(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[str]:
 
 
 def _int4_problems(config: ModelConfig, group_size: int, tp: int) -> Iterator[str]:
-    per_rank = " per rank" if tp > 1 else ""
-    for part in INT4_PARTS:
-        inputs, outputs = matrix_shape(config, part, tp)
-        linear = f"model.layers.*.{' + '.join(part.modules)}"
+    if config.hidden_size % TILE:
+        yield f"hidden_size is {config.hidden_size}, and int4 tiles need a multiple of {TILE}"
+    for module in names.LINEARS:
+        outputs, inputs = names.linear_shape(config, module)
         if group_size < 1 or inputs % group_size:
-            yield f"group_size {group_size} does not divide the {inputs} input features{per_rank} of {linear}"
-        for size, side in ((inputs, "input"), (outputs, "output")):
-            if size % TILE:
-                yield f"{linear} has {size} {side} features{per_rank}, and int4 tiles need a multiple of {TILE}"
-        for module in part.modules:
-            if names.linear_shape(config, module)[0] % 8:
-                yield f"model.layers.*.{module} has output features that are no multiple of 8, the values in a word"
+            yield f"group_size {group_size} does not divide the {inputs} input features of model.layers.*.{module}"
+        per_rank = outputs // tp if module in names.QKV else outputs
+        if per_rank % 8:
+            yield (
+                f"model.layers.*.{module} has {per_rank} output features{' per rank' if tp > 1 else ''}, and 8 of them "
+                "share a word"
+            )
 
 
 def _groups_that_fit(config: ModelConfig, recipe: Recipe, tp: int) -> list[int]:
     if next(_problems(config, Recipe(weights="fp16"), tp), None) is not None:
         return []
-    shared = gcd(*(matrix_shape(config, part, tp)[0] for part in INT4_PARTS))
+    shared = gcd(*(names.linear_shape(config, module)[1] for module in names.LINEARS))
     fitting = [g for g in range(1, shared + 1) if shared % g == 0 and not list(_int4_problems(config, g, tp))]
     return [group for group in fitting if group >= 16] or fitting
 

@@ -1,7 +1,7 @@
 """How TurboMind v0.1.0 lays tensors out in its weight files, as pure functions in both directions.
 
 A matrix here is stored (in_features, out_features): the transpose of a Hugging Face linear weight. A bias is (1, out).
-Rank cuts are contiguous blocks. Nothing in this file knows names, files or models.
+Rank cuts are contiguous runs. Nothing in this file knows names, files or models.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.storage.rank_cuts import TILE
+
 # Nibble p of an HF-AWQ word holds column 8c + AWQ_ORDER[p].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
-TILE = 32
 
 # fp16(64 + z) for z in 0..15: the exponent of 64 leaves the zero point in mantissa bits 4..7.
 ZERO_BITS = 0x5400
@@ -38,39 +39,74 @@ def separate_rotary(matrix: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(2, 3).reshape(rows, columns)
 
 
-def split_ranks(matrices: Sequence[Tensor], tp: int, *, cut: Cut, join: Join) -> list[Tensor]:
-    """Cut matrices for `tp` ranks, then join each rank's pieces into the one matrix of that rank.
+def rank_piece(matrix: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
+    """Run number `rank` of `size` rows (dim 0) or columns (dim 1); what lies beyond the matrix is zero."""
+    first = min(rank * size, matrix.shape[dim])
+    return _widen(matrix.narrow(dim, first, min(size, matrix.shape[dim] - first)), size, dim=dim)
 
-    `concatenate` puts pieces side by side (q, k, v); `interleave` alternates their columns (gate, up).
-    `copies` gives every rank the whole (the bias of a row-cut linear).
+
+def split_ranks(
+    matrices: Sequence[Tensor], tp: int, *, cut: Cut, join: Join, pieces: Sequence[int], stored: int
+) -> list[Tensor]:
+    """Cut each matrix into `tp` runs of its `pieces`, join each rank's runs, and fill them with zeros up to `stored`.
+
+    `concatenate` puts runs one after the other along the cut (q, k, v); `interleave` alternates columns (gate, up).
+    `copies` gives every rank the whole of the one matrix (the bias of a row-cut linear).
     """
     if cut == "copies":
-        pieces = [list(matrices)] * tp
-    else:
-        dim = 1 if cut == "columns" else 0
-        pieces = [list(rank) for rank in zip(*(matrix.chunk(tp, dim) for matrix in matrices), strict=True)]
-    if join == "interleave":
-        return [torch.stack(rank, dim=-1).flatten(1) for rank in pieces]
-    return [torch.cat(rank, dim=1) for rank in pieces]
-
-
-def join_ranks(ranks: Sequence[Tensor], columns: Sequence[int], *, cut: Cut, join: Join) -> list[Tensor]:
-    """Undo `split_ranks`; `columns` are the columns of each whole matrix."""
-    if cut == "copies":
-        ranks = ranks[:1]
-    per_rank = [size // len(ranks) if cut == "columns" else size for size in columns]
-    if join == "interleave":
-        pieces = [rank.reshape(rank.shape[0], -1, len(columns)).unbind(-1) for rank in ranks]
-    else:
-        pieces = [torch.split(rank, per_rank, dim=1) for rank in ranks]
+        return [matrices[0]] * tp
     dim = 1 if cut == "columns" else 0
-    return [torch.cat(of_rank, dim=dim) for of_rank in zip(*pieces, strict=True)]
+    ranks = []
+    for rank in range(tp):
+        runs = [rank_piece(matrix, rank, size, dim=dim) for matrix, size in zip(matrices, pieces, strict=True)]
+        joined = torch.stack(runs, dim=-1).flatten(1) if join == "interleave" else torch.cat(runs, dim=dim)
+        ranks.append(_widen(joined, stored, dim=dim))
+    return ranks
+
+
+def join_ranks(
+    ranks: Sequence[Tensor], sizes: Sequence[int], *, cut: Cut, join: Join, pieces: Sequence[int]
+) -> list[Tensor]:
+    """Undo `split_ranks`; `sizes` are those of the whole matrices along the cut."""
+    if cut == "copies":
+        return [ranks[0]]
+    dim = 1 if cut == "columns" else 0
+    used = [rank.narrow(dim, 0, sum(pieces)) for rank in ranks]
+    if join == "interleave":
+        runs = [rank.reshape(rank.shape[0], -1, len(pieces)).unbind(-1) for rank in used]
+    else:
+        runs = [torch.split(rank, list(pieces), dim=dim) for rank in used]
+    joined = [torch.cat(of_rank, dim=dim) for of_rank in zip(*runs, strict=True)]
+    return [matrix.narrow(dim, 0, size) for matrix, size in zip(joined, sizes, strict=True)]
+
+
+def refine_groups(rows: Tensor, times: int) -> Tensor:
+    """A row per group of zero points or scales -> `times` equal rows, for groups that are as many times smaller."""
+    return rows.repeat_interleave(times, dim=0) if times > 1 else rows
+
+
+def merge_groups(rows: Tensor, times: int) -> Tensor:
+    """Undo `refine_groups`; ValueError where rows that must be equal are not."""
+    if times == 1:
+        return rows
+    grouped = rows.reshape(-1, times, rows.shape[1])
+    if not torch.equal(grouped, grouped[:, :1].expand_as(grouped)):
+        raise ValueError("parts of one group have different scales or zero points: the ranks are not of one model")
+    return grouped[:, 0]
 
 
 def pad_rows(matrix: Tensor, multiple: int) -> Tensor:
     """Append zero rows up to a multiple (the vocabulary, which every rank reads in equal shares)."""
     missing = -matrix.shape[0] % multiple
     return torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])]) if missing else matrix
+
+
+def _widen(matrix: Tensor, size: int, *, dim: int) -> Tensor:
+    missing = size - matrix.shape[dim]
+    if not missing:
+        return matrix
+    shape = (missing, matrix.shape[1]) if dim == 0 else (matrix.shape[0], missing)
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)
 
 
 def pack_nibbles(nibbles: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from engine.models.decoder import Decoder
 from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
 from engine.storage.config_ini import KV_INT8, model_config_of, read_config_ini, weight_type_of
+from engine.storage.kv_scale_files import read_kv_scales
+from engine.storage.parts import join_part, split_part
+from engine.storage.rank_weights import RankWeights, rank_scales
 from engine.storage.turbomind_files import Part
 
 WEIGHTS = Path("triton_models/weights")
@@ -44,6 +47,9 @@ def write_weights(
             raise ValueError(f"{name} has shape {tuple(found.shape)}; the model needs {shape}")
         return found if not found.is_floating_point() else _cast(found, dtype, name)
 
+    def ask_in(layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        return ask(names.layer_name(layer, name), shape)
+
     def write(name: str, stored: Tensor) -> None:
         path = folder / name
         stored.contiguous().view(torch.uint8).numpy().tofile(path)
@@ -55,25 +61,16 @@ def write_weights(
         whole = ask(source, shapes[source])
         write(name, layout.pad_rows(whole, tp) if canonical != names.FINAL_NORM else whole)
     for layer in range(config.num_layers):
-        for name, within in files.NORM_FILES.items():
-            write(files.layer_file(layer, name), ask(names.layer_name(layer, within), (config.hidden_size,)))
+        for name, (within, values) in files.norm_files(config).items():
+            norm = ask(names.layer_name(layer, within), (values,))
+            if name in files.HEAD_NORM_FILES:
+                norm = layout.interleave_rotary(norm[None], config.head_dim)[0]
+            write(files.layer_file(layer, name), norm)
         for part in files.parts_of(recipe):
             for kind in files.kinds_of(config, recipe, part):
-                for rank, stored in enumerate(_rank_tensors(config, part, kind, layer, ask, recipe, tp)):
+                for rank, stored in enumerate(split_part(config, recipe, part, kind, partial(ask_in, layer), tp=tp)):
                     write(files.rank_file(layer, part, rank, kind), stored)
     return sizes
-
-
-def write_kv_scales(folder: Path, layer: int, scales_per_rank: Sequence[Sequence[float]]) -> None:
-    """Write (k_scale, k_zero, v_scale, v_zero) of every rank as float32; ValueError when a scale is not above 0."""
-    for rank, row in enumerate(scales_per_rank):
-        values = np.asarray(row, dtype="<f4")
-        if values.shape != (4,) or not np.isfinite(values).all() or values[0] <= 0 or values[2] <= 0:
-            raise ValueError(
-                f"KV scales of layer {layer}, rank {rank} are {values.tolist()}: they must be four finite numbers "
-                "(K scale, K zero point, V scale, V zero point) with scales above 0"
-            )
-        values.tofile(folder / files.kv_scale_file(layer, rank))
 
 
 class Workspace:
@@ -104,10 +101,10 @@ class Workspace:
 
     def names(self) -> list[str]:
         """The canonical names of all tensors, in the order in which reading them touches every file once."""
-        within = [*files.NORM_FILES.values()]
+        within = [name for name, _ in files.norm_files(self.config).values()]
         for part in files.parts_of(self.recipe):
             kinds = names.QUANTIZED if self.recipe.weights == "w4a16" else ("weight",)
-            kinds = (*kinds, "bias") if names.has_bias(self.config, part.modules[0]) else kinds
+            kinds = (*kinds, "bias") if files.has_bias(self.config, part) else kinds
             within += [f"{module}.{kind}" for module in part.modules for kind in kinds]
         layers = range(self.config.num_layers)
         return [*files.OUTER_FILES.values(), *(names.layer_name(layer, name) for layer in layers for name in within)]
@@ -120,9 +117,12 @@ class Workspace:
             if name == canonical:
                 whole = self._map(file)
                 return whole if canonical == names.FINAL_NORM else whole.view(-1, hidden)[: self.config.vocab_size]
-        for file, canonical in files.NORM_FILES.items():
+        for file, (canonical, _) in files.norm_files(self.config).items():
             if layer is not None and within == canonical:
-                return self._map(files.layer_file(layer, file))
+                norm = self._map(files.layer_file(layer, file))
+                if file in files.HEAD_NORM_FILES:
+                    norm = layout.separate_rotary(norm[None], self.config.head_dim)[0]
+                return norm
         for part in files.parts_of(self.recipe):
             if layer is not None and within.rpartition(".")[0] in part.modules:
                 tensors = self._part(layer, part)
@@ -135,21 +135,24 @@ class Workspace:
         return _Weights(self)
 
     def kv_scales(self) -> KVScales | None:
-        """Scale and zero point per layer and KV head (a rank's pair repeated); None for a kv16 workspace.
-
-        The reference takes scale 1 for a missing file and says nothing; here it is an error.
-        """
+        """Scale and zero point per layer and KV head (a rank's pair repeated); None for a kv16 workspace."""
         if self.recipe.kv == "kv16":
             return None
-        rows = []
-        for layer in range(self.config.num_layers):
-            for rank in range(self.tp):
-                path = self._weights / files.kv_scale_file(layer, rank)
-                _check_size(path, files.KV_SCALE_BYTES)
-                rows.append(np.fromfile(path, dtype="<f4"))
-        ranks = torch.from_numpy(np.stack(rows).astype(np.float32)).view(self.config.num_layers, self.tp, 2, 2)
-        heads = ranks.repeat_interleave(self.config.num_kv_heads // self.tp, dim=1)
-        return KVScales(key=heads[:, :, 0].contiguous(), value=heads[:, :, 1].contiguous())
+        config = self.config
+        return read_kv_scales(self._weights, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, tp=self.tp)
+
+    def rank_weights(self, rank: int, tp: int) -> Mapping[str, Tensor]:
+        """The tensors of one of `tp` ranks, whatever tp the folder was written for, read and cut when asked for.
+
+        ValueError when the model cannot be dealt to so many ranks; `rank_cuts.rank_config` says a rank's shape.
+        """
+        files.check_fits(self.config, self.recipe, tp)
+        return RankWeights(self.weights(), self.config, self.recipe, rank=rank, tp=tp)
+
+    def rank_kv_scales(self, rank: int, tp: int) -> KVScales | None:
+        """`kv_scales` of the KV heads that one of `tp` ranks keeps."""
+        scales = self.kv_scales()
+        return None if scales is None else rank_scales(scales, rank, tp)
 
     def _map(self, name: str) -> Tensor:
         path = self._weights / name
@@ -170,36 +173,10 @@ class Workspace:
         return self._last[2]
 
     def _read_part(self, layer: int, part: Part) -> dict[str, Tensor]:
-        inputs, outputs = files.matrix_shape(self.config, part, self.tp)
-        columns = [names.linear_shape(self.config, module)[0] for module in part.modules]
+        def read(kind: str, rank: int) -> Tensor:
+            return self._map(files.rank_file(layer, part, rank, kind))
 
-        def ranks(kind: str) -> Iterator[Tensor]:
-            return (self._map(files.rank_file(layer, part, rank, kind)) for rank in range(self.tp))
-
-        def join(matrices: Sequence[Tensor], kind: str) -> dict[str, Tensor]:
-            whole = layout.join_ranks(matrices, columns, cut=part.cut(kind), join=part.join)
-            return {
-                module: layout.separate_rotary(matrix, self.config.head_dim) if module in part.rotary else matrix
-                for module, matrix in zip(part.modules, whole, strict=True)
-            }
-
-        tensors: dict[str, Tensor] = {}
-        for kind in files.kinds_of(self.config, self.recipe, part):
-            if kind == "weight":
-                matrices = join([rank.view(inputs, outputs) for rank in ranks(kind)], kind)
-                tensors |= {f"{module}.weight": matrix.t().contiguous() for module, matrix in matrices.items()}
-            elif kind == "bias":
-                matrices = join([rank.view(1, outputs) for rank in ranks(kind)], kind)
-                tensors |= {f"{module}.bias": matrix[0] for module, matrix in matrices.items()}
-            elif kind == "qweight":
-                matrices = join([layout.unpack_tiles(rank, inputs, outputs) for rank in ranks(kind)], kind)
-                tensors |= {f"{module}.qweight": layout.pack_awq(matrix) for module, matrix in matrices.items()}
-            else:
-                pairs = [layout.unpack_scales_zeros(rank.view(-1, outputs)) for rank in ranks(kind)]
-                scales, zeros = (join(list(matrices), kind) for matrices in zip(*pairs, strict=True))
-                tensors |= {f"{module}.qzeros": layout.pack_awq(matrix) for module, matrix in zeros.items()}
-                tensors |= {f"{module}.scales": matrix.contiguous() for module, matrix in scales.items()}
-        return tensors
+        return join_part(self.config, self.recipe, part, read, tp=self.tp)
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -228,45 +205,6 @@ def load_workspace(folder: Path, *, device: torch.device | str, dtype: torch.dty
     """The model of a workspace, ready to run; any tp loads, bit-equal."""
     workspace = Workspace(folder)
     return Decoder(workspace.config, workspace.weights(), device=device, dtype=dtype)
-
-
-def _rank_tensors(
-    config: ModelConfig,
-    part: Part,
-    kind: str,
-    layer: int,
-    ask: Callable[[str, tuple[int, ...]], Tensor],
-    recipe: Recipe,
-    tp: int,
-) -> list[Tensor]:
-    """What the files of one kind of a part hold, rank by rank."""
-
-    def gather(source: str) -> list[Tensor]:
-        matrices = []
-        for module in part.modules:
-            outputs, inputs = names.linear_shape(config, module)
-            groups = inputs // max(recipe.group_size, 1)
-            shape = {
-                "weight": (outputs, inputs),
-                "bias": (outputs,),
-                "qweight": (inputs, outputs // 8),
-                "qzeros": (groups, outputs // 8),
-                "scales": (groups, outputs),
-            }[source]
-            found = ask(names.layer_name(layer, f"{module}.{source}"), shape)
-            if source in ("qweight", "qzeros"):
-                matrix = layout.unpack_awq(found)
-            else:
-                matrix = {"weight": found.t(), "bias": found.reshape(1, -1)}.get(source, found)
-            matrices.append(layout.interleave_rotary(matrix, config.head_dim) if module in part.rotary else matrix)
-        return layout.split_ranks(matrices, tp, cut=part.cut(kind), join=part.join)
-
-    if kind == "qweight":
-        return [layout.pack_tiles(codes) for codes in gather("qweight")]
-    if kind == "scales_zeros":
-        pairs = zip(gather("scales"), gather("qzeros"), strict=True)
-        return [layout.pack_scales_zeros(scales, zeros) for scales, zeros in pairs]
-    return gather(kind)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -23,20 +23,21 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def attention_by_loops(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attention_by_loops(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
     """query [T, heads, D] are the last positions of key, value [L, kv_heads, D]; float64."""
     query, key, value = query.double(), key.double(), value.double()
     tokens, heads, _ = query.shape
     group = heads // key.shape[1]
     out = torch.zeros_like(query)
     for t in range(tokens):
-        seen = len(key) - tokens + t + 1
+        end = len(key) - tokens + t + 1
+        seen = range(0 if window is None else max(0, end - window), end)
         for head in range(heads):
-            scores = [float(query[t, head] @ key[s, head // group]) * scale for s in range(seen)]
+            scores = [float(query[t, head] @ key[s, head // group]) * scale for s in seen]
             top = max(scores)
             weights = [math.exp(score - top) for score in scores]
-            for s in range(seen):
-                out[t, head] += weights[s] / sum(weights) * value[s, head // group]
+            for weight, s in zip(weights, seen, strict=True):
+                out[t, head] += weight / sum(weights) * value[s, head // group]
     return out
 
 
@@ -72,6 +73,15 @@ def test_apply_rope_against_complex_rotation(head_dim):
         assert (y - torch.cat((rotated.real, rotated.imag), dim=-1)).abs().max() < 1e-5
     backwards = ops.apply_rope(q, k, angles.cos(), -angles.sin())
     assert (backwards[0] - turned[0]).abs().max() > 1e-2
+
+
+def test_apply_rope_scales_queries_alone():
+    q, k = normal(4, 6, 8), normal(4, 2, 8, seed=1)
+    angles, scale = normal(4, 4, seed=2), torch.tensor([1.0, 1.5, 2.0, 0.5])
+    plain = ops.apply_rope(q, k, angles.cos(), angles.sin())
+    scaled = ops.apply_rope(q, k, angles.cos(), angles.sin(), scale)
+    assert torch.allclose(scaled[0], plain[0] * scale[:, None, None], atol=1e-6) and torch.equal(scaled[1], plain[1])
+    assert not torch.allclose(scaled[0], plain[0], atol=1e-2)
 
 
 def test_quantize_kv_rounds_half_to_even_and_clamps():
@@ -139,6 +149,34 @@ def test_paged_attention_of_a_mixed_batch(heads, kv_heads, head_dim, page_len):
         assert (ops.paged_attention(query[rows], pages, alone, 0.3) - out[rows]).abs().max() < 1e-6
     one_short = Queries(starts[:2], lens[:1] - 1, table[:1])
     assert (ops.paged_attention(query[:1], pages, one_short, 0.3) - out[:1]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+def test_a_token_sees_its_window(window):
+    contexts = [(normal(n, 2, 4, seed=n), normal(n, 2, 4, seed=50 + n)) for n in (9, 17, 5)]
+    tokens = [1, 11, 5]
+    query = normal(sum(tokens), 4, 4, seed=99)
+    starts = torch.tensor([0, 1, 12, 17], dtype=torch.int32)
+    pages, table = filled_pages(contexts, 2, 4, 4)
+    batch = Queries(starts, torch.tensor([9, 17, 5], dtype=torch.int32), table)
+    out = ops.paged_attention(query, pages, batch, 0.3, window)
+    for b, (key, value) in enumerate(contexts):
+        rows = slice(int(starts[b]), int(starts[b + 1]))
+        assert (out[rows] - attention_by_loops(query[rows], key, value, 0.3, window)).abs().max() < 1e-5
+        if window < 5:
+            assert (out[rows] - attention_by_loops(query[rows], key, value, 0.3, window + 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [1, 7, ops.QUERY_BLOCK, ops.QUERY_BLOCK + 5])
+def test_windows_across_query_blocks(window):
+    length = 2 * ops.QUERY_BLOCK + 9
+    q, k, v = normal(length, 2, 4), normal(length, 1, 4, seed=1), normal(length, 1, 4, seed=2)
+    out = ops.causal_attention(q, k, v, torch.tensor([0, length]), 0.5, window)
+    scores = torch.einsum("thd,sd->hts", q.double(), k[:, 0].double()) * 0.5
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
+    exact = torch.einsum("hts,sd->thd", scores.softmax(-1), v[:, 0].double())
+    assert (out - exact).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("gathered_floats", [1, 8 * 100, 1 << 18])

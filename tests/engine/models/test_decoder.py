@@ -84,7 +84,7 @@ SHAPES = {
     "grouped heads": {},
     "one kv head, five heads": {"hidden_size": 30, "num_heads": 5, "num_kv_heads": 1, "head_dim": 6},
     "no groups, head_dim unlike hidden/heads": {"hidden_size": 36, "num_heads": 3, "num_kv_heads": 3, "head_dim": 20},
-    "biases": {"attention_bias": True},
+    "biases": {"qkv_bias": True, "o_bias": True},
     "tied, other base": {"tie_word_embeddings": True, "rope_theta": 500.0},
 }
 
@@ -103,7 +103,7 @@ def test_random_models_of_any_shape(changes):
             num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             rms_norm_eps=config.norm_eps,
-            attention_bias=config.attention_bias,
+            attention_bias=config.qkv_bias,
             tie_word_embeddings=config.tie_word_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         )
@@ -132,7 +132,7 @@ def test_logits_only_where_they_are_wanted():
 def calibrated(model, prompts):
     """KV scales over the prompts as they are taken for an artifact: one pair per layer, repeated over its heads."""
     batch = packed(prompts)
-    hidden, rope = model.embed(batch.token_ids), rope_tables(model.config, batch.positions)
+    hidden, rope = model.embed(batch.token_ids), rope_tables(model.config, batch)
     pairs = {"self_attn.k": [], "self_attn.v": []}
 
     def observe(module, x):
@@ -176,7 +176,7 @@ def test_observe_sees_the_input_of_every_linear():
     batch = packed([token_ids(64, 6)])
     hidden = weights[names.EMBEDDING][batch.token_ids]
     seen = {}
-    out = layer(hidden, batch, None, rope_tables(config, batch.positions), seen.__setitem__)
+    out = layer(hidden, batch, None, rope_tables(config, batch), seen.__setitem__)
     assert set(seen) == {*names.LINEARS, "self_attn.k", "self_attn.v"}
     for module in names.LINEARS:
         assert seen[module].shape == (6, names.linear_shape(config, module)[1])

@@ -10,6 +10,7 @@ from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
+from engine.models.rope_scaling import rope_base
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -40,11 +41,17 @@ def random_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
 
 
 class PagedRun:
-    """Feeds sequences through a cache, any number of tokens of any of them a step; pages are dealt out of order."""
+    """Feeds sequences through a cache, any number of tokens of any of them a step; pages are dealt out of order.
 
-    def __init__(self, model: Decoder, sequences: Sequence[Sequence[int]], *, page_len: int = 16, scales=None) -> None:
+    `limits` are the lengths that the sequences may reach, where the model's rotary base depends on them.
+    """
+
+    def __init__(
+        self, model: Decoder, sequences: Sequence[Sequence[int]], *, page_len: int = 16, scales=None, limits=None
+    ) -> None:
         self.model, self.sequences, self.page_len = model, [list(row) for row in sequences], page_len
         self.cached = [0] * len(sequences)
+        self.bases = None if limits is None else [rope_base(model.config, limit) for limit in limits]
         pages = [-(-len(row) // page_len) for row in self.sequences]
         order = torch.randperm(sum(pages) + 1, generator=torch.Generator().manual_seed(1)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in pages]
@@ -74,6 +81,7 @@ class PagedRun:
             ),
             slots=torch.tensor(slots),
             logits_at=torch.arange(len(tokens)),
+            rope_bases=None if self.bases is None else torch.tensor([self.bases[row] for row in amounts]).double(),
         )
         logits = self.model(batch, self.cache)
         for i, row in enumerate(amounts):

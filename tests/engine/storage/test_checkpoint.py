@@ -112,8 +112,8 @@ def refused(folder, *parts):
 def test_a_missing_folder_or_file(tmp_path, weights):
     refused(tmp_path / "absent", "config.json does not exist")
     folder = write_checkpoint(tmp_path / "model", weights)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "only safetensors")
+    (folder / "model.safetensors").rename(folder / "model.h5")
+    refused(folder, "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
 
 
 def test_broken_json(tmp_path, weights):
@@ -127,6 +127,10 @@ def test_broken_json(tmp_path, weights):
 def test_a_refused_configuration_names_the_folder(tmp_path, weights):
     folder = write_checkpoint(tmp_path / "model", weights, quantization_config={"quant_method": "awq"})
     refused(folder, "quantization_config = {'quant_method': 'awq'}")
+
+
+def test_a_configuration_of_more_layers_than_tensors_is_refused_at_once(tmp_path, weights):
+    refused(write_checkpoint(tmp_path / "model", weights, num_hidden_layers=10**12), "layers", "holds 21 tensors")
 
 
 def test_a_missing_shard(tmp_path, weights):
@@ -156,6 +160,17 @@ def test_a_file_cut_off_names_the_first_tensor_that_is_not_whole(tmp_path, weigh
     for length in (0, 7, 100):
         path.write_bytes(whole[:length])
         refused(folder, "model.safetensors is cut off or not a safetensors file")
+    for header in (
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, "8"]}},
+        {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": 3, "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
+        {"x": 3},
+        [],
+    ):
+        raw = json.dumps(header).encode()
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
+        refused(folder, "model.safetensors is not a", "safetensors file")
     path.write_bytes((10).to_bytes(8, "little") + b"not json at all")
     refused(folder, "model.safetensors is not a safetensors file")
 

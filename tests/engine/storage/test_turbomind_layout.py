@@ -68,30 +68,49 @@ def test_a_zero_point_that_is_none_is_refused(low):
 @given(
     tp=st.sampled_from([1, 2, 4]),
     cut=st.sampled_from(["columns", "rows", "copies"]),
-    join=st.sampled_from(["concatenate", "interleave"]),
-    widths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    interleave=st.booleans(),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    spare=st.integers(0, 5),
 )
-@settings(max_examples=60, deadline=None)
-def test_ranks_join_to_what_was_split(tp, cut, join, widths):
-    if join == "interleave":
-        widths = [widths[0]] * len(widths)
-    matrices = [_numbers(8, width * 4, high=100) + index for index, width in enumerate(widths)]
-    ranks = layout.split_ranks(matrices, tp, cut=cut, join=join)
+@settings(max_examples=100, deadline=None)
+def test_ranks_join_to_what_was_split_however_much_is_filled_up(tp, cut, interleave, sizes, spare):
+    join = "interleave" if interleave and cut == "columns" else "concatenate"
+    sizes = [sizes[0]] * len(sizes) if join == "interleave" else sizes
+    sizes = sizes if cut == "columns" else sizes[:1]
+    shapes = [(8, size) if cut == "columns" else (size, 8) for size in sizes]
+    matrices = [_numbers(*shape, high=100) + 1 + index for index, shape in enumerate(shapes)]
+    pieces = [-(-size // tp) for size in sizes]
+    stored = sum(pieces) + spare
+    ranks = layout.split_ranks(matrices, tp, cut=cut, join=join, pieces=pieces, stored=stored)
     assert len(ranks) == tp
-    joined = layout.join_ranks(ranks, [width * 4 for width in widths], cut=cut, join=join)
+    joined = layout.join_ranks(ranks, sizes, cut=cut, join=join, pieces=pieces)
     assert all(torch.equal(a, b) for a, b in zip(joined, matrices, strict=True))
+    if cut != "copies":
+        assert all(rank.shape == ((8, stored) if cut == "columns" else (stored, 8)) for rank in ranks)
+        assert sum(int(rank.count_nonzero()) for rank in ranks) == sum(matrix.numel() for matrix in matrices)
+
+
+def _split(matrices, join):
+    pieces = [matrix.shape[1] // 2 for matrix in matrices]
+    return layout.split_ranks(matrices, 2, cut="columns", join=join, pieces=pieces, stored=sum(pieces))
 
 
 def test_a_rank_holds_its_share_of_q_k_and_v_side_by_side():
     q, k, v = torch.arange(8)[None], 100 + torch.arange(4)[None], 200 + torch.arange(4)[None]
-    ranks = layout.split_ranks([q, k, v], 2, cut="columns", join="concatenate")
-    assert ranks[1].tolist() == [[4, 5, 6, 7, 102, 103, 202, 203]]
+    assert _split([q, k, v], "concatenate")[1].tolist() == [[4, 5, 6, 7, 102, 103, 202, 203]]
 
 
 def test_gate_and_up_alternate():
     gate, up = torch.arange(4)[None], 100 + torch.arange(4)[None]
-    ranks = layout.split_ranks([gate, up], 2, cut="columns", join="interleave")
-    assert ranks[1].tolist() == [[2, 102, 3, 103]]
+    assert _split([gate, up], "interleave")[1].tolist() == [[2, 102, 3, 103]]
+
+
+def test_groups_that_are_cut_repeat_their_row_and_merge_again():
+    rows = torch.tensor([[1, 2], [3, 4]])
+    assert layout.refine_groups(rows, 2).tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    assert torch.equal(layout.merge_groups(layout.refine_groups(rows, 3), 3), rows)
+    with pytest.raises(ValueError, match="parts of one group"):
+        layout.merge_groups(torch.tensor([[1, 2], [1, 3]]), 2)
 
 
 def test_vocabulary_is_padded_with_zero_rows():

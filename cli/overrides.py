@@ -1,0 +1,90 @@
+"""`key=value` arguments composed with conf/ by Hydra, and its complaints as one paragraph."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from cli.checkout import conf_folder
+from server.config import IMMUTABLE, ServeConfig
+
+TEXT_KEYS = ("artifact", "folder", "waiver", "store", "serve.model_name", "serve.api_key", "serve.api_key_file")
+TOP_KEYS = ("artifact", "folder", "waiver", "store", "serve")
+BEFORE_QUOTE = re.compile(r"(\\*)('|\Z)")
+BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
+NAME = "ingot_serve"
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeCommand:
+    """What `ingot serve` is told: one of `artifact` and `folder`, and the group serve."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"serve": "default"}])
+    artifact: str | None = None
+    folder: str | None = None
+    waiver: str | None = None
+    store: str | None = None
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
+def quote(override: str) -> str:
+    """`override` with a text value quoted for Hydra, whose grammar would read the id 3e911223 as a number.
+
+    A value that the user has quoted already is left as it is.
+    """
+    key, equals, value = override.partition("=")
+    if key not in TEXT_KEYS or not equals or value in ("", "null"):
+        return override
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return override
+    # Backslashes count only before a quote and before ${, where each must be written twice.
+    value = BEFORE_INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", value)
+    value = BEFORE_QUOTE.sub(lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"{key}='{value}'"
+
+
+def compose_serve(overrides: Sequence[str]) -> ServeCommand:
+    """The typed configuration of `ingot serve`; ValueError, one paragraph, for what it does not know or allow."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        check_known(override)
+    ConfigStore.instance().store(name=NAME, node=ServeCommand)
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            composed = compose(NAME, overrides=[quote(override) for override in overrides])
+        return cast(ServeCommand, OmegaConf.to_object(composed))
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override!r} is not understood: {paragraph(error)}.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(paragraph(error)) from error
+
+
+def check_known(override: str) -> None:
+    """Refuse what is no `key=value`, an unknown key, and a key of the artifact itself, which says why it is fixed."""
+    key, equals, _ = override.partition("=")
+    if not equals or not key[:1].isalpha():
+        raise ValueError(f"{override!r} is not understood: options are given as key=value, such as serve.port=23333.")
+    name = key.removeprefix("serve.")
+    if name in IMMUTABLE:
+        raise ValueError(f"{key} belongs to the artifact and cannot be set when serving: {IMMUTABLE[name]}.")
+    known = [*TOP_KEYS, *(f"serve.{each.name}" for each in fields(ServeConfig))]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        meant = f"Did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no option {key!r}. {meant}`ingot serve --help` lists the options.")
+
+
+def paragraph(error: Exception) -> str:
+    """The message of a Hydra or OmegaConf error without its technical tail (search path, full_key, object_type)."""
+    texts = [str(each).partition("Config search path")[0] for each in (error, error.__cause__) if each is not None]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    tails = ("full_key", "object_type", "reference_type", "See ")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(tails)))

@@ -1,0 +1,125 @@
+"""The commands of LMDeploy v0.1.0 on plain folders, without a build, a store or an evaluation.
+
+    ingot convert NAME PATH [--model-format awq --group-size 128 --tp 2 --dst-path ./workspace]
+    ingot lite kv_qparams WORK_DIR TURBOMIND_DIR [--kv-sym] [--num-tp 1]
+
+Flags are written with hyphens or underscores; one that is not known is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+from cli.arguments import Parser
+
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+LITE = ("kv_qparams",)
+
+
+def convert(argv: list[str]) -> int:
+    parser = Parser(prog="ingot convert", description="a checkpoint as a plain TurboMind workspace", allow_abbrev=False)
+    parser.add_argument("model_name", metavar="NAME", help="the chat template's name, written into config.ini")
+    parser.add_argument("model_path", metavar="PATH", type=Path, help="the folder of the checkpoint")
+    parser.add_argument("--model-format", metavar="hf|awq|llama", help="hf; awq: 4-bit AWQ weights; llama: Meta's .pth")
+    parser.add_argument("--group-size", type=int, metavar="N", help="of AWQ weights; without it, what they have")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (1)")
+    parser.add_argument("--dst-path", type=Path, default=Path("workspace"), metavar="DIR", help="(./workspace)")
+    parser.add_argument("--tokenizer-path", type=Path, metavar="P", help="another tokenizer: its file or its folder")
+    parser.add_argument("--quant-path", type=Path, metavar="DIR", help="where the AWQ weights are, if not in PATH")
+    _switch(parser, "--overwrite", "replace a workspace that is there")
+    _switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
+    options = _parse(parser, argv)
+    # Torch takes seconds to import; what is wrong with the arguments is said before.
+    from pipelines.convert import SESSION_LENS, Conversion, convert
+
+    ini = convert(
+        Conversion(
+            name=options.model_name,
+            source=options.model_path,
+            target=options.dst_path,
+            model_format=options.model_format or "hf",
+            group_size=options.group_size or None,
+            tp=options.tp,
+            tokenizer=options.tokenizer_path,
+            weights_folder=options.quant_path,
+            overwrite=options.overwrite,
+            allow_bin=options.allow_bin,
+        )
+    )
+    if options.model_name not in SESSION_LENS:
+        print(f"{options.model_name} is no name of LMDeploy's: session_len is the model's own", file=sys.stderr)
+    print(f"{options.dst_path}: {ini.weight_type}, tp={ini.tensor_para_size}, session_len {ini.session_len}")
+    print("A plain folder: nobody has measured it. `ingot build` makes artifacts that are.", file=sys.stderr)
+    return 0
+
+
+def lite(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    verb = argv[0].replace("-", "_") if argv else ""
+    if verb not in LITE:
+        raise ValueError(
+            f"`ingot lite {argv[0] if argv else ''}` is not there: `ingot lite` has {', '.join(LITE)}. Weights are "
+            "calibrated and quantized by `ingot build`."
+        )
+    return kv_qparams(argv[1:])
+
+
+def kv_qparams(argv: list[str]) -> int:
+    parser = Parser(prog="ingot lite kv_qparams", description="scales of an int8 KV cache", allow_abbrev=False)
+    parser.add_argument("work_dir", metavar="WORK_DIR", type=Path, help="what calibration wrote: stats.safetensors")
+    parser.add_argument("turbomind_dir", metavar="TURBOMIND_DIR", type=Path, help="WORKSPACE/triton_models/weights")
+    parser.add_argument("--kv-bits", type=int, default=8, metavar="8")
+    _switch(parser, "--kv-sym", "zero points 0, scales from the largest magnitude")
+    parser.add_argument("--num-tp", type=int, default=1, metavar="N", help="ranks of the workspace (1)")
+    options = _parse(parser, argv)
+    from pipelines.kv_qparams import write_kv_qparams
+
+    written = write_kv_qparams(
+        options.work_dir, options.turbomind_dir, bits=options.kv_bits, symmetric=options.kv_sym, tp=options.num_tp
+    )
+    for layer, rank, k_scale, k_zero, v_scale, v_zero in written.rows:
+        print(f"layer {layer} rank {rank}: k {k_scale:.6g} zero {k_zero:.6g}, v {v_scale:.6g} zero {v_zero:.6g}")
+    if written.config_ini is not None:
+        print(f"{written.config_ini}: quant_policy is 4 now, there is nothing left to edit by hand")
+    else:
+        print(f"{options.turbomind_dir} has no config.ini: set quant_policy = 4 in the one that goes with these files")
+    if written.warning:
+        print(f"ingot: {written.warning}", file=sys.stderr)
+    return 0
+
+
+def _switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """A flag that is given alone or, as LMDeploy took it, with True or False."""
+    parser.add_argument(flag, nargs="?", const=True, default=False, type=_truth, metavar="", help=text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return TRUTHS[text.lower()]
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """`parser.parse_args` with underscores in flags as hyphens; ValueError with the nearest flag for an unknown one."""
+    known = parser._option_string_actions
+    arguments: list[str] = []
+    for at, text in enumerate(argv):
+        flag, equals, value = text.partition("=")
+        if not text.startswith("--") or text == "--":
+            arguments.append(text)
+            continue
+        flag = flag.replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, [name for name in known if name.startswith("--")], n=1)
+            meant = f"Did you mean {near[0]}? " if near else ""
+            raise ValueError(f"there is no flag {text}. {meant}`{parser.prog} --help` lists the flags.")
+        # A switch takes no word after it that is neither True nor False: that is the next argument.
+        if known[flag].nargs == "?" and not equals and (argv[at + 1 : at + 2] or [""])[0].lower() not in TRUTHS:
+            equals, value = "=", "True"
+        arguments.append(f"{flag}{equals}{value}")
+    return parser.parse_args(arguments)

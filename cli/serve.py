@@ -1,0 +1,205 @@
+"""`ingot serve artifact=ID [serve.port=23333 serve.api_key_file=key.txt waiver="reason" ...]`: serve over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import yaml
+
+from cli.main import fail
+from cli.overrides import ServeCommand, compose_serve
+from cli.target import Target, find_target
+from engine.runtime.client import EngineClient, EngineError
+from engine.runtime.tokenizer import Tokenizer
+from server.app import create_app
+from server.config import AppConfig, ServeConfig, check_exposure
+
+HELP = """usage: ingot serve artifact=ID [KEY=VALUE ...] [--cfg job]
+
+  artifact=ID        an id, a unique prefix of one, or a pinned name; it must have passed its evaluation
+  folder=PATH        instead: a plain workspace folder, which nobody verified
+  waiver="reason"    serve an artifact that has not passed; the reason is logged and shown in /v1/models
+  store=PATH         another store than this checkout's
+  --cfg job          print the configuration and stop
+
+`ingot serve triton_client HOST:PORT` talks to a Triton server in the terminal.
+
+Options, with their defaults (conf/serve/default.yaml):
+"""
+SECONDS_TO_FINISH = 10
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGINT or SIGTERM: then 0. 1 when the engine ends on its own."""
+    if argv[:1] == ["triton_client"]:
+        from cli import triton_client
+
+        return triton_client.main(argv[1:])
+    if "-h" in argv or "--help" in argv:
+        defaults = dataclasses.asdict(ServeConfig())
+        print(
+            HELP + yaml.safe_dump({f"serve.{name}": value for name, value in defaults.items()}, sort_keys=False), end=""
+        )
+        return 0
+    show, overrides = split_flags(argv)
+    command = compose_serve(overrides)
+    if show:
+        print(shown(command), end="")
+        return 0
+    api_key = read_key(command.serve)
+    check_exposure(command.serve.host, api_key)
+    target = find_target(
+        artifact=command.artifact,
+        folder=command.folder,
+        waiver=command.waiver,
+        store=command.store,
+        model_name=command.serve.model_name,
+    )
+    with listening_socket(command.serve.host, command.serve.port) as listener:
+        return asyncio.run(serve(target, command.serve, api_key, listener))
+
+
+def split_flags(argv: list[str]) -> tuple[bool, list[str]]:
+    """(whether `--cfg job` is asked for, the rest)."""
+    rest = list(argv)
+    if "--cfg" not in rest:
+        return False, rest
+    at = rest.index("--cfg")
+    if rest[at + 1 : at + 2] != ["job"]:
+        raise ValueError("--cfg is followed by what to print, and only `--cfg job` is known.")
+    del rest[at : at + 2]
+    return True, rest
+
+
+def shown(command: ServeCommand) -> str:
+    """The configuration as YAML, without the key."""
+    content: dict[str, Any] = dataclasses.asdict(command)
+    del content["defaults"]
+    if content["serve"]["api_key"] is not None:
+        content["serve"]["api_key"] = "<hidden>"
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def read_key(config: ServeConfig) -> str | None:
+    """The key from serve.api_key_file, else serve.api_key (with a warning), else INGOT_API_KEY; None without any."""
+    if config.api_key_file is not None:
+        key = Path(config.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+        source = f"serve.api_key_file={config.api_key_file}"
+    elif config.api_key is not None:
+        print("ingot: serve.api_key= can be seen in the process list; prefer serve.api_key_file=FILE", file=sys.stderr)
+        key, source = config.api_key, "serve.api_key"
+    elif "INGOT_API_KEY" in os.environ:
+        key, source = os.environ["INGOT_API_KEY"], "INGOT_API_KEY"
+    else:
+        return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{source} does not hold a key: it must be one word of printable ASCII characters.")
+    return key
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to the address before the model is loaded, so that a busy port is said at once."""
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(f"serve.host={host} is not an address of this machine: {error.strerror}.") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another serve.port, or 0 for any free one."
+        ) from error
+    return listener
+
+
+async def serve(target: Target, config: ServeConfig, api_key: str | None, listener: socket.socket) -> int:
+    """Load the engine and serve until a signal comes or the engine ends."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model = target.model
+    client = EngineClient(
+        target.folder, config.engine_config(), verify=model.artifact_id is not None, artifact_id=model.artifact_id
+    )
+    print(f"loading {target.folder}", file=sys.stderr)
+    try:
+        loading = asyncio.create_task(client.start())
+        tokenizer = await asyncio.to_thread(Tokenizer, target.tokenizer_folder)
+        if not await first_of(loading, stop):
+            return 0
+        app = create_app(client, tokenizer, AppConfig(model=model, api_key=api_key))
+        server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH))
+        announce(target, client, listener, guarded=api_key is not None)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        ending = asyncio.create_task(client.wait_ended())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, ending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        failed = client.error
+        await serving
+        for task in (ending, stopping):
+            task.cancel()
+        return fail(str(failed)) if failed else 0
+    except EngineError as error:
+        return fail(str(error))
+    finally:
+        await client.close()
+
+
+async def first_of(loading: asyncio.Task[None], stop: asyncio.Event) -> bool:
+    """True once `loading` is done, with its error raised; False, and it cancelled, if `stop` is set first."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not loading.done():
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loading
+        return False
+    await loading
+    return True
+
+
+def announce(target: Target, client: EngineClient, listener: socket.socket, *, guarded: bool) -> None:
+    host, port = listener.getsockname()[:2]
+    model = target.model
+    verdict = model.verdict or "not evaluated"
+    print(f"model    {model.name} ({model.recipe or 'unverified folder'}, session_len {client.session_len})")
+    print(f"artifact {model.artifact_id or 'none'} ({verdict}{', waiver: ' + model.waiver if model.waiver else ''})")
+    print(f"key      {'asked for on every route' if guarded else 'none: this machine alone can connect'}")
+    print(f"URL      http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+
+class Server(uvicorn.Server):
+    """uvicorn without signal handlers of its own: it would raise the signal again and end before the engine does."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+LOG: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stderr"}},
+    "loggers": {
+        "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        "uvicorn.access": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+    },
+}

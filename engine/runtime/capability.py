@@ -1,0 +1,135 @@
+"""Whether a device can run a workspace, found out before its weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import Dtype, EngineConfig, ModelConfig, Recipe
+from engine.models import names
+from engine.models.cache import page_bytes
+from engine.runtime.cache import page_count
+from engine.runtime.runner import free_memory
+
+MIB = 2**20
+# The largest share of the free memory that is proposed for the cache.
+MOST = 0.9
+# First compute capability with the type in its matrix units.
+BFLOAT16_FROM = (8, 0)
+INT8_FROM = (7, 5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What a device is and can do: types that its matrix units know, and bytes that are free now."""
+
+    name: str
+    bfloat16: bool
+    int8: bool
+    free_bytes: int
+
+
+def probe_device(text: str) -> Device:
+    """The device that `EngineConfig.device` names; ValueError where this machine has none of that name."""
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(f"device={text} is no device: write cpu, cuda or cuda:N.") from error
+    if device.type == "cpu":
+        return Device(name="cpu", bfloat16=True, int8=True, free_bytes=free_memory(device))
+    if device.type != "cuda":
+        raise ValueError(f"device={text} is not supported; cpu and cuda are.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"device={text} is not on this machine, which has {count or 'no'} GPUs. device=cpu would run.")
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{text} ({torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]})"
+    return Device(
+        name=name,
+        bfloat16=capability >= BFLOAT16_FROM,
+        int8=capability >= INT8_FROM,
+        free_bytes=free_memory(device),
+    )
+
+
+def computing_dtype(config: ModelConfig, engine: EngineConfig) -> Dtype:
+    """The type that `engine.dtype` stands for: `auto` is float32 on a CPU and the workspace's own on a GPU."""
+    if engine.dtype != "auto":
+        return engine.dtype
+    return "float32" if torch.device(engine.device).type == "cpu" else config.dtype
+
+
+def check_capability(
+    config: ModelConfig, recipe: Recipe, engine: EngineConfig, device: Device, *, session_len: int
+) -> None:
+    """ValueError where the device lacks a type, or memory for the weights and one full sequence of KV.
+
+    The message says what would run. `recipe.kv` is that of the cache as it will be, whatever the workspace says.
+    """
+    dtype = computing_dtype(config, engine)
+    if dtype == "bfloat16" and not device.bfloat16:
+        raise ValueError(
+            f"{device.name} does not compute in bfloat16, which dtype={engine.dtype} asks for here. "
+            "dtype=float16 would run (check its quality: float16 overflows beyond 65504), or dtype=float32."
+        )
+    if recipe.weights == "w8a8" and not device.int8:
+        raise ValueError(
+            f"{device.name} does not multiply int8 matrices, which w8a8 weights need. An artifact with weights=w4a16 "
+            "or weights=fp16 would run."
+        )
+    _check_memory(config, recipe, engine, device, dtype=getattr(torch, dtype), session_len=session_len)
+
+
+def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Memory that the weights take when they run. 4-bit linears keep what they unpack beside what is packed."""
+    total = 0
+    for name, shape in names.model_tensors(config).items():
+        count = torch.Size(shape).numel()
+        total += count * dtype.itemsize
+        if recipe.weights == "w4a16" and names.split_name(name)[1].removesuffix(".weight") in names.LINEARS:
+            groups = count // recipe.group_size
+            total += count // 2 + groups // 2 + groups * 2
+    return total
+
+
+def _check_memory(
+    config: ModelConfig, recipe: Recipe, engine: EngineConfig, device: Device, *, dtype: torch.dtype, session_len: int
+) -> None:
+    page_len, entry = engine.cache_block_seq_len, engine.cache_max_entry_count
+    if page_len < 1 or session_len < 1:
+        return  # said where they are used
+
+    def pages(dtype: torch.dtype, kv: str, entry: float, session_len: int) -> int:
+        """Pages that there would be room for; 0 where one sequence does not fit."""
+        page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=kv == "kv8")
+        left = device.free_bytes - weight_bytes(config, recipe, dtype)
+        try:
+            count = page_count(
+                entry, page_bytes=page, free_bytes=max(left, 0), page_len=page_len, session_len=session_len
+            )
+        except ValueError:
+            return 0
+        return count if count * page <= left else 0
+
+    if pages(dtype, recipe.kv, entry, session_len):
+        return
+    page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=recipe.kv == "kv8")
+    # An option that is no amount at all has a message of its own.
+    page_count(entry, page_bytes=page, free_bytes=1 << 62, page_len=page_len, session_len=1)
+    runs = []
+    if fitting := pages(dtype, recipe.kv, entry, 1):
+        runs.append(f"session_len={fitting * page_len}")
+    if pages(dtype, recipe.kv, MOST, session_len):
+        runs.append(f"cache_max_entry_count={MOST}")
+    if recipe.kv == "kv16" and pages(dtype, "kv8", entry, session_len):
+        runs.append("an artifact with kv=kv8")
+    if dtype == torch.float32 and pages(torch.float16, recipe.kv, entry, session_len):
+        runs.append("dtype=bfloat16" if config.dtype == "bfloat16" and device.bfloat16 else "dtype=float16")
+    weights, sequence = weight_bytes(config, recipe, dtype), -(-session_len // page_len) * page
+    raise ValueError(
+        f"{device.name} has {device.free_bytes / MIB:.0f} MiB free. The weights ({recipe.weights}, computed in "
+        f"{str(dtype).removeprefix('torch.')}) take {weights / MIB:.0f} MiB, and the KV cache of one sequence of "
+        f"session_len {session_len} takes {sequence / MIB:.0f} MiB out of what cache_max_entry_count={entry} gives it. "
+        + (f"What would run: {', or '.join(runs)}." if runs else "No setting of this artifact would run here.")
+    )

@@ -1,0 +1,280 @@
+"""The engine: requests in, events out. `Engine.step` is the whole of serving; everything else here prepares it."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, Sampling
+from engine.models.cache import KVCache, KVScales, page_bytes
+from engine.models.decoder import Decoder
+from engine.models.rope_scaling import is_dynamic, rope_base
+from engine.runtime.answer import Answer
+from engine.runtime.cache import PageTable, page_count
+from engine.runtime.capability import check_capability, computing_dtype, probe_device
+from engine.runtime.event import Event, FinishReason
+from engine.runtime.runner import Runner, free_memory
+from engine.runtime.scheduler import Scheduler
+from engine.runtime.sequence import Sequence, check_sampling
+from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
+from engine.storage.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer. `token_ids` has the end token, or the tokens of the stop string; `text` has neither."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Engine:
+    """Continuous batching of requests over one model and one paged KV cache. Not thread-safe: one caller steps it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        session_len: int,
+        kv_scales: KVScales | None = None,
+    ) -> None:
+        """The KV cache is int8 if `kv_scales` are given. Raises ValueError if it cannot hold one session."""
+        if session_len < 2:
+            raise ValueError(f"session_len is {session_len}, but must hold a prompt and an answer: at least 2 tokens.")
+        self.session_len = session_len
+        self._vocab_size = model.config.vocab_size
+        self._model_config = model.config
+        self._tokenizer = tokenizer
+        self._eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
+        page_len = config.cache_block_seq_len
+        num_pages = _num_pages(model, config, session_len=session_len, quantized=kv_scales is not None)
+        pages = PageTable(num_pages, page_len)
+        cache = KVCache(
+            model.config,
+            num_pages=num_pages,
+            page_len=page_len,
+            device=model.device,
+            dtype=model.dtype,
+            scales=kv_scales,
+        )
+        self._runner = Runner(model, cache, eos_token_ids=self._eos_token_ids)
+        self._scheduler = Scheduler(
+            pages,
+            max_batch_size=config.max_batch_size,
+            num_tokens_per_iter=config.num_tokens_per_iter,
+            prefix_caching=config.prefix_caching,
+        )
+        self._requests: dict[str, tuple[Sequence, Answer]] = {}
+        self._aborted: list[Event] = []
+
+    @classmethod
+    def from_workspace(cls, folder: Path, config: EngineConfig) -> Engine:
+        """The engine of a workspace; what `config` leaves open (session_len 0, quant_policy None) config.ini says."""
+        workspace = Workspace(folder)
+        quant_policy = workspace.ini.quant_policy if config.quant_policy is None else config.quant_policy
+        if quant_policy not in (0, 4):
+            raise ValueError(f"quant_policy is {quant_policy}, but must be 0 (KV cache as computed) or 4 (int8).")
+        scales = workspace.kv_scales() if quant_policy == 4 else None
+        if quant_policy == 4 and scales is None:
+            raise ValueError(
+                f"quant_policy is 4 (int8 KV cache), but {folder} has no KV scales (layers.*.past_kv_scale.*.weight). "
+                "Set quant_policy to 0, or build the artifact with kv=kv8."
+            )
+        session_len = config.session_len or workspace.ini.session_len
+        recipe = replace(workspace.recipe, kv="kv8" if scales is not None else "kv16")
+        check_capability(workspace.config, recipe, config, probe_device(config.device), session_len=session_len)
+        dtype = computing_dtype(workspace.config, config)
+        model_config = config.applied_to(workspace.config)
+        model = Decoder(model_config, workspace.weights(), device=config.device, dtype=getattr(torch, dtype))
+        tokenizer = Tokenizer(workspace.tokenizer_folder)
+        return cls(model, tokenizer, config, session_len=session_len, kv_scales=scales)
+
+    def step(self) -> list[Event]:
+        """Compute one step of all requests that fit into it, and tell what is new."""
+        events, self._aborted = self._aborted, []
+        plan = self._scheduler.schedule()
+        if plan.sequences:
+            tokens = self._runner.run(plan)
+            drawing = plan.drawing
+            self._scheduler.commit(plan, tokens)
+            events += [self._advance(sequence) for sequence in drawing]
+        return events
+
+    def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str | None = None) -> str:
+        """Queue a request and return its id. Raises ValueError for a prompt or an option that cannot be served.
+
+        The answer ends with "length" where prompt and answer reach session_len, even before max_new_tokens.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        if request_id in self._requests:
+            raise ValueError(f"The request id {request_id!r} is in use: give every request one of its own.")
+        check_sampling(sampling)
+        self._check_prompt(prompt_ids, most=self.session_len - 1)
+        limit = min(len(prompt_ids) + sampling.max_new_tokens, self.session_len)
+        sequence = Sequence(
+            request_id=request_id,
+            tokens=list(prompt_ids),
+            limit=limit,
+            rope_base=self._rope_base(limit),
+            sampling=sampling,
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+        )
+        answer = Answer(IncrementalDecoder(self._tokenizer, prompt_ids=prompt_ids), stop=sampling.stop)
+        self._scheduler.add(sequence)
+        self._requests[request_id] = sequence, answer
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its pages now; the next step says so. One that is over already is left alone."""
+        if request_id in self._requests:
+            sequence, answer = self._requests.pop(request_id)
+            self._scheduler.finish(sequence)
+            self._aborted.append(_event(sequence, (), answer.finish(), "abort"))
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work() or bool(self._aborted)
+
+    def check(self) -> None:
+        """Assert that no page is lost and every invariant of the scheduler holds."""
+        self._scheduler.check()
+
+    def generate(self, prompts: Items[list[int]], sampling: Sampling | Items[Sampling]) -> list[Completion]:
+        """Answers to all prompts, in their order; the engine must be idle. `sampling` is for all, or one for each."""
+        self._check_idle()
+        options = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        ids: list[str] = []
+        events: dict[str, list[Event]] = {}
+        try:
+            for prompt_ids, option in zip(prompts, options, strict=True):
+                ids.append(self.add(prompt_ids, option))
+            while self.has_work():
+                for event in self.step():
+                    events.setdefault(event.request_id, []).append(event)
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+            self._aborted.clear()
+        return [_completion(events[request_id]) for request_id in ids]
+
+    def score(self, items: Items[list[int]], on_logits: Callable[[int, int, Tensor], None]) -> None:
+        """Run every item through the KV cache in chunks, without drawing a token; the engine must be idle.
+
+        Calls `on_logits(item, start, logits)` for consecutive pieces of each item: row j of `logits`, float32
+        [n, vocab], is what the model says after the token at position start + j.
+        """
+        self._check_idle()
+        for tokens in items:
+            self._check_prompt(tokens, most=self.session_len)
+        sequences = [
+            Sequence(request_id="", tokens=list(t), limit=len(t), scored=True, rope_base=self._rope_base(len(t)))
+            for t in items
+        ]
+        numbers = {sequence: number for number, sequence in enumerate(sequences)}
+        unfinished = set(sequences)
+        try:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+            while self._scheduler.has_work():
+                plan = self._scheduler.schedule()
+                logits = self._runner.logits(plan)
+                row = 0
+                for sequence in plan.sequences:
+                    on_logits(numbers[sequence], sequence.cached, logits[row : row + sequence.scheduled])
+                    row += sequence.scheduled
+                self._scheduler.commit(plan, ())
+                for sequence in plan.sequences:
+                    if sequence.cached == len(sequence):
+                        self._scheduler.finish(sequence)
+                        unfinished.remove(sequence)
+        finally:
+            for sequence in unfinished:
+                self._scheduler.finish(sequence)
+
+    def _advance(self, sequence: Sequence) -> Event:
+        """Take in the new last token of a sequence, and end the request where that token ends it."""
+        _, answer = self._requests[sequence.request_id]
+        token = sequence.tokens[-1]
+        ended = token in self._eos_token_ids
+        text = "" if ended else answer.push(token)
+        reason: FinishReason | None = None
+        if ended or answer.stopped or len(sequence) == sequence.limit:
+            text += answer.finish()
+            reason = "stop" if ended or answer.stopped else "length"
+            self._scheduler.finish(sequence)
+            del self._requests[sequence.request_id]
+        return _event(sequence, (token,), text, reason)
+
+    def _rope_base(self, limit: int) -> float | None:
+        """The rotary base of a sequence that may reach `limit` tokens; None where all sequences have the model's."""
+        return rope_base(self._model_config, limit) if is_dynamic(self._model_config) else None
+
+    def _check_prompt(self, prompt_ids: list[int], *, most: int) -> None:
+        if not 0 < len(prompt_ids) <= most:
+            raise ValueError(
+                f"The prompt has {len(prompt_ids)} tokens, but with session_len {self.session_len} it can have 1 to "
+                f"{most}. Shorten the prompt or raise session_len."
+            )
+        lowest, highest = min(prompt_ids), max(prompt_ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"The prompt has the token id {wrong}, but this model knows 0 to {self._vocab_size - 1}. "
+                "Encode the prompt with the tokenizer of this model."
+            )
+
+    def _check_idle(self) -> None:
+        if self.has_work():
+            raise ValueError("The engine has unfinished requests: let step() finish them, or abort them, first.")
+
+
+def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, quantized: bool) -> int:
+    """Pages for the engine. On a CPU a share of the memory ends where max_batch_size full sessions fit: the rest serves
+    better as the system's page cache."""
+    page_len = config.cache_block_seq_len
+    if page_len < 1:
+        raise ValueError(f"cache_block_seq_len (tokens in a page) is {page_len}, but must be at least 1.")
+    full = config.max_batch_size * -(-session_len // page_len)
+    return page_count(
+        config.cache_max_entry_count,
+        page_bytes=page_bytes(model.config, page_len=page_len, dtype=model.dtype, quantized=quantized),
+        free_bytes=free_memory(model.device),
+        page_len=page_len,
+        session_len=session_len,
+        most=full if model.device.type == "cpu" else None,
+    )
+
+
+def _event(sequence: Sequence, token_ids: tuple[int, ...], text: str, reason: FinishReason | None) -> Event:
+    return Event(
+        request_id=sequence.request_id,
+        token_ids=token_ids,
+        text=text,
+        finish_reason=reason,
+        prompt_tokens=sequence.prompt_length,
+        cached_tokens=sequence.prefix_hit or 0,
+        completion_tokens=len(sequence) - sequence.prompt_length,
+    )
+
+
+def _completion(events: list[Event]) -> Completion:
+    last = events[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        text="".join(event.text for event in events),
+        finish_reason=last.finish_reason,
+        prompt_tokens=last.prompt_tokens,
+        cached_tokens=last.cached_tokens,
+    )

@@ -1,0 +1,25 @@
+"""What the engine says about a request. Without torch, so that a process that only reads events stays small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """News of one request: its new tokens and the text that they add, which stop strings never reach.
+
+    `finish_reason` is None while more is to come: "stop" is an end token or a stop string, "length" is
+    max_new_tokens or session_len. `cached_tokens` of the prompt came from the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int

@@ -1,0 +1,125 @@
+"""The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
+
+In come `load` (first), `add`, `abort` and `state`; out go `ready` or `failed`, then `accepted`, `refused`, `events`
+and `state`. The loop sleeps in the socket while nothing is to be computed, and takes messages in between steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, Sampling
+from engine.runtime.channel import Channel, Message
+from engine.storage import artifacts
+
+if TYPE_CHECKING:
+    from engine.runtime.engine import Engine
+    from engine.runtime.event import Event
+
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux for a SIGKILL when the parent ends, and end now if it has ended already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def load(message: Message) -> tuple[Engine, Message]:
+    """The engine that `load` asks for and the answer to it. ValueError or OSError if the folder cannot be served.
+
+    With `verify` every byte is checked against the manifest, whose id must be `artifact_id` if that is given.
+    """
+    folder = Path(message["folder"])
+    if message["verify"]:
+        artifacts.verify(folder, message["artifact_id"])
+    from engine.runtime.engine import Engine  # torch takes seconds to import: a damaged artifact is said before
+
+    engine = Engine.from_workspace(folder, EngineConfig(**message["config"]))
+    return engine, {"type": "ready", "session_len": engine.session_len}
+
+
+def fields(event: Event) -> list[object]:
+    """What crosses of an event; dataclasses.astuple would copy deeply, for every token of every request."""
+    counts = [event.prompt_tokens, event.cached_tokens, event.completion_tokens]
+    return [event.request_id, event.token_ids, event.text, event.finish_reason, *counts]
+
+
+class Service:
+    """Answers messages with an engine until the client closes the channel."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._unfinished: set[str] = set()
+
+    def run(self) -> None:
+        while True:
+            for message in self._channel.receive(wait=not self._engine.has_work()):
+                self._take(message)
+            if self._engine.has_work():
+                events = self._engine.step()
+                self._unfinished -= {event.request_id for event in events if event.finish_reason}
+                if events:
+                    self._channel.send({"type": "events", "events": [fields(event) for event in events]})
+
+    def _take(self, message: Message) -> None:
+        match message["type"]:
+            case "add":
+                self._add(message)
+            case "abort":
+                self._engine.abort(message["request_id"])
+                self._unfinished.discard(message["request_id"])
+            case "state":
+                self._engine.check()
+                self._channel.send({"type": "state", "unfinished": len(self._unfinished)})
+            case unknown:
+                raise AssertionError(f"no such message: {unknown!r}")
+
+    def _add(self, message: Message) -> None:
+        request_id = message["request_id"]
+        options = message["sampling"]
+        sampling = Sampling(**{**options, "stop": tuple(options["stop"])})
+        try:
+            self._engine.add(message["prompt_ids"], sampling, request_id=request_id)
+        except ValueError as error:
+            self._channel.send({"type": "refused", "request_id": request_id, "message": str(error)})
+        else:
+            self._unfinished.add(request_id)
+            self._channel.send({"type": "accepted", "request_id": request_id})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="engine.runtime.process", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="an inherited socket to the client")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the client")
+    options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # these reach the whole group; the client decides when the engine ends
+    die_with_parent(options.parent)
+    channel = Channel(socket.socket(fileno=options.fd))
+    try:
+        [message] = channel.receive(wait=True)
+        try:
+            engine, ready = load(message)
+        except (ValueError, OSError) as error:
+            channel.send({"type": "failed", "message": str(error)})
+            return 1
+        channel.send(ready)
+        Service(engine, channel).run()
+    except (EOFError, ConnectionError):
+        pass  # the client is gone: nobody is left to work for
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

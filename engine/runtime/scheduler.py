@@ -1,0 +1,155 @@
+"""Which tokens of which sequences are computed next, and in which pages their K and V go."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from engine.runtime.cache import PageTable, page_digest
+from engine.runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: every sequence here has `scheduled` > 0 and pages for all its tokens."""
+
+    sequences: tuple[Sequence, ...]
+
+    @property
+    def drawing(self) -> list[Sequence]:
+        """The sequences that get a new token from this step, in the order in which `commit` takes the tokens."""
+        return [sequence for sequence in self.sequences if sequence.draws]
+
+
+class Scheduler:
+    """First come, first served: `running` and then `waiting` are always in the order of arrival.
+
+    A step spends `num_tokens_per_iter` tokens on at most `max_batch_size` sequences: on the running ones first, then on
+    waiting ones, of which the last may get only a part of its prompt. A sequence is admitted when pages for all its
+    tokens are there, with one more for each that already runs to grow into. If pages run out all the same, the latest
+    arrival gives its own back and waits again.
+    """
+
+    def __init__(
+        self, pages: PageTable, *, max_batch_size: int, num_tokens_per_iter: int, prefix_caching: bool = True
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("num_tokens_per_iter", num_tokens_per_iter)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        self.pages = pages
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+        self._max_batch_size = max_batch_size
+        self._num_tokens_per_iter = num_tokens_per_iter
+        self._prefix_caching = prefix_caching
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn. Raises ValueError if the whole cache could not hold it."""
+        if self.pages.pages_for(sequence.limit) > self.pages.num_pages:
+            raise ValueError(
+                f"A sequence of up to {sequence.limit} tokens does not fit the KV cache of {self.pages.num_pages} "
+                f"pages of {self.pages.page_len} tokens. Ask for fewer tokens or raise cache_max_entry_count."
+            )
+        self.waiting.append(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def schedule(self) -> Plan:
+        """Choose the next step. A step that could not be run is simply scheduled anew."""
+        budget = self._num_tokens_per_iter
+        admitting = True
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            if not self._grow(sequence):
+                self._preempt()  # the last in `running`: a later arrival, or this sequence itself
+                admitting = False
+                continue
+            sequence.scheduled = min(budget, len(sequence) - sequence.cached)
+            budget -= sequence.scheduled
+            index += 1
+        while admitting and budget > 0 and self.waiting and len(self.running) < self._max_batch_size:
+            if not self._admit(self.waiting[0]):
+                break
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.scheduled = min(budget, len(sequence) - sequence.cached)
+            budget -= sequence.scheduled
+        return Plan(tuple(sequence for sequence in self.running if sequence.scheduled))
+
+    def commit(self, plan: Plan, tokens: Items[int]) -> None:
+        """Take in a step that was run: `tokens` are the new ones of `plan.drawing`."""
+        drawing = plan.drawing
+        for sequence in plan.sequences:
+            written = sequence.cached // self.pages.page_len
+            sequence.cached += sequence.scheduled
+            sequence.scheduled = 0
+            if self._shares(sequence):
+                for index in range(written, sequence.cached // self.pages.page_len):
+                    self.pages.publish(sequence.pages[index], self._digests(sequence)[index])
+        for sequence, token in zip(drawing, tokens, strict=True):
+            sequence.tokens.append(token)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it stands, and let go of its pages."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        found: list[int] = []
+        if self._shares(sequence):
+            # The last token is always computed: its logits are what the next one is drawn from.
+            found = self.pages.lookup(self._digests(sequence)[: (len(sequence) - 1) // self.pages.page_len])
+        missing = self.pages.pages_for(len(sequence)) - len(found)
+        if missing + len(self.running) > self.pages.num_available_beside(found):
+            return False
+        self.pages.acquire(found)
+        sequence.pages = found + self.pages.allocate(missing)
+        sequence.cached = len(found) * self.pages.page_len
+        if sequence.prefix_hit is None:
+            sequence.prefix_hit = sequence.cached
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence pages for all its tokens, if there are so many."""
+        missing = self.pages.pages_for(len(sequence)) - len(sequence.pages)
+        if missing > self.pages.num_available:
+            return False
+        sequence.pages += self.pages.allocate(missing)
+        return True
+
+    def _preempt(self) -> None:
+        sequence = self.running.pop()
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+        sequence.cached = sequence.scheduled = 0
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self._prefix_caching and not sequence.scored
+
+    def _digests(self, sequence: Sequence) -> list[bytes]:
+        """The digests of the sequence's full pages; tokens are only ever appended, so old ones stay right."""
+        digests, page_len = sequence.digests, self.pages.page_len
+        for start in range(len(digests) * page_len, len(sequence) - page_len + 1, page_len):
+            parent = digests[-1] if digests else sequence.prefix_root
+            digests.append(page_digest(parent, sequence.tokens[start : start + page_len]))
+        return digests
+
+    def check(self) -> None:
+        """Assert every invariant of the sequences and of the page table; for a moment between two steps."""
+        self.pages.check([sequence.pages for sequence in self.running])
+        assert len(self.running) <= self._max_batch_size, "more sequences than max_batch_size"
+        for sequence in self.waiting:
+            assert not sequence.pages and not sequence.cached and not sequence.scheduled, "a waiting sequence holds"
+        for sequence in self.running:
+            assert sequence.cached + sequence.scheduled <= len(sequence) <= sequence.limit, "a sequence is too long"
+            assert sequence.cached <= len(sequence.pages) * self.pages.page_len, "tokens without a page"
+            assert len(sequence.pages) <= self.pages.pages_for(len(sequence)), "pages without a token"

@@ -1,0 +1,97 @@
+"""The section `[ingot]` of config.ini: what a model needs that TurboMind's keys cannot say.
+
+The reference does not read it. Keys are in alphabetical order and values are JSON; a key, and the section, are there
+only where needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from engine.config import ModelConfig, RopeKind, RopeScaling
+
+SECTION = "ingot"
+# Said by `rope_scaling_factor` of the section [llama].
+IN_LLAMA = "turbomind"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngotSection:
+    """`hidden_size` is None where it is heads x head_dim; the others are ModelConfig's."""
+
+    hidden_size: int | None = None
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+
+
+def section_of(config: ModelConfig) -> IngotSection:
+    """What has to be said of a model."""
+    square = config.hidden_size == config.num_heads * config.head_dim
+    scaling = config.rope_scaling
+    return IngotSection(
+        hidden_size=None if square else config.hidden_size,
+        qk_norm=config.qk_norm,
+        rope_scaling=None if scaling is not None and scaling.kind == IN_LLAMA else scaling,
+        sliding_window=config.sliding_window,
+    )
+
+
+def section_lines(section: IngotSection) -> list[str]:
+    """The section as lines of the file; none where there is nothing to say."""
+    lines = []
+    for field in sorted(fields(IngotSection), key=lambda field: field.name):
+        value = getattr(section, field.name)
+        if value != field.default:
+            json_value = _changed(value) if isinstance(value, RopeScaling) else value
+            lines.append(f"{field.name} = {json.dumps(json_value, sort_keys=True)}")
+    return [f"[{SECTION}]", *lines] if lines else []
+
+
+def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
+    """The section read and checked; ValueError names the file and the key that is unknown or has a wrong value."""
+    known = {field.name for field in fields(IngotSection)}
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key} in [{SECTION}]. Known keys: {', '.join(sorted(known))}")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            raise ValueError(f"{path}: [{SECTION}] {key} = {text!r} is not JSON") from None
+    for key in ("hidden_size", "sliding_window"):
+        if key in values and (type(values[key]) is not int or values[key] < 1):
+            raise ValueError(f"{path}: [{SECTION}] {key} = {texts[key]} must be a whole number from 1 on")
+    if type(values.get("qk_norm", True)) is not bool:
+        raise ValueError(f"{path}: [{SECTION}] qk_norm = {texts['qk_norm']} must be true or false")
+    if "rope_scaling" in values:
+        values["rope_scaling"] = _rope_scaling(values["rope_scaling"], path)
+    return IngotSection(**values)
+
+
+def _changed(scaling: RopeScaling) -> dict[str, Any]:
+    """The numbers that differ from their defaults: the others play no part in the kind."""
+    defaults = {field.name: field.default for field in fields(RopeScaling)}
+    return {name: value for name, value in asdict(scaling).items() if value != defaults[name]}
+
+
+def _rope_scaling(value: object, path: Path) -> RopeScaling:
+    where = f"{path}: [{SECTION}] rope_scaling"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, not {value!r}")
+    kinds = [kind for kind in get_args(RopeKind) if kind != IN_LLAMA]
+    if value.get("kind") not in kinds:
+        raise ValueError(f"{where} has kind {value.get('kind')!r}; known kinds: {', '.join(kinds)}")
+    types = {field.name: str if field.default is MISSING else type(field.default) for field in fields(RopeScaling)}
+    for name, number in value.items():
+        if name not in types:
+            raise ValueError(f"{where} has an unknown number {name}; known: {', '.join(types)}")
+        fits = type(number) is types[name] or (types[name] is float and type(number) is int)
+        if not fits or (types[name] in (int, float) and not 0 < number < float("inf")):
+            raise ValueError(f"{where} has {name} = {number!r}, which must be a positive number or true or false")
+    numbers: dict[str, Any] = {name: types[name](number) for name, number in value.items()}
+    return RopeScaling(**numbers)

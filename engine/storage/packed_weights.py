@@ -1,0 +1,105 @@
+"""Linears that are quantized already, in the two forms of Hugging Face checkpoints, to and from canonical tensors.
+
+`awq`: our own layout, `qweight`, `qzeros`, `scales`. `compressed-tensors` (pack-quantized), for a weight [out, in]:
+`weight_packed` int32 [out, in/8] and `weight_zero_point` int32 [out/8, in/g] (absent where symmetric: all 8) have codes
+0..15 in natural order, eight to a word along inputs and outputs; `weight_scale` is [out, in/g]. A weight is
+(code - zero) * scale in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.models.quantization import PACKED, Quantization
+from engine.storage.turbomind_layout import pack_awq, pack_nibbles, unpack_awq, unpack_nibbles
+
+Rows = Callable[[Tensor], Tensor]
+SYMMETRIC_ZERO = 8
+# Beside the weight of each module: its shape, and the group of each input where these were reordered.
+SHAPE, ORDER = "weight_shape", "weight_g_idx"
+EXTRAS = (SHAPE, ORDER)
+
+
+def stored_kinds(
+    quantization: Quantization, outputs: int, inputs: int
+) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    """Canonical kind -> (stored kind, stored shape, whether it is of int32 words) of a linear [outputs, inputs].
+
+    ValueError where groups, or the words of eight, do not come out even.
+    """
+    if inputs % quantization.group_size or inputs % 8 or outputs % 8:
+        raise ValueError(
+            f"a linear of {inputs} inputs and {outputs} outputs has no whole groups of {quantization.group_size} "
+            "inputs, or no whole words of 8"
+        )
+    groups = inputs // quantization.group_size
+    if quantization.method != PACKED:
+        return {
+            "qweight": ("qweight", (inputs, outputs // 8), True),
+            "qzeros": ("qzeros", (groups, outputs // 8), True),
+            "scales": ("scales", (groups, outputs), False),
+        }
+    scales = ("weight_scale", (outputs, groups), False)
+    return {
+        "qweight": ("weight_packed", (outputs, inputs // 8), True),
+        "qzeros": scales if quantization.symmetric else ("weight_zero_point", (outputs // 8, groups), True),
+        "scales": scales,
+    }
+
+
+def reader(quantization: Quantization, kind: str, rows: Rows | None) -> Rows | None:
+    """From a stored tensor to the canonical one of that kind; `rows` takes the rows of a module out of [out, ...]
+    where several lie in one matrix. None: just as it is."""
+    if quantization.method != PACKED and rows is None:
+        return None
+    return partial(_read, quantization=quantization, kind=kind, rows=rows)
+
+
+def pack_linear(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """The canonical tensors of a linear as pack-quantized ones, by stored kind; zero points are always written."""
+    codes, zeros = unpack_awq(qweight).t(), unpack_awq(qzeros)
+    outputs, inputs = codes.shape
+    return {
+        "weight_packed": pack_nibbles(codes.reshape(outputs, inputs // 8, 8)),
+        "weight_scale": scales.t().contiguous(),
+        SHAPE: torch.tensor([outputs, inputs]),
+        "weight_zero_point": pack_nibbles(zeros.reshape(-1, outputs // 8, 8)).t().contiguous(),
+    }
+
+
+def check_extra(name: str, tensor: Tensor, quantization: Quantization, shape: tuple[int, ...]) -> None:
+    """ValueError where a tensor beside a packed weight of `shape` [out, in] says that it is not plain groups."""
+    if name.endswith(SHAPE):
+        if tuple(tensor.tolist()) != shape:
+            raise ValueError(f"{name} is {tensor.tolist()}; config.json asks for a weight of shape {list(shape)}")
+        return
+    plain = torch.arange(shape[1]) // quantization.group_size
+    if tensor.shape != plain.shape or not torch.equal(tensor.long(), plain):
+        raise ValueError(
+            f"{name} deals the inputs to groups in another order than their own (actorder: group), and the int4 files "
+            "of a TurboMind workspace have groups of neighbours: take a checkpoint with actorder weight, static or "
+            "none, or quantize the unquantized one here (weights=w4a16)"
+        )
+
+
+def _read(stored: Tensor, *, quantization: Quantization, kind: str, rows: Rows | None) -> Tensor:
+    matrix = _natural(stored, quantization, kind)
+    matrix = (matrix if rows is None else rows(matrix)).t()
+    return matrix.contiguous() if kind == "scales" else pack_awq(matrix)
+
+
+def _natural(stored: Tensor, quantization: Quantization, kind: str) -> Tensor:
+    """Codes, zero points (uint8) or scales as a matrix [out, in] or [out, groups]."""
+    if quantization.method != PACKED:
+        return (stored if kind == "scales" else unpack_awq(stored)).t()
+    if kind == "qweight":
+        return unpack_nibbles(stored).flatten(-2)
+    if kind == "scales":
+        return stored
+    if quantization.symmetric:
+        return torch.full(stored.shape, SYMMETRIC_ZERO, dtype=torch.uint8)
+    return unpack_nibbles(stored.t()).flatten(-2).t()

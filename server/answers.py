@@ -1,0 +1,93 @@
+"""The answers to one HTTP request: one engine request for each, their events merged as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import Sampling
+from engine.runtime.client import EngineClient, Stream
+from engine.runtime.event import Event
+from server import openai
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One answer that is wanted. Jobs of the same `prompt` number share their prompt, which usage counts once."""
+
+    prompt: int
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+
+
+class Answers:
+    """Engine requests for `jobs`, numbered as they are. `close` aborts what is unfinished and may be called twice."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._streams: list[Stream] = []
+        self._latest: dict[int, Event] = {}
+
+    @classmethod
+    async def open(cls, client: EngineClient, jobs: Sequence[Job]) -> Answers:
+        """Submit all jobs. ValueError, in the engine's words, when it refuses one; then none runs."""
+        answers = cls(jobs)
+        try:
+            for job in jobs:
+                answers._streams.append(await client.submit(job.prompt_ids, job.sampling))
+        except BaseException:
+            answers.close()
+            raise
+        return answers
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """(number of the answer, event) of all answers until each is finished."""
+        arrived: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
+        pumps = [asyncio.create_task(_pump(stream, index, arrived)) for index, stream in enumerate(self._streams)]
+        unfinished = len(pumps)
+        try:
+            while unfinished:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                index, event = item
+                self._latest[index] = event
+                unfinished -= event.finish_reason is not None
+                yield index, event
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            self.close()
+
+    async def texts(self) -> list[tuple[str, str | None]]:
+        """(whole text, finish reason) of every answer."""
+        pieces: list[list[str]] = [[] for _ in self._jobs]
+        async with contextlib.aclosing(self.events()) as events:
+            async for index, event in events:
+                pieces[index].append(event.text)
+        return [("".join(pieces[i]), self._latest[i].finish_reason) for i in range(len(self._jobs))]
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far, in OpenAI's words."""
+        firsts = {job.prompt: index for index, job in reversed(list(enumerate(self._jobs)))}
+        prompts = [self._latest[index] for index in firsts.values() if index in self._latest]
+        return openai.usage(
+            prompt_tokens=sum(event.prompt_tokens for event in prompts),
+            completion_tokens=sum(event.completion_tokens for event in self._latest.values()),
+            cached_tokens=sum(event.cached_tokens for event in prompts),
+        )
+
+
+async def _pump(stream: Stream, index: int, arrived: asyncio.Queue[tuple[int, Event] | Exception]) -> None:
+    try:
+        async for event in stream:
+            arrived.put_nowait((index, event))
+    except Exception as error:
+        arrived.put_nowait(error)

@@ -1,0 +1,68 @@
+"""The HTTP application over an engine that runs elsewhere. Nothing is kept at module level."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from engine.runtime.client import EngineClient
+from engine.runtime.tokenizer import Tokenizer
+from server.config import AppConfig
+from server.endpoints import Generation
+from server.errors import RequestError, add_error_handlers
+from server.guard import KeyGuard
+
+
+def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) -> FastAPI:
+    """The application. `client` must be started by the time that requests come, and is closed by its owner."""
+    # No page at /docs: the framework's own would make the reader's browser fetch scripts from elsewhere.
+    app = FastAPI(title="Ingot", docs_url=None, redoc_url=None)
+    add_error_handlers(app)
+    app.include_router(Generation(client, tokenizer, config.model).router)
+    created = int(time.time())
+
+    def model_entry() -> dict[str, Any]:
+        model = config.model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "ingot",
+            "artifact_id": model.artifact_id,
+            "recipe": model.recipe,
+            "verdict": model.verdict,
+            "waiver": model.waiver,
+            "session_len": client.session_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_entry()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if not config.model.answers_to(name):
+            raise RequestError(
+                f"The model {name!r} is not here; this server has {config.model.name!r}.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return model_entry()
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        if client.error:
+            return JSONResponse({"status": "the engine has stopped"}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    if config.api_key is not None:
+        app.add_middleware(KeyGuard, api_key=config.api_key)
+    return app

@@ -1,0 +1,97 @@
+"""Every error as OpenAI's body with a real status code. Texts name the request's own fields, never paths or prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from engine.runtime.client import EngineError
+from server.openai import RefusedField, error_body
+
+FIELD = re.compile(r"[a-z][a-z_]*")
+UNION_TAGS = {"body", "str", "int", "none"}
+
+
+class RequestError(Exception):
+    """An answer other than success, made anywhere below an endpoint."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(RequestError, _request_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(EngineError, _engine_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+
+
+def engine_error_body() -> dict[str, Any]:
+    return error_body("The engine has stopped; the server's log says why.", kind="server_error", code="engine_stopped")
+
+
+async def _request_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    body = error_body(str(error), kind="invalid_request_error", param=error.param, code=error.code)
+    return JSONResponse(body, status_code=error.status)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse(validation_body(error.errors()), status_code=400)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    body = error_body(f"{request.method} {request.url.path}: {error.detail}", kind="invalid_request_error")
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _engine_error(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(engine_error_body(), status_code=503)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    body = error_body("The server failed on this request; its log says how.", kind="server_error")
+    return JSONResponse(body, status_code=500)
+
+
+def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
+    """One error of many: the deepest, because for a choice of types the others only say that they were not meant."""
+    error = max(errors, key=lambda each: len(each["loc"]))
+    refused = error.get("ctx", {}).get("error")
+    if isinstance(refused, RefusedField):
+        return error_body(str(refused), kind="invalid_request_error", param=refused.param, code=refused.code)
+    if error["type"] == "json_invalid":
+        return error_body("The body is not valid JSON.", kind="invalid_request_error")
+    param = _param(error["loc"])
+    if error["type"] == "extra_forbidden":
+        message, code = f"This server does not know the field {param!r}.", "unknown_parameter"
+    elif error["type"] == "missing":
+        message, code = f"The field {param!r} is missing.", "missing_required_parameter"
+    else:
+        message, code = f"{param or 'The body'}: {error['msg']}.", "invalid_value"
+    return error_body(message, kind="invalid_request_error", param=param or None, code=code)
+
+
+def _param(loc: Sequence[int | str]) -> str:
+    """`messages[0].content` from pydantic's path, which also names the types that it tried."""
+    text = ""
+    for position, part in enumerate(loc):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif position == len(loc) - 1 and not text and part not in UNION_TAGS:
+            text = part
+        elif part not in UNION_TAGS and FIELD.fullmatch(part):
+            text += f".{part}" if text else part
+    return text

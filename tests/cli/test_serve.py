@@ -1,0 +1,158 @@
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from cli.main import main
+from cli.serve import read_key
+from server.config import ServeConfig, check_exposure
+from tests.tiny_artifact import write_tiny_artifact
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "tiny"
+    write_tiny_artifact(path)
+    return path
+
+
+@contextlib.contextmanager
+def server(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`ingot serve` as a process, and its URL once it is ready."""
+    command = [sys.executable, "-m", "cli.main", "serve", "serve.port=0", "serve.cache_max_entry_count=100", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        url = next((line.split()[1] for line in lines if line.startswith("URL")), "")
+        assert url, process.communicate()[1]
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_serves_until_a_signal_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    key_file = tmp_path / "key.txt"
+    key_file.write_text("secret-key\n")
+    with server(f"folder={folder}", f"serve.api_key_file={key_file}", "serve.session_len=64") as (process, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="secret-key", max_retries=0) as api:
+            [model] = api.models.list()
+            assert (model.id, model.artifact_id, model.session_len) == ("tiny", None, 64)
+            messages = [{"role": "user", "content": "the cat"}]
+            stream = api.chat.completions.create(model="tiny", messages=messages, max_tokens=5, stream=True)
+            assert list(stream)[-1].choices[0].finish_reason in ("length", "stop")
+        wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="another", max_retries=0)
+        with wrong, pytest.raises(openai.AuthenticationError):
+            wrong.models.list()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0, said
+        assert "UNVERIFIED FOLDER" in said
+        assert "secret-key" not in said
+        assert "Traceback" not in said
+        assert not any(child.is_running() for child in children)
+
+
+def test_the_end_of_the_engine_ends_the_server(folder: Path) -> None:
+    with server(f"folder={folder}", INGOT_API_KEY="k") as (process, _):
+        [engine] = psutil.Process(process.pid).children()
+        engine.kill()
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "ingot: the engine process was killed by signal 9" in said
+        assert "Traceback" not in said
+
+
+def test_a_signal_while_loading_ends_it_too(folder: Path) -> None:
+    command = [sys.executable, "-m", "cli.main", "serve", "serve.port=0", f"folder={folder}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("loading") for line in iter(process.stderr.readline, ""))
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "URL" not in out
+    assert "Traceback" not in said
+
+
+def test_a_busy_port_is_one_paragraph(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", f"folder={folder}", f"serve.port={port}"]) == 1
+    said = capsys.readouterr().err
+    assert f"ingot: cannot listen on 127.0.0.1:{port}: Address already in use." in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to run"),
+        (["artifact=abcd", "folder=/tmp"], "one of them"),
+        (["folder=/nowhere/at/all"], "is not a folder"),
+        (["artifact=abcd", "store=/nowhere/at/all"], "no artifact 'abcd'"),
+        (["folder=/tmp", "serve.host=0.0.0.0"], "no key is set"),
+        (["folder=/tmp", "serve.host=no.such.host.invalid", "serve.api_key=k"], "not an address of this machine"),
+        (["folder=/tmp", "--cfg", "hydra"], "--cfg job"),
+        (["folder=/tmp", "serve.api_key_file=/nowhere/key"], "/nowhere/key"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INGOT_API_KEY", raising=False)
+    assert main(["serve", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_cfg_job_hides_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "artifact=3e911223", "serve.api_key=hunter2", "--cfg", "job"]) == 0
+    shown = capsys.readouterr().out
+    assert "artifact: 3e911223" in shown
+    assert "hunter2" not in shown
+
+
+def test_where_the_key_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("INGOT_API_KEY", raising=False)
+    assert read_key(ServeConfig()) is None
+    monkeypatch.setenv("INGOT_API_KEY", "from-environment")
+    assert read_key(ServeConfig()) == "from-environment"
+    file = tmp_path / "key"
+    file.write_text(" from-file \n")
+    assert read_key(ServeConfig(api_key_file=str(file))) == "from-file"
+    assert not capsys.readouterr().err
+    assert read_key(ServeConfig(api_key="on-the-line")) == "on-the-line"
+    said = capsys.readouterr().err
+    assert "serve.api_key_file" in said
+    assert "on-the-line" not in said
+    for content in ("", "two words", "ключ"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="does not hold a key"):
+            read_key(ServeConfig(api_key_file=str(file)))
+    with pytest.raises(ValueError, match="both given"):
+        ServeConfig(api_key="a", api_key_file="b")
+
+
+def test_only_loopback_goes_without_a_key() -> None:
+    for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
+        check_exposure(host, None)
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
+        with pytest.raises(ValueError, match="no key is set"):
+            check_exposure(host, None)
+        check_exposure(host, "key")

@@ -1,0 +1,140 @@
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from engine.config import Sampling
+from engine.runtime.channel import HEADER, LARGEST, Channel, content_length, pack, unpack
+from engine.runtime.event import Event
+from engine.runtime.process import Service, fields
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_messages_arrive_whole_however_they_are_cut(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    channel = Channel(theirs)
+    assert channel.receive(wait=False) == []
+    messages = [{"type": "add", "prompt_ids": list(range(count)), "text": "é😀"} for count in (0, 5, 3000)]
+    content = b"".join(pack(message) for message in messages)
+    received = []
+    for start in range(0, len(content), 777):
+        ours.sendall(content[start : start + 777])
+        received += channel.receive(wait=False)
+    assert received == messages
+    ours.close()
+    with pytest.raises(EOFError):
+        channel.receive(wait=True)
+
+
+def test_waiting_sleeps_until_a_message_is_there(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    content = pack({"type": "state"})
+
+    def in_two_pieces() -> None:
+        ours.sendall(content[:3])
+        ours.sendall(content[3:])
+
+    timer = threading.Timer(0.1, in_two_pieces)
+    timer.start()
+    assert Channel(theirs).receive(wait=True) == [{"type": "state"}]
+    timer.join()
+
+
+def test_a_length_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="above"):
+        content_length((LARGEST + 1).to_bytes(HEADER, "big"))
+    assert unpack(pack({"a": 1})[HEADER:]) == {"a": 1}
+
+
+class FakeEngine:
+    """Answers every request with one event per step, and records the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.open: list[str] = []
+        self.session_len = 10
+
+    def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str) -> str:
+        self.calls.append(("add", prompt_ids, sampling))
+        if not prompt_ids:
+            raise ValueError("no prompt")
+        self.open.append(request_id)
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        self.calls.append(("abort", request_id))
+        self.open.remove(request_id)
+
+    def check(self) -> None:
+        self.calls.append(("check",))
+
+    def has_work(self) -> bool:
+        return bool(self.open)
+
+    def step(self) -> list[Event]:
+        request_id = self.open.pop(0)
+        counts = {"prompt_tokens": 2, "cached_tokens": 1, "completion_tokens": 1}
+        return [Event(request_id=request_id, token_ids=(7,), text="x", finish_reason="length", **counts)]
+
+
+def run_until_closed(engine: FakeEngine, channel: Channel) -> None:
+    with pytest.raises(EOFError):
+        Service(engine, channel).run()  # type: ignore[arg-type]
+
+
+def test_the_service_answers_in_order(ends: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = ends
+    engine = FakeEngine()
+    sampling = {"max_new_tokens": 3, "stop": ["a", "b"]}
+    for message in (
+        {"type": "add", "request_id": "r1", "prompt_ids": [1, 2], "sampling": sampling},
+        {"type": "add", "request_id": "r2", "prompt_ids": [], "sampling": sampling},
+        {"type": "add", "request_id": "r3", "prompt_ids": [3], "sampling": sampling},
+        {"type": "abort", "request_id": "r3"},
+        {"type": "state"},
+    ):
+        ours.sendall(pack(message))
+    service = threading.Thread(target=run_until_closed, args=(engine, Channel(theirs)))
+    service.start()
+    answers = []
+    while len(answers) < 5:
+        answers += Channel(ours).receive(wait=True)
+    ours.close()
+    service.join()
+    assert [answer["type"] for answer in answers] == ["accepted", "refused", "accepted", "state", "events"]
+    assert answers[1]["message"] == "no prompt"
+    assert answers[3]["unfinished"] == 1
+    assert answers[4]["events"] == [["r1", [7], "x", "length", 2, 1, 1]]
+    assert ("add", [1, 2], Sampling(max_new_tokens=3, stop=("a", "b"))) in engine.calls
+    assert ("abort", "r3") in engine.calls
+
+
+def test_fields_are_those_of_the_event_in_order() -> None:
+    event = Event(
+        request_id="r",
+        token_ids=(7, 8),
+        text="x",
+        finish_reason=None,
+        prompt_tokens=2,
+        cached_tokens=1,
+        completion_tokens=5,
+    )
+    assert fields(event) == [getattr(event, name) for name in Event.__slots__]
+
+
+def test_it_ends_at_once_when_its_parent_is_not_the_one_that_it_was_told(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    _, theirs = ends
+    command = [sys.executable, "-m", "engine.runtime.process", "--fd", str(theirs.fileno()), "--parent", "1"]
+    assert os.getpid() != 1
+    assert subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30).returncode == 1
