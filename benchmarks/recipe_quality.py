@@ -1,0 +1,206 @@
+"""Perplexity of every recipe on real models, on text that calibration does not see. Appends rows, prints a table.
+
+    python -m benchmarks.recipe_quality DATA [--models stories15M-llama minimind2-small-llama]
+
+DATA is a folder with `models/<name>` and the texts of ITEMS. Stories are scored alone, [BOS] and tokens cut to the
+model's 256 positions, all but BOS; answers are scored inside the chat template, at most 256 tokens of each.
+Calibration takes other stories, and other answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.calibration_memory import append, commit
+from engine.models.batch import Batch, packed
+from engine.models.cache import KVCache, KVScales
+from engine.models.decoder import Decoder
+from engine.runtime.tokenizer import Tokenizer
+from engine.storage.checkpoint import Checkpoint
+from pipelines.calibrate import calibrate
+from pipelines.data.blocks import token_blocks
+from pipelines.quant import w4a16
+from pipelines.quant.kv import layer_scales
+from pipelines.quant.stream import side_by_side
+from pipelines.quant.tensor_file import tensors_over
+from pipelines.toolchain import toolchain
+
+RESULTS = Path(__file__).parent / "results" / "recipe_quality.csv"
+STORIES = "text/tinystories_train_head_2MiB.txt"
+ANSWERS = "prompts/llamafactory_alpaca_zh_demo.json"
+MODELS = {"stories15M-llama": (32, 96), "minimind2-small-llama": (64, 128)}
+SAMPLES = 32
+GRID = {"search": "grid", "activation_steps": 10, "weight_steps": 3}
+METHODS: dict[str, dict[str, Any]] = {
+    "round to nearest": {"search": "grid", "activation_steps": 1, "weight_steps": 1},
+    "search: none": {"search": "none", "alpha": 0.5},
+    "search: grid": GRID,
+}
+Item = tuple[list[int], int]  # token ids, and the first one that is scored
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            measure_model(arguments.data, name, Path(folder))
+    return 0
+
+
+def measure_model(data: Path, name: str, folder: Path) -> None:
+    """Every recipe of one model, a row each."""
+    checkpoint = Checkpoint(data / "models" / name)
+    tokenizer = Tokenizer(checkpoint.folder)
+    items, blocks = (stories if name.startswith("stories") else answers)(data, tokenizer)
+    calibration = folder / "calibration"
+    calibration.mkdir()
+    save_file({"tokens": blocks}, calibration / "blocks.safetensors")
+    with side_by_side() as workers:
+        save_file(calibrate(checkpoint, blocks, workers), calibration / "stats.safetensors")
+    baseline = None
+
+    def measure(recipe: str, group_size: int, method: str, weights: Mapping[str, Any], kv: str = "kv16") -> None:
+        nonlocal baseline
+        out, begun = folder / f"{method}-{group_size}", time.perf_counter()
+        if weights and not out.exists():
+            out.mkdir()
+            w4a16.quantize({**weights, "group_size": group_size}, checkpoint.folder, calibration, out)
+        seconds = time.perf_counter() - begun
+        model = decoder(checkpoint, out / "weights.safetensors")
+        scales = kv_scales(checkpoint, calibration, out) if kv == "kv8" else None
+        value = perplexity(model, items, scales)
+        baseline = value if baseline is None else baseline
+        record(name, recipe, group_size, method, value, value / baseline - 1, items, seconds)
+
+    measure("fp16", 0, "", {})
+    measure("fp16-kv8", 0, "", {}, kv="kv8")
+    for group_size in MODELS[name]:
+        for method, weights in METHODS.items():
+            measure("w4a16", group_size, method, weights)
+        measure("w4a16-kv8", group_size, "search: grid", GRID, kv="kv8")
+
+
+def stories(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
+    """The first 100 stories to score, and calibration blocks from those after them."""
+    texts = [text.strip() for text in (data / STORIES).read_text(encoding="utf-8").split("<|endoftext|>")]
+    texts = [text for text in texts if text]
+    items = [(tokenizer.encode(text)[:256], 1) for text in texts[:100]]
+    return items, draw(texts[100:], tokenizer, 256)
+
+
+def answers(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
+    """The first 40 answers to score, and calibration blocks from questions and answers after them."""
+    rows = json.loads((data / ANSWERS).read_text(encoding="utf-8"))
+
+    def prompt(row: dict[str, str]) -> str:
+        question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
+        return tokenizer.chat([{"role": "user", "content": question}])
+
+    items = []
+    for row in rows[:40]:
+        asked = tokenizer.encode(prompt(row), add_special=False)
+        items.append((asked + tokenizer.encode(row["output"], add_special=False)[:256], len(asked)))
+    return items, draw([prompt(row) + row["output"] for row in rows[40:]], tokenizer, 512)
+
+
+def draw(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Tensor:
+    return token_blocks(texts, tokenizer.encode, samples=SAMPLES, sequence_length=length, sampling="random", seed=42)
+
+
+def decoder(checkpoint: Checkpoint, quantized: Path) -> Decoder:
+    """The model in float32, its layers from the quantized file where it exists."""
+    read = tensors_over(quantized, checkpoint.tensor)
+    held = load_file(quantized) if quantized.exists() else {}
+    outer = [name for name in checkpoint.names() if not held or ".layers." not in name]
+    weights = {name: read(name) for name in [*held, *outer]}
+    return Decoder(checkpoint.config, weights, device="cpu", dtype=torch.float32)
+
+
+def kv_scales(checkpoint: Checkpoint, calibration: Path, quantized: Path) -> KVScales:
+    """The scales that `export` writes for one rank, per KV head."""
+    statistics = load_file(calibration / "stats.safetensors")
+    smoothed = quantized / "smoothing.safetensors"
+    smoothing = load_file(smoothed) if smoothed.exists() else {}
+    rows = [
+        layer_scales(statistics, layer, tp=1, smoothing=smoothing.get(f"model.layers.{layer}.self_attn.v_proj"))[0]
+        for layer in range(checkpoint.config.num_layers)
+    ]
+    heads = torch.tensor(rows).view(-1, 1, 2, 2).expand(-1, checkpoint.config.num_kv_heads, -1, -1)
+    return KVScales(key=heads[:, :, 0].contiguous(), value=heads[:, :, 1].contiguous())
+
+
+def perplexity(model: Decoder, items: Sequence[Item], scales: KVScales | None) -> float:
+    """exp of the mean negative log-likelihood of all scored tokens; through an int8 cache where scales are given."""
+
+    def one(index: int) -> float:
+        ids, first = items[index]
+        batch, cache = packed([ids]), None
+        if scales is not None:
+            batch = one_page(batch)
+            cache = KVCache(
+                model.config, num_pages=1, page_len=len(ids), device="cpu", dtype=torch.float32, scales=scales
+            )
+        logits = model(batch, cache)[first - 1 : -1]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum"))
+
+    with side_by_side() as workers:
+        total = sum(workers.in_order(one, len(items)))
+    return math.exp(total / sum(len(ids) - first for ids, first in items))
+
+
+def one_page(batch: Batch) -> Batch:
+    """The same whole sequence, written to and read from page 0."""
+    return Batch(
+        token_ids=batch.token_ids,
+        positions=batch.positions,
+        query_starts=batch.query_starts,
+        context_lens=batch.context_lens,
+        page_table=torch.zeros(1, 1, dtype=torch.int32),
+        slots=batch.positions,
+        logits_at=batch.logits_at,
+    )
+
+
+def record(
+    model: str,
+    recipe: str,
+    group_size: int,
+    method: str,
+    value: float,
+    change: float,
+    items: list[Item],
+    seconds: float,
+) -> None:
+    """Append the row, and print it as one of the table in docs/recipes.md."""
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        **{name: version for name, version in toolchain().items() if version},
+        "model": model,
+        "recipe": recipe,
+        "group_size": group_size,
+        "method": method,
+        "tokens": sum(len(ids) - first for ids, first in items),
+        "perplexity": round(value, 5),
+        "quantize_seconds": round(seconds, 1),
+    }
+    append(RESULTS, row)
+    print(f"| {model} | {recipe} | {group_size or ''} | {method} | {value:.4f} | {100 * change:+.2f}% |", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

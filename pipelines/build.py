@@ -1,0 +1,162 @@
+"""`ingot build [-m] [OVERRIDE...]`: build one artifact, or a sweep of them, without touching params.yaml or build/.
+
+    ingot build model=llama2_7b weights=w4a16 kv=kv8 tp=2
+    ingot build -m weights=fp16,w4a16 kv=kv16,kv8 weights.group_size=64,128
+
+Each job is a copy of the work tree as it lies (not as it was committed), joined to the project's cache and store, in
+which `dvc repro` runs: what was built before is not built again. Hydra's own flags (--cfg job, --info, -m) work.
+Standard output has one line for each artifact, `ID  VERDICT  KEY`; everything else is on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pipelines import schema
+from pipelines.outcomes import human_size, read_outcome
+from pipelines.schema import Config
+from pipelines.selection import AXES
+from pipelines.sources import model_files
+from pipelines.verify import broken, locked
+from pipelines.worktree import cache_folder, isolate, project_root, run_dvc
+
+JOBS = Path(".ingot/jobs")
+SPARE_BYTES = 64_000_000
+"""Room for logs, DVC's own state and statements, beside what the estimate counts."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when every job came to its end, whatever the verdicts."""
+    try:
+        root = project_root()
+        sweep_jobs(root)
+        (root / JOBS).mkdir(parents=True, exist_ok=True)
+        report = Path(tempfile.mkdtemp(prefix=f"report-{os.getpid()}-", dir=root / JOBS))
+    except OSError as error:
+        print(f"ingot build: {error}", file=sys.stderr)
+        return 1
+    schema.register()
+    program, arguments = sys.argv[0], list(sys.argv[1:] if argv is None else argv)
+    sys.argv = [program, *arguments, f"hydra.sweep.dir={_quoted(str(report))}"]
+    try:
+        hydra.main(version_base="1.3", config_path=str((root / "conf").resolve()), config_name="config")(_job)()
+        lines = [path.read_text(encoding="utf-8") for path in sorted(report.glob("*.txt"))]
+    finally:
+        sys.argv = [program, *arguments]
+        shutil.rmtree(report, ignore_errors=True)
+    print(*lines, sep="", end="")
+    return 1 if any(line.startswith("failed") for line in lines) else 0
+
+
+def sweep_jobs(root: Path) -> None:
+    """Remove the folders of jobs whose process was killed."""
+    for folder in (root / JOBS).glob("*-*"):
+        process = folder.name.split("-")[1]
+        if not process.isdigit() or not Path(f"/proc/{process}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build(root: Path, config: Config, choices: dict[str, str], overrides: Sequence[str]) -> str:
+    """Build one artifact in a copy of the project and return its line. ValueError when it does not come to the end."""
+    schema.check(config)
+    key = "-".join([choices["model"], choices["calibration"], choices["weights"], str(config.tp), choices["kv"]])
+    _check_disk(root, key, config)
+    folder = Path(tempfile.mkdtemp(prefix=f"job-{os.getpid()}-", dir=root / JOBS))
+    try:
+        if not isolate(root, folder):
+            _say(f"there is no git in {root}, so the folder was copied as it is, without build/, .venv and caches.")
+        selection: dict[str, Any] = {axis: [choices[group]] for axis, group in AXES.items() if group != "tp"}
+        selection |= {"tps": [config.tp], "evaluation": choices["evaluation"]}
+        selection["overrides"] = [*overrides, *absolute_paths(root, config)]
+        (folder / "params.yaml").write_text(yaml.safe_dump(selection), encoding="utf-8")
+        code = run_dvc(folder, ["repro"], environment={"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site")})
+        if code:
+            raise ValueError(
+                f"{key} was not built: `dvc repro` stopped with {code}, for the reason above. Nothing half-written is"
+                " left, and what was finished is in the cache: mend the cause and build again."
+            )
+        problems = broken(cache_folder(folder), locked(folder))
+        if problems:
+            raise ValueError(f"{key} is not whole in the cache (is the disk full?): {'; '.join(problems[:5])}")
+        outcome = read_outcome(folder, key)
+        return f"{outcome.id}  {outcome.verdict}  {key}\n"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def absolute_paths(root: Path, config: Config) -> list[str]:
+    """Overrides that make every relative path of a configuration absolute: a copy has not all that the project has."""
+    places = {
+        "model.path": config.model.path,
+        "calibration.path": config.calibration.path,
+        "evaluation.text.path": config.evaluation.text.path,
+        "evaluation.questions": config.evaluation.questions,
+        "store": config.store,
+    }
+    return [f"{key}={_quoted(str((root / path).resolve()))}" for key, path in places.items() if path is not None]
+
+
+def estimate(root: Path, config: Config) -> int:
+    """The most bytes that a build writes: weight files once for any kv, and for 4 bits also the quantized tensors.
+
+    A checkpoint that is not on this machine yet counts as nothing.
+    """
+    folder = root / config.model.path if config.model.path else None
+    if folder is None or not folder.is_dir():
+        return SPARE_BYTES
+    weights = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
+    blocks = config.calibration.samples * config.calibration.sequence_length * 8
+    baseline = config.evaluation.max_tokens * 512  # measured: about 390 bytes a token
+    quantized = 0 if config.weights.name == "fp16" else weights * 3 // 10  # (4 + 20 / 32) / 16 at the smallest group
+    return SPARE_BYTES + weights + quantized + blocks + baseline
+
+
+def _job(config: DictConfig) -> None:
+    settings = HydraConfig.get()
+    report = Path(settings.sweep.dir)
+    number = settings.job.get("num") if settings.mode is not None and settings.mode.name == "MULTIRUN" else 0
+    choices = {str(group): str(name) for group, name in settings.runtime.choices.items()}
+    axes = {*AXES.values(), "evaluation"}
+    overrides = [text for text in settings.overrides.task if text.lstrip("+~").split("=")[0] not in axes]
+    try:
+        typed = OmegaConf.to_object(config)
+        assert isinstance(typed, Config)
+        line = build(project_root(), typed, choices, overrides)
+    except (ValueError, OSError) as error:
+        _say(str(error))
+        line = f"failed  {json.dumps(list(settings.overrides.task))}\n"
+    (report / f"{number:06d}.txt").write_text(line, encoding="utf-8")
+
+
+def _check_disk(root: Path, key: str, config: Config) -> None:
+    needed, free = estimate(root, config), shutil.disk_usage(root).free
+    _say(f"{key}: writes at most {human_size(needed)}, less what the cache has; {human_size(free)} are free.")
+    if needed > free:
+        raise ValueError(
+            f"{key} may write {human_size(needed)}, and {root} has {human_size(free)} free. Free some room (`dvc gc -w`"
+            " drops what no selected build uses), or put the cache elsewhere with `dvc cache dir`."
+        )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _say(text: str) -> None:
+    print(f"ingot build: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

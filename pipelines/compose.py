@@ -1,0 +1,225 @@
+"""conf/ + params.yaml + what lies on this machine -> one slice per stage instance. The first stage, run every time.
+
+It reads what DVC cannot see (configuration groups, the content of sources, the toolchain), and writes
+`build/slices/<stage>/<key>.json`: sorted keys, digests and never paths, and only what that stage instance needs, so
+that DVC reruns exactly what a change concerns. Where sources and the store lie is in `build/paths.json`, on which no
+stage depends. Slices, by stage (key):
+
+    calibrate  model-calibration                {model, calibration: {text, samples, sequence_length, sampling, seed},
+                                                 toolchain}
+    quantize   model-calibration-weights        fp16: {model, weights: {name}}
+                                                w4a16: {model, weights: {name, group_size, search, alpha |
+                                                 activation_steps, weight_steps}, toolchain}   (alpha for search none)
+    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}      (group_size 0 for fp16)
+    export     ...-tp-kv                        {model, name, session_len, recipe: {weights, kv, group_size}, tp,
+                                                 kv: {name, [symmetric]}, calibration: SHA-256 of the calibration part
+                                                 above, or null where nothing of it is in the artifact (fp16, kv16)}
+    baseline   model-evaluation                 {model, evaluation: {text, sequence_length, max_tokens,
+                                                 questions: record | null, answer_tokens}, toolchain}
+    evaluate   ...-tp-kv                        {evaluation: {name, sequence_length, answer_tokens, gates: {confidence,
+                                                 <metric>_max | <metric>_min: bound}}, recipe, toolchain}
+    publish    ...-tp-kv                        {key, evaluation: name, store: the store's own id}
+
+`model`, `text` and `questions` are source records (see pipelines/sources.py; `slices.locate(record)` answers with the
+path). A text's record also has `column`, and for data sets `repo`, `subset`, `split`.
+`toolchain` is {torch, transformers, triton, device}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines import schema, slices, sources
+from pipelines.schema import Text
+from pipelines.selection import Row, read_rows, read_selection
+from pipelines.toolchain import toolchain
+from pipelines.worktree import cache_folder
+
+STORE_ID = ".ingot-store"
+
+
+class Sources:
+    """The sources that rows name: their records for the slices, and where they lie."""
+
+    def __init__(self, root: Path, memory: sources.Memory) -> None:
+        self.root = root
+        self.paths: dict[str, str] = {}
+        self._memory = memory
+        self._records: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def model(self, model: schema.Model) -> dict[str, Any]:
+        """The record of a checkpoint."""
+        if not model.repo:
+            return self._local({"kind": "folder"}, "model", model.path, model.digest)
+        from pipelines.hub import cached
+
+        record = {"kind": "hub", "repo": model.repo, "revision": model.revision}
+        if sources.identity(record) not in self.paths and (folder := cached(model.repo, str(model.revision))):
+            self.paths[sources.identity(record)] = str(folder)
+        return record
+
+    def text(self, key: str, text: Text) -> dict[str, Any]:
+        """The record of a text or a named data set, with the options that say how it is read."""
+        if text.kind == "text":
+            return {**self._local({"kind": "text"}, key, text.path, text.digest), "column": text.column}
+        record: dict[str, Any] = {"kind": "dataset", "name": text.kind}
+        if text.path or text.digest:
+            record = self._local(record, key, text.path, text.digest)
+        else:
+            record |= {"repo": text.repo, "revision": text.revision, "subset": text.subset}
+        return {**record, "split": text.split, "column": text.column}
+
+    def questions(self, evaluation: schema.Evaluation) -> dict[str, Any] | None:
+        """The record of the questions, or None where there are none."""
+        if not evaluation.questions and not evaluation.questions_digest:
+            return None
+        return self._local({"kind": "text"}, "evaluation.questions", evaluation.questions, evaluation.questions_digest)
+
+    def _local(self, record: dict[str, Any], key: str, path: str | None, pinned: str | None) -> dict[str, Any]:
+        asked = (record["kind"], path, pinned)
+        if asked in self._records:
+            return {**record, "digest": self._records[asked]["digest"]}
+        place = (self.root / path).resolve() if path else None
+        if place is None or not place.exists():
+            if not pinned:
+                raise FileNotFoundError(
+                    f"{key} names {place}, which does not exist. Correct the path, or pin the content by its digest:"
+                    " a source that is absent and pinned is enough for what is already built."
+                )
+            found = pinned
+        else:
+            found = sources.measure(record, place, self._memory.sha256)
+            if pinned and found != pinned:
+                raise ValueError(f"{place} has the digest {found}, but {key} is pinned to {pinned}.")
+            self.paths[f"sha256:{found}"] = str(place)
+        self._records[asked] = {**record, "digest": found}
+        return dict(self._records[asked])
+
+
+def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_id: str) -> dict[str, dict[str, Any]]:
+    """The slices of one row, by `stage/key`. Only what a stage instance needs enters its slice."""
+    config = row.config
+    model, weights, kv = known.model(config.model), _weights(config.weights), _kv(config.kv)
+    calibration = {
+        "text": known.text("calibration", config.calibration),
+        **_fields(config.calibration, "samples", "sequence_length", "sampling", "seed"),
+    }
+    recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0)}
+    calibrated = recipe["weights"] != "fp16" or recipe["kv"] != "kv16"
+    measured = {
+        "text": known.text("evaluation.text", config.evaluation.text),
+        "questions": known.questions(config.evaluation),
+        **_fields(config.evaluation, "sequence_length", "max_tokens", "answer_tokens"),
+    }
+    bounds = {name: bound for name, bound in asdict(config.evaluation.gates).items() if bound is not None}
+    gated = _fields(config.evaluation, "name", "sequence_length", "answer_tokens")
+    gated["gates"] = {**bounds, "confidence": config.evaluation.confidence}
+    quantize = {"model": model, "weights": weights} | ({} if weights["name"] == "fp16" else {"toolchain": dict(tools)})
+    m, c, w, tp = row.model, row.calibration, row.weights, row.tp
+    return {
+        f"calibrate/{m}-{c}": {"model": model, "calibration": calibration, "toolchain": dict(tools)},
+        f"quantize/{m}-{c}-{w}": quantize,
+        f"shard/{m}-{c}-{w}-{tp}": {
+            "model": model,
+            "weights": {"name": recipe["weights"], "group_size": recipe["group_size"]},
+            "tp": config.tp,
+        },
+        f"export/{row.key}": {
+            "model": model,
+            "name": config.model.name,
+            "session_len": config.model.session_len,
+            "recipe": recipe,
+            "tp": config.tp,
+            "kv": kv,
+            "calibration": _digest(calibration) if calibrated else None,
+        },
+        f"baseline/{m}-{row.evaluation}": {"model": model, "evaluation": measured, "toolchain": dict(tools)},
+        f"evaluate/{row.key}": {"evaluation": gated, "recipe": recipe, "toolchain": dict(tools)},
+        f"publish/{row.key}": {"key": row.key, "evaluation": config.evaluation.name, "store": store_id},
+    }
+
+
+def all_slices(rows: Sequence[Row], known: Sources, store_id: str) -> dict[str, dict[str, Any]]:
+    """The slices of all rows. ValueError when two rows that share a slice do not agree on it."""
+    tools = toolchain()
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, content in row_slices(row, known, tools, store_id).items():
+            if found.setdefault(name, content) != content:
+                raise ValueError(
+                    f"{row.key} needs another {name} than a row that shares it: {_difference(found[name], content)}."
+                    " An interpolation ties a field of a shared stage to an axis that the stage does not have."
+                )
+    return found
+
+
+def store_identity(store: Path) -> str:
+    """The id of the store folder, made with it. With it in publish's slice, a new store is filled again."""
+    marker = store / STORE_ID
+    if not marker.is_file():
+        store.mkdir(parents=True, exist_ok=True)
+        temporary = marker.with_name(f"{STORE_ID}.tmp-{uuid.uuid4().hex}")
+        temporary.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        temporary.replace(marker)
+    return marker.read_text(encoding="utf-8").strip()
+
+
+def write_slices(root: Path) -> dict[str, dict[str, Any]]:
+    """Compose everything that params.yaml of this project selects, and write slices and paths. Returns the slices."""
+    rows = read_rows(root, read_selection(root / "params.yaml"))
+    memory = sources.Memory(root / slices.MEMORY)
+    known = Sources(root, memory)
+    store = (root / rows[0].config.store).resolve()
+    content = all_slices(rows, known, store_identity(store))
+    memory.save()
+    slices.write_json(root / slices.PATHS, {**known.paths, "store": str(store), "cache": str(cache_folder(root))})
+    with slices.output(root / "build/slices") as folder:
+        for name, value in content.items():
+            slices.write_json(folder / f"{name}.json", value)
+    return content
+
+
+def main() -> int:
+    """Write the slices of the project in the current folder."""
+    slices.die_with_parent()
+    try:
+        write_slices(Path.cwd())
+    except (ValueError, OSError) as error:
+        print(f"compose: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _weights(weights: schema.Weights) -> dict[str, Any]:
+    if weights.name == "fp16":
+        return {"name": "fp16"}
+    search = ("alpha",) if weights.search == "none" else ("activation_steps", "weight_steps")
+    return _fields(weights, "name", "group_size", "search", *search)
+
+
+def _kv(kv: schema.KV) -> dict[str, Any]:
+    return {"name": kv.name} if kv.name == "kv16" else _fields(kv, "name", "symmetric")
+
+
+def _fields(value: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    return ", ".join(f"{key} {json.dumps(one.get(key))} and {json.dumps(other.get(key))}" for key in keys)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""The stage `export`: linked weight files, config.ini, KV scales, tokenizer, Triton's model repository and manifest.
+
+Prints the artifact's id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from engine.config import ModelConfig, Recipe
+from engine.models import names
+from engine.runtime.tokenizer import Tokenizer
+from engine.storage.artifacts import write_manifest
+from engine.storage.checkpoint import Checkpoint
+from engine.storage.config_ini import weight_type_of, write_config_ini
+from engine.storage.kv_scale_files import write_kv_scales
+from engine.storage.triton_repository import write_repository
+from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS
+from pipelines.quant.kv import layer_scales
+from pipelines.slices import Call, link, locate, output, run_stage
+from pipelines.sources import model_files
+
+
+def work(call: Call) -> None:
+    content, inputs = call.slice, call.inputs
+    source, recipe, tp = locate(content["model"]), Recipe(**content["recipe"]), content["tp"]
+    config = Checkpoint(source).config
+    with output(call.out) as folder:
+        weights = folder / WEIGHTS
+        weights.mkdir(parents=True)
+        for path in sorted(inputs["shard"].iterdir()):
+            link(path, weights / path.name)
+        write_config_ini(
+            weights / CONFIG_INI,
+            config,
+            model_name=content["name"],
+            recipe=recipe,
+            tp=tp,
+            session_len=content["session_len"] or config.max_position_embeddings,
+            weight_type=weight_type_of(config, recipe),
+        )
+        if recipe.kv == "kv8":
+            write_scales(weights, config, inputs["calibrate"], inputs["quantize"], tp=tp, kv=content["kv"])
+        chat_template = copy_tokenizer(source, folder / TOKENIZER)
+        write_repository(folder, model_name=content["name"], tp=tp)
+        artifact = write_manifest(
+            folder,
+            recipe=recipe,
+            sources=json.loads((inputs["quantize"] / "source.json").read_text(encoding="utf-8"))["files"],
+            calibration=content["calibration"],
+            chat_template=chat_template,
+            tp=tp,
+        )
+    print(artifact)
+
+
+def write_scales(
+    weights: Path, config: ModelConfig, calibration: Path, quantized: Path, *, tp: int, kv: dict[str, Any]
+) -> None:
+    """The scales of int8 K and V of every layer and rank, V's for the smoothed v_proj where there is one."""
+    statistics = load_file(calibration / "stats.safetensors")
+    smoothed = quantized / "smoothing.safetensors"
+    smoothing = load_file(smoothed) if smoothed.is_file() else {}
+    for layer in range(config.num_layers):
+        divisor = smoothing.get(names.layer_name(layer, "self_attn.v_proj"))
+        scales = layer_scales(statistics, layer, tp=tp, smoothing=divisor, symmetric=kv["symmetric"])
+        write_kv_scales(weights, layer, scales)
+
+
+def copy_tokenizer(source: Path, target: Path) -> str | None:
+    """Copy everything of a checkpoint but its weights; returns the SHA-256 of the chat template, if there is one.
+
+    ValueError where the checkpoint has no tokenizer: nothing could be served from the artifact.
+    """
+    template = Tokenizer(source).chat_template
+    target.mkdir(parents=True)
+    for path in model_files(source):
+        if "safetensors" not in path.name:
+            shutil.copyfile(path, target / path.name)
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(work))

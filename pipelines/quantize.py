@@ -1,0 +1,32 @@
+"""The stage `quantize`: from a checkpoint and its calibration to the weights of a recipe.
+
+`source.json` says what the weights come from: {"source": the source's identity, "files": {name: SHA-256}}. Beside it
+lies what the recipe's package writes: nothing for `fp16`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from pipelines.slices import Call, locate, output, run_stage, write_json
+from pipelines.sources import identity, model_files, sha256_file
+
+SOURCE = "source.json"
+RECIPES = ("fp16", "w4a16")
+
+
+def work(call: Call) -> None:
+    record, weights = call.slice["model"], call.slice["weights"]
+    if weights["name"] not in RECIPES:
+        raise ValueError(f"weights={weights['name']} is no recipe; there are {', '.join(RECIPES)}.")
+    # By name, so that a change of one recipe's code rebuilds that recipe alone.
+    recipe = importlib.import_module(f"pipelines.quant.{weights['name']}")
+    folder = locate(record)
+    with output(call.out) as out:
+        recipe.quantize(weights, folder, call.inputs["calibrate"], out)
+        files = {path.name: sha256_file(path) for path in model_files(folder)}
+        write_json(out / SOURCE, {"source": identity(record), "files": files})
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(work))

@@ -1,0 +1,141 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import EngineConfig, Sampling
+from engine.models.batch import packed
+from engine.runtime.engine import Engine
+from engine.storage.artifacts import read_manifest, verify
+from engine.storage.checkpoint import Checkpoint, load_checkpoint
+from engine.storage.workspace import TOKENIZER, WEIGHTS, Workspace, load_workspace
+from pipelines.calibrate import calibrate
+from pipelines.quant.kv import layer_scales
+from pipelines.quant.stream import side_by_side
+from tests.pipelines.stage import FP16, W4A16, Build
+from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return Build(tmp_path / "out", write_tiny_checkpoint(tmp_path / "model"), tmp_path / "text.txt")
+
+
+def test_the_artifact_is_whole_and_its_id_is_printed(build, tmp_path, capsys):
+    artifact = build.artifact(FP16, "kv16")
+    printed = capsys.readouterr().out.strip()
+    manifest = verify(artifact, printed)
+    assert manifest.calibration is None and manifest.chat_template is not None
+    assert set(manifest.sources) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {entry.path for entry in manifest.files}
+    assert {f"{TOKENIZER}/tokenizer.json", f"{TOKENIZER}/config.json", f"{WEIGHTS}/config.ini"} <= names
+    assert not any("safetensors" in name or "past_kv" in name for name in names)
+    batch = packed([[3, 4, 5, 6, 7]])
+    served = load_workspace(artifact, device="cpu", dtype=torch.float32)(batch, None)
+    assert torch.equal(served, load_checkpoint(tmp_path / "model")(batch, None))
+    assert Workspace(artifact).ini.session_len == 64 and Workspace(artifact).ini.model_name == "tiny"
+
+
+def test_a_second_build_gives_the_same_id(build, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    other = Build(tmp_path / "elsewhere", tmp_path / "model", tmp_path / "text.txt")
+    for weights, kv in ((W4A16, "kv8"), (FP16, "kv8")):
+        assert read_manifest(build.artifact(weights, kv)).id == read_manifest(other.artifact(weights, kv)).id
+
+
+def test_weight_files_are_links_so_that_kv_costs_no_bytes(build):
+    calibrated = build.calibrate()
+    quantized = build.quantize(FP16, calibrated)
+    sharded = build.shard(FP16, quantized)
+    inputs = {"shard": sharded, "quantize": quantized, "calibrate": calibrated}
+    folders = [build.export(FP16, kv, **inputs) / WEIGHTS for kv in ("kv16", "kv8")]
+    for path in sharded.iterdir():
+        assert {(folder / path.name).stat().st_ino for folder in folders} == {path.stat().st_ino}
+    assert (folders[1] / "layers.1.past_kv_scale.0.weight").stat().st_size == 16
+
+
+def test_what_was_calibrated_names_its_calibration(build):
+    assert read_manifest(build.artifact(FP16, "kv8")).calibration == "0" * 64
+    assert read_manifest(build.artifact(W4A16, "kv16")).calibration == "0" * 64
+    assert read_manifest(build.artifact(FP16, "kv16")).calibration is None
+
+
+def test_an_int8_cache_has_scales_for_every_rank_of_any_tp(build):
+    artifact = build.artifact(FP16, "kv8", tp=2)
+    statistics = load_file(build.root / "calibrate/stats.safetensors")
+    scales = Workspace(artifact).kv_scales()
+    for layer in range(2):
+        for head in range(2):  # one KV head a rank
+            expected = layer_scales(statistics, layer, tp=2)[head]
+            got = torch.cat([scales.key[layer, head], scales.value[layer, head]])
+            assert torch.equal(got, torch.tensor(expected))
+
+
+def test_symmetric_scales_are_written_with_zero_points_and_the_engine_runs_on_them(build):
+    artifact = build.artifact(W4A16, "kv8", tp=2, symmetric=True)
+    smoothing = load_file(build.root / "quantize-w4a16/smoothing.safetensors")
+    statistics = load_file(build.root / "calibrate/stats.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}"
+        divisor = smoothing.get(f"{name}.self_attn.v_proj", torch.ones(32)).view(2, 16)
+        for rank in range(2):
+            row = np.fromfile(artifact / WEIGHTS / f"layers.{layer}.past_kv_scale.{rank}.weight", dtype="<f4")
+            key = float(statistics[f"key/absmax/{name}"][rank].max())
+            value = float((statistics[f"value/absmax/{name}"] / divisor)[rank].max())
+            np.testing.assert_allclose(row, [key / 127, 0, value / 127, 0], rtol=1e-6)
+    engine = Engine.from_workspace(artifact, EngineConfig(max_batch_size=1))
+    [answer] = engine.generate([[3, 4, 5]], Sampling(max_new_tokens=3, temperature=0))
+    assert len(answer.token_ids) == 3
+
+
+def test_scales_of_the_smoothed_model_match_a_fresh_calibration_of_it(build, tmp_path):
+    """w4a16-kv8 divides V's recorded range; calibrating the model whose v_proj is divided finds the same scales."""
+    artifact = build.artifact(W4A16 | {"activation_steps": 5}, "kv8")
+    smoothing = load_file(build.root / "quantize-w4a16/smoothing.safetensors")
+    source = Checkpoint(tmp_path / "model")
+    divided = {}
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.v_proj"
+        scale = smoothing[name]
+        divided[f"{name}.weight"] = source.tensor(f"{name}.weight").float() / scale[:, None]
+        repeated = scale.view(2, 1, 16).expand(-1, 2, -1).flatten()
+        output = f"model.layers.{layer}.self_attn.o_proj.weight"
+        divided[output] = source.tensor(output).float() * repeated
+    weights = {name: source.tensor(name).float() for name in source.names()} | divided
+    smoothed = Checkpoint(write_tiny_checkpoint(tmp_path / "smoothed", dtype=torch.float32, replace=weights))
+    blocks = load_file(build.root / "calibrate/blocks.safetensors")["tokens"]
+    with side_by_side(1) as workers:
+        fresh = calibrate(smoothed, blocks, workers)
+    scales = Workspace(artifact).kv_scales()
+    recorded = load_file(build.root / "calibrate/stats.safetensors")
+    moved = 0
+    for layer in range(2):
+        expected = torch.tensor(layer_scales(fresh, layer, tp=1)[0])
+        torch.testing.assert_close(
+            torch.cat([scales.key[layer, 0], scales.value[layer, 0]]), expected, rtol=1e-4, atol=1e-5
+        )
+        moved += not torch.allclose(torch.tensor(layer_scales(recorded, layer, tp=1)[0]), expected, rtol=1e-2)
+    assert moved, "no layer was smoothed: the test shows nothing"
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(build, tmp_path):
+    calibrated = build.calibrate()
+    quantized = build.quantize(FP16, calibrated)
+    sharded = build.shard(FP16, quantized)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    changed = Build(build.root, tmp_path / "model", tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        changed.export(FP16, "kv16", shard=sharded, quantize=quantized, calibrate=calibrated)
+    assert not (build.root / "export-fp16-1-kv16").exists()
+
+
+def test_code_of_the_checkpoint_is_never_copied(build, tmp_path):
+    (tmp_path / "model" / "modeling_tiny.py").write_text("raise SystemExit")
+    artifact = build.artifact(FP16, "kv16")
+    assert not list(artifact.rglob("*.py"))
+    assert json.loads((artifact / TOKENIZER / "config.json").read_text())["num_hidden_layers"] == 2
