@@ -1,6 +1,6 @@
 """Perplexity of every recipe on real models, on text that calibration does not see. Appends rows, prints a table.
 
-    python -m benchmarks.recipe_quality DATA [--models stories15M-llama minimind2-small-llama]
+    python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...]
 
 DATA is a folder with `models/<name>` and the texts of ITEMS. Stories are scored alone, [BOS] and tokens cut to the
 model's 256 positions, all but BOS; answers are scored inside the chat template, at most 256 tokens of each.
@@ -54,15 +54,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            measure_model(arguments.data, name, Path(folder))
+            measure_model(arguments.data, name, arguments.methods, Path(folder))
     return 0
 
 
-def measure_model(data: Path, name: str, folder: Path) -> None:
-    """Every recipe of one model, a row each."""
+def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path) -> None:
+    """The recipes of one model that take these methods, and those that need none; a row each."""
     checkpoint = Checkpoint(data / "models" / name)
     tokenizer = Tokenizer(checkpoint.folder)
     items, blocks = (stories if name.startswith("stories") else answers)(data, tokenizer)
@@ -89,9 +90,10 @@ def measure_model(data: Path, name: str, folder: Path) -> None:
     measure("fp16", 0, "", {})
     measure("fp16-kv8", 0, "", {}, kv="kv8")
     for group_size in MODELS[name]:
-        for method, weights in METHODS.items():
-            measure("w4a16", group_size, method, weights)
-        measure("w4a16-kv8", group_size, "search: grid", GRID, kv="kv8")
+        for method in methods:
+            measure("w4a16", group_size, method, METHODS[method])
+        if "search: grid" in methods:
+            measure("w4a16-kv8", group_size, "search: grid", GRID, kv="kv8")
 
 
 def stories(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:

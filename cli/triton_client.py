@@ -111,9 +111,7 @@ class TritonPartner:
     def end(self) -> None:
         """Let the server forget the session. Begun anew and ended at once, it need not know it any more."""
         if self._begun:
-            request = self._request(
-                [], START=("INT32", 1), END=("INT32", 1), request_output_len=("UINT32", 0)
-            )
+            request = self._request([], START=("INT32", 1), END=("INT32", 1), request_output_len=("UINT32", 0))
             for _ in self._connection.round(request, self._stop_request()):
                 pass
 
@@ -161,7 +159,9 @@ class Connection:
 
     def __init__(self, address: str) -> None:
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s/:]+):\d+", address):
-            raise ValueError(f"{address!r} is not an address: give HOST:PORT of Triton's gRPC service, without http://.")
+            raise ValueError(
+                f"{address!r} is not an address: give HOST:PORT of Triton's gRPC service, without http://."
+            )
         try:
             from tritonclient import grpc
         except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 """The stage `baseline`: what the unquantized checkpoint says to an evaluation set, through the engine that will serve.
 
+Of a checkpoint that is quantized already (weights=as_is) there is no unquantized one here: it is its own baseline.
 Written once per model and evaluation set: `scores.safetensors` and `questions.json` (pipelines/evaluation/kept.py).
 """
 
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.models.decoder import Decoder
 from engine.runtime.engine import Engine
 from engine.runtime.tokenizer import Tokenizer
-from engine.storage.checkpoint import Checkpoint, load_checkpoint
+from engine.storage.checkpoint import Checkpoint
+from pipelines.chat_templates import open_tokenizer
 from pipelines.data.texts import read_documents
 from pipelines.evaluation import texts
 from pipelines.evaluation.answers import greedy_answers
@@ -21,13 +24,24 @@ from pipelines.evaluation.divergence import BaseDistribution
 from pipelines.evaluation.kept import Baseline, write_baseline
 from pipelines.evaluation.perplexity import Scoring, TokenLoss
 from pipelines.slices import Call, locate, output, run_stage
+from pipelines.sources import pickled
+
+WEIGHTS = (".safetensors", ".bin", ".pth")
 
 
 def work(call: Call) -> None:
-    folder, evaluation = locate(call.slice["model"]), call.slice["evaluation"]
-    tokenizer = Tokenizer(folder)
-    items, questions = read_set(evaluation, tokenizer, positions=Checkpoint(folder).config.max_position_embeddings)
-    baseline = ask_checkpoint(folder, tokenizer, items, questions, answer_tokens=evaluation["answer_tokens"])
+    record, evaluation = call.slice["model"], call.slice["evaluation"]
+    checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=True)
+    tokenizer = open_tokenizer(checkpoint.folder, call.slice.get("template"))
+    items, questions = read_set(evaluation, tokenizer, positions=checkpoint.config.max_position_embeddings)
+    baseline = ask_checkpoint(
+        checkpoint.folder,
+        tokenizer,
+        items,
+        questions,
+        answer_tokens=evaluation["answer_tokens"],
+        allow_bin=pickled(record),
+    )
     with output(call.out) as target:
         write_baseline(target, baseline)
 
@@ -63,9 +77,11 @@ def ask_checkpoint(
     questions: list[texts.Question],
     *,
     answer_tokens: int,
+    allow_bin: bool = False,
 ) -> Baseline:
-    """Score the items and answer the questions with the unquantized checkpoint, its KV cache as computed."""
-    model = load_checkpoint(folder, dtype=torch.float32)
+    """Score the items and answer the questions with the checkpoint as it lies, its KV cache as computed."""
+    checkpoint = Checkpoint(folder, allow_bin=allow_bin, allow_quantized=True)
+    model = Decoder(checkpoint.config, checkpoint.weights(), device="cpu", dtype=torch.float32)
     longest = max(len(item.token_ids) for item in items)
     session_len = max([longest] + [len(question.prompt_ids) + answer_tokens for question in questions])
     engine = Engine(model, tokenizer, EngineConfig(), session_len=session_len)
@@ -83,7 +99,8 @@ def ask_checkpoint(
         ids=distribution.ids,
         rest=distribution.rest,
         answer_tokens=answer_tokens,
-        weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        weights=checkpoint.recipe.weights,
+        weight_bytes=sum(path.stat().st_size for path in checkpoint.files if path.suffix in WEIGHTS),
     )
 
 

@@ -119,7 +119,9 @@ def estimate(root: Path, config: Config) -> int:
     weights = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
     blocks = config.calibration.samples * config.calibration.sequence_length * 8
     baseline = config.evaluation.max_tokens * 512  # measured: about 390 bytes a token
-    quantized = 0 if config.weights.name == "fp16" else weights * 3 // 10  # (4 + 20 / 32) / 16 at the smallest group
+    quantized = (
+        0 if config.weights.name in ("fp16", "as_is") else weights * 3 // 10
+    )  # (4 + 20 / 32) / 16 at the smallest group
     return SPARE_BYTES + weights + quantized + blocks + baseline
 
 

@@ -22,10 +22,12 @@ from pipelines.data.texts import read_documents
 from pipelines.quant.observers import KEY, VALUE, Observer, channel_statistics, head_statistics, with_means
 from pipelines.quant.stream import LayerTensors, Stream, Workers, side_by_side
 from pipelines.slices import Call, locate, output, run_stage
+from pipelines.sources import pickled
 
 
 def work(call: Call) -> None:
-    checkpoint = Checkpoint(locate(call.slice["model"]))
+    record = call.slice["model"]
+    checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=True)
     blocks = calibration_blocks(call.slice["calibration"], checkpoint)
     with output(call.out) as folder, side_by_side() as workers:
         save_file({"tokens": blocks}, folder / "blocks.safetensors")

@@ -8,16 +8,18 @@ stage depends. Slices, by stage (key):
     calibrate  model-calibration                {model, calibration: {text, samples, sequence_length, sampling, seed},
                                                  toolchain}
     quantize   model-calibration-weights        fp16: {model, weights: {name}}
+                                                as_is: the same; what the checkpoint has is seen when it is read
                                                 w4a16: {model, weights: {name, group_size, search, alpha |
                                                  activation_steps, weight_steps}, toolchain}   (alpha for search none)
-    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}      (group_size 0 for fp16)
-    export     ...-tp-kv                        {model, name, session_len, recipe: {weights, kv, group_size}, tp,
-                                                 kv: {name, [symmetric]}, calibration: SHA-256 of the calibration part
-                                                 above, or null where nothing of it is in the artifact (fp16, kv16)}
-    baseline   model-evaluation                 {model, evaluation: {text, sequence_length, max_tokens,
+    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: fp16, as_is)
+    export     ...-tp-kv                        {model, name, session_len, [template], tp, kv: {name, [symmetric]},
+                                                 recipe: {weights, kv, group_size}, calibration: SHA-256 of the
+                                                 calibration part above, or null where nothing of it is in the artifact
+                                                 (fp16 or as_is, with kv16)}
+    baseline   model-evaluation                 {model, [template], evaluation: {text, sequence_length, max_tokens,
                                                  questions: record | null, answer_tokens}, toolchain}
     evaluate   ...-tp-kv                        {evaluation: {name, sequence_length, answer_tokens, gates: {confidence,
-                                                 <metric>_max | <metric>_min: bound}}, recipe, toolchain}
+                                                 <metric>_max | <metric>_min: bound}}, toolchain}
     publish    ...-tp-kv                        {key, evaluation: name, store: the store's own id}
 
 `model`, `text` and `questions` are source records (see pipelines/sources.py; `slices.locate(record)` answers with the
@@ -37,12 +39,15 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import schema, slices, sources
+from pipelines.quantized_source import check_weights
 from pipelines.schema import Text
 from pipelines.selection import Row, read_rows, read_selection
 from pipelines.toolchain import toolchain
 from pipelines.worktree import cache_folder
 
 STORE_ID = ".ingot-store"
+# Weights that are taken from the checkpoint: nothing is computed, and calibration does not touch them.
+UNCALIBRATED = ("fp16", "as_is")
 
 
 class Sources:
@@ -56,13 +61,16 @@ class Sources:
 
     def model(self, model: schema.Model) -> dict[str, Any]:
         """The record of a checkpoint."""
+        allowed = {"allow_bin": True} if model.allow_bin else {}
         if not model.repo:
-            return self._local({"kind": "folder"}, "model", model.path, model.digest)
+            return self._local({"kind": "folder", **allowed}, "model", model.path, model.digest)
         from pipelines.hub import cached
 
-        record = {"kind": "hub", "repo": model.repo, "revision": model.revision}
-        if sources.identity(record) not in self.paths and (folder := cached(model.repo, str(model.revision))):
-            self.paths[sources.identity(record)] = str(folder)
+        record = {"kind": "hub", "repo": model.repo, "revision": model.revision, **allowed}
+        if sources.identity(record) not in self.paths:
+            folder = cached(model.repo, str(model.revision), allow_bin=model.allow_bin)
+            if folder:
+                self.paths[sources.identity(record)] = str(folder)
         return record
 
     def text(self, key: str, text: Text) -> dict[str, Any]:
@@ -83,7 +91,7 @@ class Sources:
         return self._local({"kind": "text"}, "evaluation.questions", evaluation.questions, evaluation.questions_digest)
 
     def _local(self, record: dict[str, Any], key: str, path: str | None, pinned: str | None) -> dict[str, Any]:
-        asked = (record["kind"], path, pinned)
+        asked = (record["kind"], path, pinned, sources.pickled(record))
         if asked in self._records:
             return {**record, "digest": self._records[asked]["digest"]}
         place = (self.root / path).resolve() if path else None
@@ -107,12 +115,14 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
     """The slices of one row, by `stage/key`. Only what a stage instance needs enters its slice."""
     config = row.config
     model, weights, kv = known.model(config.model), _weights(config.weights), _kv(config.kv)
+    if folder := known.paths.get(sources.identity(model)):
+        check_weights(Path(folder), weights["name"])
     calibration = {
         "text": known.text("calibration", config.calibration),
         **_fields(config.calibration, "samples", "sequence_length", "sampling", "seed"),
     }
     recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0)}
-    calibrated = recipe["weights"] != "fp16" or recipe["kv"] != "kv16"
+    calibrated = recipe["weights"] not in UNCALIBRATED or recipe["kv"] != "kv16"
     measured = {
         "text": known.text("evaluation.text", config.evaluation.text),
         "questions": known.questions(config.evaluation),
@@ -121,7 +131,10 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
     bounds = {name: bound for name, bound in asdict(config.evaluation.gates).items() if bound is not None}
     gated = _fields(config.evaluation, "name", "sequence_length", "answer_tokens")
     gated["gates"] = {**bounds, "confidence": config.evaluation.confidence}
-    quantize = {"model": model, "weights": weights} | ({} if weights["name"] == "fp16" else {"toolchain": dict(tools)})
+    quantize = {"model": model, "weights": weights} | (
+        {} if weights["name"] in UNCALIBRATED else {"toolchain": dict(tools)}
+    )
+    template = {} if config.model.template is None else {"template": config.model.template}
     m, c, w, tp = row.model, row.calibration, row.weights, row.tp
     return {
         f"calibrate/{m}-{c}": {"model": model, "calibration": calibration, "toolchain": dict(tools)},
@@ -135,13 +148,19 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
             "model": model,
             "name": config.model.name,
             "session_len": config.model.session_len,
+            **template,
             "recipe": recipe,
             "tp": config.tp,
             "kv": kv,
             "calibration": _digest(calibration) if calibrated else None,
         },
-        f"baseline/{m}-{row.evaluation}": {"model": model, "evaluation": measured, "toolchain": dict(tools)},
-        f"evaluate/{row.key}": {"evaluation": gated, "recipe": recipe, "toolchain": dict(tools)},
+        f"baseline/{m}-{row.evaluation}": {
+            "model": model,
+            "evaluation": measured,
+            **template,
+            "toolchain": dict(tools),
+        },
+        f"evaluate/{row.key}": {"evaluation": gated, "toolchain": dict(tools)},
         f"publish/{row.key}": {"key": row.key, "evaluation": config.evaluation.name, "store": store_id},
     }
 
@@ -198,8 +217,8 @@ def main() -> int:
 
 
 def _weights(weights: schema.Weights) -> dict[str, Any]:
-    if weights.name == "fp16":
-        return {"name": "fp16"}
+    if weights.name in UNCALIBRATED:
+        return {"name": weights.name}
     search = ("alpha",) if weights.search == "none" else ("activation_steps", "weight_steps")
     return _fields(weights, "name", "group_size", "search", *search)
 

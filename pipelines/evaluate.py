@@ -7,6 +7,7 @@ failing gate is an outcome, not a crash.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def evaluate(folder: Path, baseline: Baseline, content: dict[str, Any]) -> tuple
     statement = make_statement(
         artifact=manifest.id,
         name=evaluation["name"],
-        recipe=content["recipe"],
+        recipe=asdict(manifest.recipe),
+        baseline=baseline.weights,
         toolchain=toolchain,
         items=baseline.digest,
         counts={

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,25 @@ from safetensors.torch import load_file
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
-from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import write_manifest
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.config_ini import weight_type_of, write_config_ini
 from engine.storage.kv_scale_files import write_kv_scales
 from engine.storage.triton_repository import write_repository
 from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS
+from pipelines.chat_templates import open_tokenizer, write_template
 from pipelines.quant.kv import layer_scales
 from pipelines.slices import Call, link, locate, output, run_stage
-from pipelines.sources import model_files
+from pipelines.sources import model_files, pickled
+from pipelines.template_files import OWN
 
 
 def work(call: Call) -> None:
     content, inputs = call.slice, call.inputs
     source, recipe, tp = locate(content["model"]), Recipe(**content["recipe"]), content["tp"]
-    config = Checkpoint(source).config
+    as_is = recipe.weights == "as_is"
+    checkpoint = Checkpoint(source, allow_bin=pickled(content["model"]), allow_quantized=as_is)
+    config, recipe = checkpoint.config, replace(checkpoint.recipe, kv=recipe.kv) if as_is else recipe
     with output(call.out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir(parents=True)
@@ -47,7 +51,7 @@ def work(call: Call) -> None:
         )
         if recipe.kv == "kv8":
             write_scales(weights, config, inputs["calibrate"], inputs["quantize"], tp=tp, kv=content["kv"])
-        chat_template = copy_tokenizer(source, folder / TOKENIZER)
+        chat_template = copy_tokenizer(source, folder / TOKENIZER, content.get("template"))
         write_repository(folder, model_name=content["name"], tp=tp)
         artifact = write_manifest(
             folder,
@@ -73,17 +77,21 @@ def write_scales(
         write_kv_scales(weights, layer, scales)
 
 
-def copy_tokenizer(source: Path, target: Path) -> str | None:
+def copy_tokenizer(source: Path, target: Path, template: str | None) -> str | None:
     """Copy everything of a checkpoint but its weights; returns the SHA-256 of the chat template, if there is one.
 
+    A named template takes the place of the checkpoint's own.
     ValueError where the checkpoint has no tokenizer: nothing could be served from the artifact.
     """
-    template = Tokenizer(source).chat_template
+    tokenizer = open_tokenizer(source, template)
     target.mkdir(parents=True)
     for path in model_files(source):
         if "safetensors" not in path.name:
             shutil.copyfile(path, target / path.name)
-    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    if template not in (None, OWN):
+        write_template(tokenizer, target)
+    text = tokenizer.chat_template
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """The stage `quantize`: from a checkpoint and its calibration to the weights of a recipe.
 
 `source.json` says what the weights come from: {"source": the source's identity, "files": {name: SHA-256}}. Beside it
-lies what the recipe's package writes: nothing for `fp16`.
+lies what the recipe's package writes: nothing for `fp16`, a report for `as_is`.
 """
 
 from __future__ import annotations
 
 import importlib
 
+from pipelines.quantized_source import check_weights
 from pipelines.slices import Call, locate, output, run_stage, write_json
-from pipelines.sources import identity, model_files, sha256_file
+from pipelines.sources import identity, model_files, pickled, sha256_file
 
 SOURCE = "source.json"
-RECIPES = ("fp16", "w4a16")
+RECIPES = ("fp16", "w4a16", "as_is")
 
 
 def work(call: Call) -> None:
@@ -22,9 +23,10 @@ def work(call: Call) -> None:
     # By name, so that a change of one recipe's code rebuilds that recipe alone.
     recipe = importlib.import_module(f"pipelines.quant.{weights['name']}")
     folder = locate(record)
+    check_weights(folder, weights["name"])
     with output(call.out) as out:
-        recipe.quantize(weights, folder, call.inputs["calibrate"], out)
-        files = {path.name: sha256_file(path) for path in model_files(folder)}
+        recipe.quantize(weights, folder, call.inputs["calibrate"], out, allow_bin=pickled(record))
+        files = {path.name: sha256_file(path) for path in model_files(folder, allow_bin=pickled(record))}
         write_json(out / SOURCE, {"source": identity(record), "files": files})
 
 

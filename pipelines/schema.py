@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-WEIGHTS = ("fp16", "w4a16")
+from pipelines.template_files import NAMES, OWN
+
+WEIGHTS = ("fp16", "w4a16", "as_is")
 KVS = ("kv16", "kv8")
 TEXT_KINDS = ("text", "wikitext2", "ptb", "c4", "pileval")
 
@@ -21,6 +23,8 @@ class Model:
     """A checkpoint: a local folder (`path`), or a hub repository at one commit (`repo`, `revision`).
 
     `digest` pins a local folder's content, which then need not be here. `session_len` 0 is the checkpoint's own.
+    `template` names a chat template of pipelines/templates/, or is `own`: the checkpoint's has to be there; null takes
+    what there is. Pickled weights (.bin, .pth) are read only with `allow_bin`, as weights alone, without running code.
     """
 
     name: str = ""
@@ -29,6 +33,8 @@ class Model:
     revision: str | None = None
     digest: str | None = None
     session_len: int = 0
+    template: str | None = None
+    allow_bin: bool = False
 
 
 @dataclass
@@ -193,6 +199,8 @@ def _model_problems(model: Model) -> Iterator[str]:
         if model.digest:
             yield "model.digest pins a local folder: a hub repository is pinned by model.revision"
     yield from _digest("model.digest", model.digest)
+    if model.template is not None:
+        yield from _one_of("model.template", model.template, (OWN, *NAMES))
 
 
 def _text_problems(key: str, text: Text) -> Iterator[str]:

@@ -7,13 +7,15 @@ from engine.storage.checkpoint import Checkpoint
 from engine.storage.workspace import write_weights
 from pipelines.quant.tensor_file import tensors_over
 from pipelines.slices import Call, locate, output, run_stage
+from pipelines.sources import pickled
 
 
 def work(call: Call) -> None:
-    weights, tp = call.slice["weights"], call.slice["tp"]
-    checkpoint = Checkpoint(locate(call.slice["model"]))
+    record, weights, tp = call.slice["model"], call.slice["weights"], call.slice["tp"]
+    as_is = weights["name"] == "as_is"
+    checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=as_is)
     tensor = tensors_over(call.inputs["quantize"] / "weights.safetensors", checkpoint.tensor)
-    recipe = Recipe(weights=weights["name"], group_size=weights["group_size"])
+    recipe = checkpoint.recipe if as_is else Recipe(weights=weights["name"], group_size=weights["group_size"])
     with output(call.out) as folder:
         write_weights(folder, checkpoint.config, tensor, recipe=recipe, tp=tp)
 

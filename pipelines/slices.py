@@ -89,7 +89,7 @@ def locate(record: Mapping[str, Any], *, paths: Path = PATHS, memory: Path = MEM
     if record["kind"] == "hub":
         from pipelines.hub import fetch
 
-        return fetch(record["repo"], record["revision"], local=known.get(key))
+        return fetch(record["repo"], record["revision"], local=known.get(key), allow_bin=sources.pickled(record))
     if key not in known:
         raise FileNotFoundError(
             f"The source {key} is not on this machine, and what is to be built needs it. Set the path of its entry in"

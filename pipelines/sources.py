@@ -3,6 +3,7 @@
 A source is written in a slice as a record without a path:
     {"kind": "folder", "digest": SHA256}                          a checkpoint folder
     {"kind": "hub", "repo": "org/name", "revision": 40 hex}       a hub repository at one commit
+    with "allow_bin": true where a checkpoint's pickled weights are read as well
     {"kind": "text", "digest": SHA256}                            a .txt or .jsonl file, or a folder of them
     {"kind": "dataset", "name": "wikitext2", "digest": SHA256}    a local copy of a named data set
     {"kind": "dataset", "name": "wikitext2", "revision": 40 hex}  the named data set from the hub
@@ -27,12 +28,15 @@ MODEL_FILES = (
     "*.safetensors.index.json",
     "tokenizer*.json",
     "tokenizer.model",
+    "qwen.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 )
+PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated.*.pth", "params.json")
+"""Read only where the model's entry in conf/ says `allow_bin: true`. Meta's checkpoints have params.json."""
 TEXT_FILES = ("*.txt", "*.jsonl")
 _CHUNK = 1 << 22
 
@@ -97,19 +101,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path, *, allow_bin: bool = False) -> list[Path]:
     """The files that a checkpoint is made of, sorted by name. FileNotFoundError when there is no config.json."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (allow_bin and (folder / "params.json").is_file()):
         raise FileNotFoundError(
             f"{folder} is not a checkpoint folder: it has no config.json. Give the folder of a Hugging Face checkpoint"
             " (config.json, *.safetensors, tokenizer files)."
         )
-    return _matching(folder, MODEL_FILES)
+    return _matching(folder, (*MODEL_FILES, *PICKLED_FILES) if allow_bin else MODEL_FILES)
 
 
-def folder_digest(folder: Path, digest: Callable[[Path], str] = sha256_file) -> str:
+def folder_digest(folder: Path, digest: Callable[[Path], str] = sha256_file, *, allow_bin: bool = False) -> str:
     """SHA-256 over the sorted (name, SHA-256) pairs of a checkpoint's files."""
-    return _joined(folder, model_files(folder), digest)
+    return _joined(folder, model_files(folder, allow_bin=allow_bin), digest)
 
 
 def text_files(path: Path) -> list[Path]:
@@ -142,8 +146,14 @@ def tree_digest(path: Path, digest: Callable[[Path], str] = sha256_file) -> str:
 
 def measure(record: Mapping[str, Any], path: Path, digest: Callable[[Path], str] = sha256_file) -> str:
     """The digest of what lies at `path`, taken the way that the record's kind says."""
-    by_kind = {"folder": folder_digest, "text": text_digest, "dataset": tree_digest}
-    return by_kind[record["kind"]](path, digest)
+    if record["kind"] == "folder":
+        return folder_digest(path, digest, allow_bin=pickled(record))
+    return {"text": text_digest, "dataset": tree_digest}[record["kind"]](path, digest)
+
+
+def pickled(record: Mapping[str, Any]) -> bool:
+    """Whether the pickled weights of a checkpoint may be read (as weights alone, without running code)."""
+    return bool(record.get("allow_bin", False))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

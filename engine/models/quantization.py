@@ -32,12 +32,36 @@ AWQ_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 # Which modules are quantized is seen in the tensors; the rest says how it was done, or how others run it.
 AWQ_HARMLESS = frozenset(
-    """
-    quant_method group_size q_group_size modules_to_not_convert backend do_fuse fuse_max_seq_len modules_to_fuse
-    exllama_config sym true_sequential act_group_aware damp_percent damp_auto_increment static_groups meta tokenizer
-    dataset model_seqlen block_name_to_quantize module_name_preceding_first_block batch_size pad_token_id
-    max_input_length cache_block_outputs modules_in_block_to_quantize pack_dtype checkpoint_format
-    """.split()
+    [
+        "quant_method",
+        "group_size",
+        "q_group_size",
+        "modules_to_not_convert",
+        "backend",
+        "do_fuse",
+        "fuse_max_seq_len",
+        "modules_to_fuse",
+        "exllama_config",
+        "sym",
+        "true_sequential",
+        "act_group_aware",
+        "damp_percent",
+        "damp_auto_increment",
+        "static_groups",
+        "meta",
+        "tokenizer",
+        "dataset",
+        "model_seqlen",
+        "block_name_to_quantize",
+        "module_name_preceding_first_block",
+        "batch_size",
+        "pad_token_id",
+        "max_input_length",
+        "cache_block_outputs",
+        "modules_in_block_to_quantize",
+        "pack_dtype",
+        "checkpoint_format",
+    ]
 )
 PACKED_FIELDS: dict[str, tuple[Any, ...]] = {
     "format": ("pack-quantized",),
@@ -48,8 +72,16 @@ PACKED_FIELDS: dict[str, tuple[Any, ...]] = {
     "moe_sparsity_config": (None,),
 }
 PACKED_HARMLESS = frozenset(
-    "quant_method config_groups version ignore global_compression_ratio run_compressed dequantize "
-    "use_optimized_inference".split()
+    [
+        "quant_method",
+        "config_groups",
+        "version",
+        "ignore",
+        "global_compression_ratio",
+        "run_compressed",
+        "dequantize",
+        "use_optimized_inference",
+    ]
 )
 GROUP_FIELDS: dict[str, tuple[Any, ...]] = {
     "input_activations": (None,),
@@ -65,7 +97,7 @@ WEIGHTS_FIELDS: dict[str, tuple[Any, ...]] = {
     # An order that is left in the file has a weight_g_idx beside each weight, which the reader looks at.
     "actorder": (None, False, "weight", "static", "group", "dynamic"),
 }
-WEIGHTS_HARMLESS = frozenset("group_size symmetric observer observer_kwargs scale_dtype zp_dtype".split())
+WEIGHTS_HARMLESS = frozenset(["group_size", "symmetric", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

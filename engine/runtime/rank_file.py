@@ -6,7 +6,6 @@ here for these two models. tokenizer_config.json (`added_tokens_decoder`) may na
 
 from __future__ import annotations
 
-import base64
 import binascii
 import itertools
 import re
@@ -110,7 +109,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
                 continue
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
             except (ValueError, binascii.Error) as error:
                 shown = line[:60].decode(errors="replace").rstrip()
                 raise ValueError(f"{file}: line {number} is not 'base64 rank': {shown!r}") from error

@@ -30,7 +30,8 @@ class Tokenizer:
     a SentencePiece model or Llama 3's ranks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, chat_template: str | None = None, end_ids: Sequence[int] = ()) -> None:
+        """`chat_template` takes the place of the folder's own; at `end_ids` an answer ends as well."""
         self.folder = folder
         settings = _read_json(folder / "tokenizer_config.json")
         self._vocabulary = _read_vocabulary(folder, settings)
@@ -38,8 +39,8 @@ class Tokenizer:
         self.special_tokens = self._vocabulary.own_tokens | named
         self.vocab_size = self._vocabulary.size
         self.bos_token_id = self._token_id("bos_token")
-        self.eos_token_ids = self._end_ids()
-        self.chat_template = read_chat_template(folder, settings)
+        self.eos_token_ids = tuple(dict.fromkeys([*self._end_ids(), *end_ids]))
+        self.chat_template = read_chat_template(folder, settings) if chat_template is None else chat_template
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -86,7 +87,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 "this model has no chat template: it completes text but does not chat; "
-                "a template goes into tokenizer_config.json or chat_template.jinja of its checkpoint"
+                "name one when it is built (model.template=chatml, ...), or put chat_template.jinja into its checkpoint"
             )
         return ChatTemplate(self.chat_template, source=str(self.folder), special_tokens=self.special_tokens)
 
@@ -94,7 +95,7 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self._vocabulary.token_id(token)
 
-    def _end_ids(self) -> tuple[int, ...]:
+    def _end_ids(self) -> list[int]:
         """What the generation config (else the model config) ends at, and the tokenizer's own EOS."""
         found: list[int] = []
         for name in ("generation_config.json", "config.json"):
@@ -103,7 +104,7 @@ class Tokenizer:
                 found += entry if isinstance(entry, list) else [entry]
                 break
         own = self._token_id("eos_token")
-        return tuple(dict.fromkeys([*found, own] if own is not None else found))
+        return found if own is None else [*found, own]
 
 
 class IncrementalDecoder:
@@ -205,7 +206,8 @@ class SentencePieceVocabulary:
         self.size = max([count - 1, *self._added]) + 1
         self._pieces = pieces | self._added
         self._ids = {piece: i for i, piece in self._pieces.items()}
-        self._rule = token_bytes.sentencepiece([("\u2581", " ")], byte_fallback=True, strip=1)
+        prefixed = "".join(self._first.encode("a", out_type=str)).startswith("\u2581")
+        self._rule = token_bytes.sentencepiece([("\u2581", " ")], byte_fallback=True, strip=int(prefixed))
         self.leading_spaces = self._rule.strip
         own = {"bos_token": self._first.bos_id(), "eos_token": self._first.eos_id()}
         self.own_tokens = {name: pieces[i] for name, i in own.items() if i >= 0}

@@ -17,9 +17,9 @@ from engine.models.decoder import Decoder
 from engine.models.families import family_of, model_config
 from engine.models.layouts import META, Layout
 from engine.models.quantization import Quantization, read_quantization, unquantized
-from engine.storage.door import sources
+from engine.storage.door import Source, sources
 from engine.storage.meta_checkpoint import PARAMS, open_meta
-from engine.storage.packed_weights import EXTRAS, check_extra
+from engine.storage.packed_weights import check_extras
 from engine.storage.weight_files import WeightFile, open_weights
 
 CONFIG = "config.json"
@@ -57,7 +57,10 @@ class Checkpoint:
             raise ValueError(
                 f"{folder} holds {stored} tensors, but its configuration asks for {self.config.num_layers} layers"
             )
-        self._sources = sources(self.config, layout, self.quantization)
+        try:
+            self._sources = sources(self.config, layout, self.quantization)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         self._places = self._check_tensors(layout)
         if all(self.hf_config.get(name) is None for name in ("dtype", "torch_dtype")):
             kind = self._places[names.EMBEDDING].tensors[self._sources[names.EMBEDDING].stored][0]
@@ -161,37 +164,52 @@ class Checkpoint:
     def _check_tensors(self, layout: Layout) -> dict[str, WeightFile]:
         """The file of each canonical tensor, after checking that all are there with their shapes."""
         found: dict[str, WeightFile] = {}
-        words = {source.stored for source in self._sources.values() if source.words}
-        extras = EXTRAS if self.quantization is not None else ()
+        used = {source.stored for source in self._sources.values()}
+        words = {source.stored: source.shape for source in self._sources.values() if source.words}
+        extras = set() if self.quantization is None else check_extras(self._weight_files, words, self.quantization)
         for file in self._weight_files:
             for name, (kind, _) in file.tensors.items():
                 if name in found:
                     raise ValueError(f"{file.path} holds {name}, and so does {found[name].path.name}: keep one of them")
                 kinds = (WORDS,) if name in words else tuple(FLOATS)
-                if kind not in kinds and not name.endswith((*layout.ignored, *extras)):
+                looked_at = name in used or (self.quantization is None and not name.endswith(layout.ignored))
+                if kind not in kinds and looked_at:
                     raise ValueError(f"{file.path} holds {name} as {kind}; weights are read as {', '.join(kinds)}")
                 found[name] = file
         for source in self._sources.values():
             if source.stored not in found:
                 where = self.folder / self._index.get(source.stored, self._weight_files[0].path.name)
-                raise ValueError(f"{where} has no tensor {source.stored}, which config.json asks for")
+                raise ValueError(
+                    f"{where} has no tensor {source.stored}, which config.json asks for{self._instead(source, found)}"
+                )
             file = found[source.stored]
             if (actual := file.tensors[source.stored][1]) != source.shape:
                 raise ValueError(
                     f"{file.path} holds {source.stored} with shape {actual}; config.json asks for {source.shape}"
                 )
-        self._check_surplus(found, layout)
+        self._check_surplus(found, layout, extras)
         return {name: found[source.stored] for name, source in self._sources.items()}
 
-    def _check_surplus(self, found: Mapping[str, WeightFile], layout: Layout) -> None:
+    def _check_surplus(self, found: Mapping[str, WeightFile], layout: Layout, extras: set[str]) -> None:
         """ValueError for a tensor that is not used; a tied head may be stored all the same."""
-        used = {source.stored for source in self._sources.values()} | {layout.head}
+        used = {source.stored for source in self._sources.values()} | {layout.head} | extras
         surplus = [name for name in found if name not in used and not name.endswith(layout.ignored)]
         if surplus:
             raise ValueError(
                 f"{found[surplus[0]].path} holds {surplus[0]}{' and others' if surplus[1:] else ''}, which the "
                 f"architecture of config.json ({self.hf_config['architectures'][0]}) does not use: check config.json"
             )
+
+    def _instead(self, missing: Source, found: Mapping[str, WeightFile]) -> str:
+        """What a checkpoint with quantized weights has where a tensor is missing, and why that does not do."""
+        module = missing.stored.rpartition(".")[0] + "."
+        there = sorted(name for name in found if name.startswith(module))
+        if self.quantization is None or not there:
+            return ""
+        return (
+            f"; it has {there[0]}: a TurboMind workspace has all linears of its layers quantized alike, and the output "
+            "matrix and the embedding not at all"
+        )
 
 
 def load_checkpoint(
@@ -200,9 +218,10 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_bin: bool = False,
+    allow_quantized: bool = False,
 ) -> Decoder:
     """The model of a checkpoint folder, cast to `dtype` on `device`."""
-    checkpoint = Checkpoint(folder, allow_bin=allow_bin)
+    checkpoint = Checkpoint(folder, allow_bin=allow_bin, allow_quantized=allow_quantized)
     return Decoder(checkpoint.config, checkpoint.weights(), device=device, dtype=dtype)
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -16,17 +16,16 @@ from torch import Tensor
 
 from engine.models.quantization import PACKED, Quantization
 from engine.storage.turbomind_layout import pack_awq, pack_nibbles, unpack_awq, unpack_nibbles
+from engine.storage.weight_files import WeightFile
 
 Rows = Callable[[Tensor], Tensor]
 SYMMETRIC_ZERO = 8
 # Beside the weight of each module: its shape, and the group of each input where these were reordered.
 SHAPE, ORDER = "weight_shape", "weight_g_idx"
-EXTRAS = (SHAPE, ORDER)
+EXTRAS = (f".{SHAPE}", f".{ORDER}")
 
 
-def stored_kinds(
-    quantization: Quantization, outputs: int, inputs: int
-) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+def stored_kinds(quantization: Quantization, outputs: int, inputs: int) -> dict[str, tuple[str, tuple[int, ...], bool]]:
     """Canonical kind -> (stored kind, stored shape, whether it is of int32 words) of a linear [outputs, inputs].
 
     ValueError where groups, or the words of eight, do not come out even.
@@ -71,8 +70,25 @@ def pack_linear(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> dict[str, Te
     }
 
 
-def check_extra(name: str, tensor: Tensor, quantization: Quantization, shape: tuple[int, ...]) -> None:
-    """ValueError where a tensor beside a packed weight of `shape` [out, in] says that it is not plain groups."""
+def check_extras(
+    files: Iterable[WeightFile], words: Mapping[str, tuple[int, ...]], quantization: Quantization
+) -> set[str]:
+    """The names of what lies beside packed weights, once it has been looked at: it says that they are plain groups.
+
+    `words` are stored name and shape of the packed tensors. ValueError names what says something else.
+    """
+    known: set[str] = set()
+    for file in files:
+        packed = {name: f"{name.rpartition('.')[0]}.weight_packed" for name in file.tensors if name.endswith(EXTRAS)}
+        packed = {name: weight for name, weight in packed.items() if weight in words}
+        for name, tensor in file.read(packed).items():
+            outputs, eighths = words[packed[name]]
+            _check_extra(name, tensor, quantization, (outputs, eighths * 8))
+        known |= packed.keys()
+    return known
+
+
+def _check_extra(name: str, tensor: Tensor, quantization: Quantization, shape: tuple[int, int]) -> None:
     if name.endswith(SHAPE):
         if tuple(tensor.tolist()) != shape:
             raise ValueError(f"{name} is {tensor.tolist()}; config.json asks for a weight of shape {list(shape)}")

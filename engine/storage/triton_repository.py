@@ -1,7 +1,7 @@
 """The model repository of Triton Inference Server in a workspace: three models of its Python backend. Torch-free.
 
-In an artifact they are regular files, under both names that the reference gives them; `link` makes one of them the
-reference's links. Their parameters name weights and tokenizer from the model's folder, which both names are as far from.
+In an artifact they are regular files, in both places that the reference has them; `link_repository` makes one place the
+reference's links. Their parameters name weights and tokenizer relative to the model's folder, alike from both places.
 """
 
 from __future__ import annotations

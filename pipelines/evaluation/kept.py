@@ -18,10 +18,11 @@ from pipelines.evaluation.texts import Item, Question, items_digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
-    """What was asked, and what the unquantized checkpoint said.
+    """What was asked, and what the checkpoint said.
 
     `losses` float32 [N] per scored token; `logprobs`, `ids`, `rest` as `divergence.BaseDistribution` has them;
-    `answers` are the greedy answers to `questions`; `weight_bytes` is the size of the checkpoint's weight files.
+    `answers` are the greedy answers to `questions`; `weight_bytes` is the size of the checkpoint's weight files, and
+    `weights` what they are: fp16, or w4a16 where the checkpoint is quantized and nothing else is there to compare with.
     """
 
     items: Sequence[Item]
@@ -33,6 +34,7 @@ class Baseline:
     rest: Tensor
     answer_tokens: int
     weight_bytes: int
+    weights: str = "fp16"
 
     @property
     def digest(self) -> str:
@@ -63,6 +65,7 @@ def write_baseline(folder: Path, baseline: Baseline) -> None:
         "items": baseline.digest,
         "answer_tokens": baseline.answer_tokens,
         "weight_bytes": baseline.weight_bytes,
+        "weights": baseline.weights,
         "questions": [
             {
                 "prompt": question.prompt,
@@ -101,6 +104,7 @@ def read_baseline(folder: Path) -> Baseline:
         rest=tensors["rest"],
         answer_tokens=content["answer_tokens"],
         weight_bytes=content["weight_bytes"],
+        weights=content["weights"],
     )
     if baseline.digest != content["items"] or len(baseline.losses) != sum(item.num_scored for item in items):
         raise ValueError(f"{folder} holds files of two different baselines. Remove it and run `dvc repro` again.")

@@ -20,6 +20,7 @@ def make_statement(
     artifact: str,
     name: str,
     recipe: Mapping[str, Any],
+    baseline: str,
     toolchain: Mapping[str, Any],
     items: str,
     counts: Mapping[str, int],
@@ -32,11 +33,13 @@ def make_statement(
 ) -> dict[str, Any]:
     """JSON values only, without times and paths: the same evaluation is the same bytes.
 
-    `items` and `goldens` are digests. A number that is not finite (an interval without an end) is null.
+    `items` and `goldens` are digests, `baseline` is what the weights were that the artifact was compared with: fp16, or
+    w4a16 where the checkpoint itself is quantized. A number that is not finite (an interval without an end) is null.
     """
     predicate: dict[str, Any] = {
         "evaluation": name,
         "recipe": dict(recipe),
+        "baseline": {"weights": baseline},
         "device_class": toolchain["device"],
         "toolchain": dict(toolchain),
         "items": {"sha256": items, **counts},

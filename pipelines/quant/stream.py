@@ -79,7 +79,7 @@ class LayerTensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
         self._checkpoint = checkpoint
-        self._places = {name: names.layer_name(layer, name) for name in names.layer_tensors(checkpoint.config)}
+        self._places = checkpoint.layer_names(layer)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._checkpoint.tensor(self._places[name])

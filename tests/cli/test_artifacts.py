@@ -4,6 +4,7 @@ import pytest
 
 from cli.main import main
 from engine.storage.store import Store
+from engine.storage.triton_repository import LINKS
 from tests.tiny_artifact import write_tiny_artifact
 
 
@@ -38,6 +39,8 @@ def test_from_list_to_export(built: tuple[Path, str], tmp_path: Path, capsys: py
     assert run(store, "export", "tiny", str(target)) == 0
     config = target / "triton_models/weights/config.ini"
     assert config.stat().st_nlink == 1
+    links = {"model_repository/turbomind": "../triton_models/interactive", **LINKS}
+    assert {name: (target / name).readlink().as_posix() for name in links} == links
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
     assert run(store, "export", "tiny", str(target)) == 1
     assert "exists already" in capsys.readouterr().err

@@ -1,24 +1,19 @@
 """The client against a gRPC service in this process, over the real three models: no Triton server runs here."""
 
 import io
-import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cli import triton_client
 from cli.main import main
 from cli.triton_client import Connection, TritonPartner, common_length
+from engine.runtime.tokenizer import Tokenizer
 from engine.storage.workspace import TOKENIZER
 from tests.tiny_artifact import write_tiny_artifact
-
-grpc = pytest.importorskip("grpc", reason="tritonclient is not installed: pip install 'tritonclient[grpc]'")
-from tritonclient.grpc import service_pb2_grpc
-
-from tests.triton_stand_in import Service, Triton
+from tests.triton_stand_in import Service, Triton, grpc, service_pb2_grpc
 
 SHORT = {"request_output_len": ("UINT32", 8), "temperature": ("FP32", 0.0)}
 LONG = {"request_output_len": ("UINT32", 90), "temperature": ("FP32", 0.0)}
@@ -83,15 +78,15 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def test_a_conversation_is_one_session(connection, asked):
+def test_a_conversation_is_one_session(folder, served, connection, asked):
     talking = partner(connection)
     messages = [user("the cat")]
     messages += [{"role": "assistant", "content": "".join(talking.answer(messages))}, user("the dog")]
     again = "".join(talking.answer(messages))
     assert again
-    assert [request["START"] for request in asked] == [[1], [0]]
     first, second = asked
-    prompt = connection.infer("preprocessing", talking_inputs(connection, messages), "INPUT_ID").ravel().tolist()
+    assert (first["START"], second["START"]) == ([1], [0])
+    prompt = Tokenizer(folder / TOKENIZER).encode_chat(messages)
     kept = second["step"][0]
     assert kept > len(first["input_ids"]) // 2
     assert prompt == [*first["input_ids"], *prompt[len(first["input_ids"]) :]]
@@ -100,27 +95,14 @@ def test_a_conversation_is_one_session(connection, asked):
     assert "".join(partner(connection, session=6).answer(messages)) == again
     talking.end()
     assert asked[-1]["END"] == [1] and asked[-1]["CORRID"] == [5]
-    assert 5 not in sessions_of(connection)
-
-
-def talking_inputs(connection, messages):
-    import numpy as np
-
-    query = np.array([[json.dumps(messages).encode()]], dtype=np.object_)
-    return [connection.tensor("QUERY", "BYTES", query), connection.scalar("CHAT", "INT32", 1)]
-
-
-def sessions_of(connection):
-    """What ending an unknown session shows: nothing but that it is unknown."""
-    known = set()
-    for session in (5,):
-        talking = partner(connection, session=session)
-        request = talking._request([], START=("INT32", 0), request_output_len=("UINT32", 0))
-        try:
-            known |= {session for _ in connection.round(request, [])}
-        except ValueError as error:
-            assert "no session 5" in str(error)
-    return known
+    unknown = {
+        "input_ids": np.array([[2]], dtype=np.uint32),
+        "input_lengths": np.array([[1]], dtype=np.uint32),
+        "request_output_len": np.array([[1]], dtype=np.uint32),
+        "CORRID": np.array([[5]], dtype=np.uint64),
+    }
+    [(_, error)] = served[1].triton.infer("turbomind", **unknown)
+    assert "no session 5" in error
 
 
 def test_an_answer_that_is_left_is_stopped(connection, asked):
@@ -128,10 +110,23 @@ def test_an_answer_that_is_left_is_stopped(connection, asked):
     answer = talking.answer([user("the cat")])
     next(answer)
     answer.close()
-    # The tiny model may have ended by itself before.
-    assert "STOP" in asked[-1] or len(asked) == 1
-    assert "".join(talking.answer([user("the cat"), user("the dog")])) is not None
-    assert asked[-1]["START"] == [0]
+    "".join(talking.answer([user("the cat"), user("the dog")]))
+    assert asked[-1]["START"] == [0] and asked[-1]["step"][0] >= len(asked[0]["input_ids"]) // 2
+
+
+def test_an_interrupt_while_waiting_stops_the_round(connection, served, asked, monkeypatch):
+    """As Ctrl-C does: it breaks into the waiting, not into what is done with an answer."""
+    talking = partner(connection, session=10, sampling=LONG)
+
+    def interrupted(arrived):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cli.triton_client.newest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talking.answer([user("the cat")]))
+    assert asked[-1]["STOP"] == [1] and asked[-1]["CORRID"] == [10]
+    assert "".join(talking.answer([user("the cat")]))
 
 
 def test_pieces_are_whole_characters_and_add_up(connection):
@@ -171,9 +166,19 @@ def test_a_model_without_a_template_completes(tmp_path, monkeypatch, capsys):
         assert main(["serve", "triton_client", address, "--session-id", "3"]) == 0
         assert "no chat template" in (shown := capsys.readouterr().out) and "--cap completion" in shown
         assert service.asked == []
-        typed(monkeypatch, "the cat\n\non the\n\n/exit\n")
+        typed(monkeypatch, "the cat\n\n/exit\n")
         assert main(["serve", "triton_client", address, "--cap", "completion", "--max-tokens", "3"]) == 0
-        assert len(service.asked) == 3 and len(service.asked[1]["input_ids"]) < len(service.asked[0]["input_ids"]) + 6
+        tokenizer = Tokenizer(tmp_path / "tiny" / TOKENIZER)
+        assert service.asked[0]["input_ids"] == tokenizer.encode("the cat")
+        with Connection(address) as connection:
+            talking = partner(connection, is_chat=False)
+            messages = [user("the cat")]
+            messages += [{"role": "assistant", "content": "".join(talking.answer(messages))}, user("on the")]
+            again = "".join(talking.answer(messages))
+            last = service.asked[-1]
+            prompt = tokenizer.encode("".join(message["content"] for message in messages))
+            assert last["START"] == [0] and last["input_ids"] == prompt[last["step"][0] :]
+            assert "".join(partner(connection, session=6, is_chat=False).answer(messages)) == again
 
 
 def test_a_server_that_lacks_a_model(folder, tmp_path, capsys):

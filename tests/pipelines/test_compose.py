@@ -210,9 +210,9 @@ def test_a_source_that_is_not_what_is_pinned_is_refused(project):
 def test_a_hub_repository_is_its_commit_whether_it_is_here_or_not(project, monkeypatch):
     commit = "1" * 40
     (project / "conf/model/one.yaml").write_text(f"name: one\nrepo: org/one\nrevision: '{commit}'\n")
-    monkeypatch.setattr("pipelines.hub.cached", lambda repo, revision: None)
+    monkeypatch.setattr("pipelines.hub.cached", lambda repo, revision, allow_bin: None)
     absent = read_all(project)
-    monkeypatch.setattr("pipelines.hub.cached", lambda repo, revision: project / "two")
+    monkeypatch.setattr("pipelines.hub.cached", lambda repo, revision, allow_bin: project / "two")
     assert read_all(project) == absent
     assert json.loads(absent["calibrate/one-demo_text"])["model"] == {
         "kind": "hub",

@@ -10,6 +10,7 @@ from engine.models.batch import packed
 from engine.runtime.engine import Engine
 from engine.storage.artifacts import read_manifest, verify
 from engine.storage.checkpoint import Checkpoint, load_checkpoint
+from engine.storage.triton_repository import repository_files, verify_deployed
 from engine.storage.workspace import TOKENIZER, WEIGHTS, Workspace, load_workspace
 from pipelines.calibrate import calibrate
 from pipelines.quant.kv import layer_scales
@@ -33,6 +34,8 @@ def test_the_artifact_is_whole_and_its_id_is_printed(build, tmp_path, capsys):
     assert set(manifest.sources) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     names = {entry.path for entry in manifest.files}
     assert {f"{TOKENIZER}/tokenizer.json", f"{TOKENIZER}/config.json", f"{WEIGHTS}/config.ini"} <= names
+    assert set(repository_files(model_name="tiny", tp=1)) <= names
+    assert verify_deployed(artifact, model_name="tiny", tp=1) == printed
     assert not any("safetensors" in name or "past_kv" in name for name in names)
     batch = packed([[3, 4, 5, 6, 7]])
     served = load_workspace(artifact, device="cpu", dtype=torch.float32)(batch, None)
@@ -137,5 +140,5 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(build, tmp_path):
 def test_code_of_the_checkpoint_is_never_copied(build, tmp_path):
     (tmp_path / "model" / "modeling_tiny.py").write_text("raise SystemExit")
     artifact = build.artifact(FP16, "kv16")
-    assert not list(artifact.rglob("*.py"))
+    assert {path.name for path in artifact.rglob("*.py")} == {"model.py"}  # Triton's, ours
     assert json.loads((artifact / TOKENIZER / "config.json").read_text())["num_hidden_layers"] == 2

@@ -48,6 +48,13 @@ def test_a_commit_that_is_nowhere_is_one_clear_error(hub_cache):
     assert "model.path" in second
 
 
+def test_pickled_weights_count_only_where_they_may_be_read(hub_cache):
+    weights = next(hub_cache.rglob("model.safetensors"))
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    done = ask(f"print([bool(cached('org/tiny', {COMMIT!r}, allow_bin=x)) for x in (False, True)])", hub_cache)
+    assert done.stdout == "[False, True]\n", done.stderr
+
+
 def test_a_snapshot_without_a_model_is_refused(hub_cache):
     next(hub_cache.rglob("config.json")).unlink()
     done = ask(f"try: fetch('org/tiny', {COMMIT!r})\nexcept FileNotFoundError as error: print(error)", hub_cache)

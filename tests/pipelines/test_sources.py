@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pipelines import sources
-from pipelines.sources import Memory, folder_digest, identity, model_files, text_digest, tree_digest
+from pipelines.sources import Memory, folder_digest, identity, measure, model_files, text_digest, tree_digest
 
 CHECKPOINT = {
     "config.json": "{}",
@@ -36,6 +36,20 @@ def test_a_checkpoint_is_its_files_and_nothing_else(checkpoint):
     os.utime(checkpoint / "config.json")
     assert folder_digest(checkpoint) == before
     assert folder_digest(shutil.copytree(checkpoint, checkpoint.parent / "copy")) == before
+
+
+def test_pickled_weights_are_part_of_it_only_where_they_may_be_read(checkpoint):
+    allowed = {path.name for path in model_files(checkpoint, allow_bin=True)}
+    assert allowed == {*CHECKPOINT, "pytorch_model.bin"}
+    record = {"kind": "folder", "allow_bin": True}
+    before, without = measure(record, checkpoint), measure({"kind": "folder"}, checkpoint)
+    (checkpoint / "pytorch_model.bin").write_text("another")
+    assert measure(record, checkpoint) != before
+    assert measure({"kind": "folder"}, checkpoint) == without
+    (checkpoint / "config.json").rename(checkpoint / "params.json")  # as Meta's checkpoints have it
+    assert "params.json" in {path.name for path in model_files(checkpoint, allow_bin=True)}
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        model_files(checkpoint)
 
 
 @pytest.mark.parametrize("name", sorted(CHECKPOINT))

@@ -13,6 +13,7 @@ from tests.tiny_artifact import write_tokenizer
 TEXT = "the cat sat on the mat and the dog ran to the cat in the rain. " * 120
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_act": "silu",
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -7,5 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def quantize(weights: Mapping[str, Any], source: Path, calibration: Path, out: Path) -> None:
+def quantize(
+    weights: Mapping[str, Any], source: Path, calibration: Path, out: Path, *, allow_bin: bool = False
+) -> None:
     """Nothing to write: whatever reads the quantized model reads the checkpoint's own tensors."""

@@ -25,7 +25,9 @@ from pipelines.slices import write_json
 
 
 @torch.inference_mode()
-def quantize(weights: Mapping[str, Any], source: Path, calibration: Path, out: Path) -> None:
+def quantize(
+    weights: Mapping[str, Any], source: Path, calibration: Path, out: Path, *, allow_bin: bool = False
+) -> None:
     """Write the quantized layers of the checkpoint `source` into the folder `out`.
 
     `weights` is the slice's part of that name and `calibration` the folder of a finished calibration.
@@ -35,7 +37,7 @@ def quantize(weights: Mapping[str, Any], source: Path, calibration: Path, out: P
     `report.json`: a row per layer and pair. With `search: grid` a layer sees the outputs of the quantized ones before
     it, and the errors reported are parts of the power of the outputs.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config, group_size = checkpoint.config, int(weights["group_size"])
     check_fits(config, Recipe(weights="w4a16", group_size=group_size), tp=1)  # before any work
     with side_by_side() as workers:

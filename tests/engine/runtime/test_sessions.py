@@ -114,7 +114,9 @@ def test_a_request_without_an_id_is_a_session_of_its_own(sessions, engine):
 
 
 def test_stop_ends_the_round_and_keeps_the_session(sessions):
-    running = ask(sessions, session_id=7, start=True, input_ids=[2], sampling=replace(GREEDY, max_new_tokens=90), wait=0)
+    running = ask(
+        sessions, session_id=7, start=True, input_ids=[2], sampling=replace(GREEDY, max_new_tokens=90), wait=0
+    )
     sessions.step()
     sessions.step()
     assert "is answering" in ask(sessions, session_id=7, input_ids=[3], wait=False).error

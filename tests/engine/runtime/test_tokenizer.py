@@ -1,9 +1,11 @@
+import io
 import json
 import time
 from functools import cache
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +76,7 @@ def test_ids_texts_and_chat_equal_transformers(name: str) -> None:
     path = shared(f"data/{name}")
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(str(path)), Tokenizer(path)
-    for text in TEXTS:
+    for text in [*TEXTS, *broken_texts()]:
         for special in (True, False):
             ids = theirs(text, add_special_tokens=special).input_ids
             assert ours.encode(text, add_special=special) == ids, text
@@ -85,6 +87,29 @@ def test_ids_texts_and_chat_equal_transformers(name: str) -> None:
     if theirs.chat_template:
         assert ours.chat(DIALOGUE) == theirs.apply_chat_template(DIALOGUE, add_generation_prompt=True, tokenize=False)
         assert ours.encode_chat(DIALOGUE) == theirs.apply_chat_template(DIALOGUE, add_generation_prompt=True).input_ids
+
+
+def broken_texts() -> list[str]:
+    """Broken UTF-8 as a str can hold it, with U+FFFD in its place. (Half a surrogate pair is refused: see below.)"""
+    whole = "naïve 汉字😀 <s>".encode()
+    cut = [whole[:i] + whole[i + 1 :] for i in range(len(whole))] + [b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\x98"]
+    return [data.decode(errors="replace") for data in cut]
+
+
+def test_internlm2_without_its_remote_code() -> None:
+    """AutoTokenizer would run the folder's own class here; the same file read by transformers' general one."""
+    path = shared("data/tokenizers/internlm2")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    ours = Tokenizer(path)
+    for text in [*TEXTS, *broken_texts()]:
+        for special in (True, False):
+            ids = theirs(text, add_special_tokens=special).input_ids
+            assert ours.encode(text, add_special=special) == ids, text
+            assert ours.decode(ids, skip_special=special) == theirs.decode(ids, skip_special_tokens=special), text
+    marks = ours.encode("<|im_start|>a<|im_end|>", add_special=False)
+    assert (marks[0], marks[-1]) == (92543, 92542)
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.vocab_size) == (1, (2,), 92544)
 
 
 @pytest.mark.parametrize(("vectors", "name"), [("llama-spm", "llama2"), ("llama-bpe", "llama3"), ("qwen2", "qwen2_5")])
@@ -108,6 +133,36 @@ def test_a_sentencepiece_file_alone_gives_the_same_ids(tmp_path: Path) -> None:
         assert alone.encode(text) == ids, text
         assert alone.decode(ids) == full.decode(ids)
     assert (alone.bos_token_id, alone.eos_token_ids, alone.vocab_size) == (1, (2,), 32000)
+
+
+def test_a_sentencepiece_model_that_puts_no_space_before_the_text(tmp_path: Path) -> None:
+    """Baichuan2's is one: a space that the model writes first is then its own, and stays."""
+    for prefix in (True, False):
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat"] * 20),
+            model_writer=written,
+            model_type="char",
+            vocab_size=24,
+            add_dummy_prefix=prefix,
+            hard_vocab_limit=False,
+            user_defined_symbols=["<reserved_106>"],
+            minloglevel=2,
+        )
+        (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+        tokenizer = Tokenizer(tmp_path)
+        assert tokenizer.decode(tokenizer.encode("cat", add_special=False)) == "cat"
+        spaced = [tokenizer.token_id(piece) for piece in ("\u2581", "c", "a", "t")]
+        assert tokenizer.decode(spaced) == ("cat" if prefix else " cat")
+        assert tokenizer.token_id("<reserved_106>") in tokenizer.encode("<reserved_106>cat", add_special=False)
+        assert tokenizer.chat_template is None
+        assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}  # the model's own
+
+
+def test_a_template_given_takes_the_place_of_the_folders_own(folder: Path) -> None:
+    tokenizer = Tokenizer(folder, chat_template="{{ eos_token }}", end_ids=(9, 1))
+    assert tokenizer.chat([]) == "</s>"
+    assert tokenizer.eos_token_ids == (1, 9)
 
 
 @pytest.mark.parametrize("name", ["models/stories260K-llama", "models/minimind2-small-llama"])
@@ -246,6 +301,7 @@ def test_folders_that_hold_no_tokenizer(folder: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-def test_text_that_is_not_unicode(folder: Path) -> None:
-    with pytest.raises(ValueError, match="not valid Unicode"):
-        Tokenizer(folder).encode("a\ud800")
+@pytest.mark.parametrize("text", ["a\ud800", b"a\xe6\xb1".decode(errors="surrogateescape"), "\ude00\ud83d"])
+def test_text_that_is_not_unicode(folder: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode: surrogates not allowed at character [01]"):
+        Tokenizer(folder).encode(text)

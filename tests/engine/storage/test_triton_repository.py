@@ -6,8 +6,6 @@ import pytest
 from engine.storage.artifacts import ArtifactError, verify
 from engine.storage.triton_repository import LINKS, link_repository, repository_files, verify_deployed, write_repository
 from tests.tiny_artifact import write_tiny_artifact
-
-pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'tritonclient[grpc]'")
 from tests.triton_stand_in import datatype, read_config
 
 TINY = {"model_name": "tiny", "tp": 1}

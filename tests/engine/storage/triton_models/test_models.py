@@ -14,8 +14,6 @@ from engine.storage.artifacts import ArtifactError
 from engine.storage.triton_repository import link_repository, write_repository
 from engine.storage.workspace import TOKENIZER
 from tests.tiny_artifact import SESSION_LEN, write_tiny_artifact
-
-pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'tritonclient[grpc]'")
 from tests.triton_stand_in import Logger, Model, Triton
 
 KINDS = {
@@ -65,7 +63,7 @@ def round_of(triton, ids, *, output_len=6, **values):
 
 def test_text_goes_through_all_three(triton, artifact):
     tokenizer = Tokenizer(artifact / TOKENIZER)
-    query = np.array([["the cat sat".encode()]], dtype=object)
+    query = np.array([[b"the cat sat"]], dtype=object)
     [(outputs, error)] = triton.infer("preprocessing", QUERY=query)
     ids = outputs["INPUT_ID"][0].tolist()
     assert error is None and ids == tokenizer.encode("the cat sat")

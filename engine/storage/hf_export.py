@@ -1,4 +1,5 @@
-"""Export of a w4a16 workspace as a Hugging Face checkpoint in the AWQ GEMM format."""
+"""A w4a16 workspace as a Hugging Face checkpoint, in one of two forms: HF-AWQ (GEMM), or compressed-tensors
+(pack-quantized). Codes, zero points and scales are those of the workspace."""
 
 from __future__ import annotations
 
@@ -14,22 +15,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.models import names
+from engine.storage.hf_config import hf_config
+from engine.storage.packed_weights import pack_linear
 from engine.storage.workspace import Workspace
 
+HF_AWQ, COMPRESSED_TENSORS = "hf-awq", "compressed-tensors"
+FORMS = (HF_AWQ, COMPRESSED_TENSORS)
+# The release of compressed-tensors whose reader the form was checked with.
+CHECKED_VERSION = "0.20.0"
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
 
 
-def export_hf_awq(workspace: Workspace, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export_checkpoint(workspace: Workspace, folder: Path, *, form: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json (with its `quantization_config`), safetensors and the tokenizer into a new `folder`.
 
-    `group_size` comes from the workspace; rank cuts are merged, rotary order is Hugging Face's, scales are fp16. The
-    output matrix is left out, and the model marked as tied, when it is equal to the embedding. The folder appears
-    when it is whole. ValueError for a workspace of other weights, FileExistsError when the folder is there.
+    Rank cuts are merged, rotary order is Hugging Face's, scales are fp16. The output matrix is left out, and the model
+    marked as tied, when it is equal to the embedding. The folder appears when it is whole. ValueError for another form,
+    other weights, or a model that no config.json says; FileExistsError when the folder is there.
     """
+    if form not in FORMS:
+        raise ValueError(f"{form} is not a form of checkpoint that can be written; there are {', '.join(FORMS)}")
     if workspace.recipe.weights != "w4a16":
         raise ValueError(
-            f"{workspace.folder} holds {workspace.recipe.weights} weights; only w4a16 can be exported as HF-AWQ"
+            f"{workspace.folder} holds {workspace.recipe.weights} weights; only w4a16 can be exported as {form}"
         )
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a folder that does not, the export makes it")
@@ -38,59 +47,53 @@ def export_hf_awq(workspace: Workspace, folder: Path, *, shard_bytes: int = SHAR
     temporary.mkdir(parents=True)
     try:
         tied = torch.equal(workspace.tensor(names.EMBEDDING), workspace.tensor(names.HEAD))
+        described = hf_config(workspace.config, tied=tied)
+        quantization = quantization_config(form, workspace.recipe.group_size)
+        _write_json(temporary / "config.json", described | {"quantization_config": quantization})
         _copy_tokenizer(workspace, temporary)
-        _write_weights(workspace, temporary, tied=tied, shard_bytes=shard_bytes)
-        _write_json(temporary / "config.json", hf_config(workspace, tied=tied))
+        _write_weights(workspace, temporary, form=form, tied=tied, shard_bytes=shard_bytes)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def hf_config(workspace: Workspace, *, tied: bool) -> dict[str, Any]:
-    """The config.json of the exported checkpoint: a LlamaForCausalLM, whatever family it came from."""
-    config = workspace.config
-    plain = not (config.qk_norm or config.logn or config.sliding_window or config.rope_scaling)
-    if not plain:
-        raise ValueError(
-            f"{workspace.folder} has norms over heads, logn attention, a sliding window or a scaled rotary embedding, "
-            "which the LlamaForCausalLM of this export does not say"
-        )
-    eos: int | list[int] | None = list(config.eos_token_ids)
-    if len(config.eos_token_ids) < 2:
-        eos = config.eos_token_ids[0] if config.eos_token_ids else None
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": config.qkv_bias,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "mlp_bias": False,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "quantization_config": {
+def quantization_config(form: str, group_size: int) -> dict[str, Any]:
+    """What config.json says about weights in that form."""
+    if form == HF_AWQ:
+        return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": workspace.recipe.group_size,
+            "group_size": group_size,
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": ["lm_head"],
-        },
-        "rms_norm_eps": config.norm_eps,
-        "rope_scaling": None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float16",
-        "vocab_size": config.vocab_size,
+        }
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": CHECKED_VERSION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
     }
 
 
-def _write_weights(workspace: Workspace, folder: Path, *, tied: bool, shard_bytes: int) -> None:
+def _write_weights(workspace: Workspace, folder: Path, *, form: str, tied: bool, shard_bytes: int) -> None:
     """Shards of at most `shard_bytes` (or one layer, if that is more), of which one is in memory at a time."""
     pending: dict[str, Tensor] = {}
     where: dict[str, int] = {}
@@ -103,11 +106,12 @@ def _write_weights(workspace: Workspace, folder: Path, *, tied: bool, shard_byte
         pending, count = {}, count + 1
 
     for block in _blocks(workspace, tied=tied):
-        size = sum(tensor.nbytes for tensor in block.values())
+        stored = block if form == HF_AWQ else _packed(block)
+        size = sum(tensor.nbytes for tensor in stored.values())
         if pending and sum(tensor.nbytes for tensor in pending.values()) + size > shard_bytes:
             flush()
-        pending |= block
-        where |= dict.fromkeys(block, count)
+        pending |= stored
+        where |= dict.fromkeys(stored, count)
         total += size
     flush()
     if count == 1:
@@ -118,6 +122,19 @@ def _write_weights(workspace: Workspace, folder: Path, *, tied: bool, shard_byte
         (folder / f"shard-{number}.safetensors").rename(folder / file)
     weight_map = {name: files[number] for name, number in where.items()}
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _packed(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer with its linears in the pack-quantized form."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in block.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            linear = pack_linear(tensor, block[f"{module}.qzeros"], block[f"{module}.scales"])
+            stored |= {f"{module}.{part}": packed for part, packed in linear.items()}
+        elif kind not in names.QUANTIZED:
+            stored[name] = tensor
+    return stored
 
 
 def _blocks(workspace: Workspace, *, tied: bool) -> Iterator[dict[str, Tensor]]:

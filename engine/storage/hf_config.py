@@ -1,0 +1,71 @@
+"""The config.json of a model that leaves as a Hugging Face checkpoint. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config import ModelConfig, RopeScaling
+from engine.models.rope_scaling import HF_KINDS
+
+
+def hf_config(config: ModelConfig, *, tied: bool) -> dict[str, Any]:
+    """A config.json that transformers reads as this model: a Llama, a Mistral (sliding window) or a Qwen3 (norms over
+    heads), whatever family it came from. ValueError names what none of the three can say.
+    """
+    eos: int | list[int] | None = list(config.eos_token_ids)
+    if len(config.eos_token_ids) < 2:
+        eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    return {
+        **_architecture(config),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": None if config.rope_scaling is None else _rope(config.rope_scaling),
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": tied,
+        "torch_dtype": config.dtype,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    biased = config.qkv_bias or config.o_bias
+    unsaid = {
+        "logn attention": config.logn,
+        "a sliding window beside biases or norms over heads": config.sliding_window and (biased or config.qk_norm),
+        # The workspace has both or none, zeros for one that the model lacks.
+        "biases of only some of q, k, v and o": config.qkv_bias != config.o_bias,
+    }
+    if problems := [what for what, there in unsaid.items() if there]:
+        raise ValueError(f"this model has {' and '.join(problems)}, which no config.json of Hugging Face's says for it")
+    if config.qk_norm:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": biased}
+    if config.sliding_window:
+        window = {"sliding_window": config.sliding_window}
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **window}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": biased,
+        "mlp_bias": False,
+    }
+
+
+def _rope(scaling: RopeScaling) -> dict[str, Any]:
+    if scaling.kind not in HF_KINDS:
+        raise ValueError(
+            f"this model scales its rotary embedding as {scaling.kind} does, which no config.json of Hugging Face's "
+            f"says: it says {', '.join(HF_KINDS)}"
+        )
+    needed, optional = HF_KINDS[scaling.kind]
+    # What a magnitude was inferred from is not kept, the magnitude is.
+    names = [name for name in (*needed, *optional) if not name.startswith("mscale")]
+    return {"rope_type": scaling.kind, **{name: getattr(scaling, name) for name in names}}
