@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Threads that wait for work must not burn the cores that others need.
+export OMP_WAIT_POLICY := PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak check format build serve bench clean
 
@@ -25,7 +27,7 @@ demo: setup  ## build the demo's ladder, print it, pin `demo` to the chosen arti
 	@$(BIN)/ingot generate artifact=demo --chat "$$($(BIN)/python -m demo.world --question)"
 
 test: setup  ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: setup  ## run every property at its full count and append the counts to benchmarks/results/soak.csv
 	$(BIN)/python -m pytest -m soak --soak

@@ -18,6 +18,7 @@ from engine.runtime.chat_template import ChatTemplate, read_chat_template
 from engine.runtime.rank_file import QWEN_FILE, RankVocabulary, is_rank_file
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+PLACEHOLDER = re.compile(r"\[.+\]|<.+>")
 # Protobuf merges a repeated message, the last value wins: ModelProto.normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -141,19 +142,26 @@ class IncrementalDecoder:
 
 
 class JsonVocabulary:
-    """A tokenizer.json, with added tokens that only tokenizer_config.json names."""
+    """A tokenizer.json, with added tokens that only tokenizer_config.json names.
+
+    Such a token may have the id of a placeholder in the vocabulary (InternLM2's `<|im_end|>` is [UNUSED_TOKEN_145]).
+    """
 
     def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
         try:
-            content = file.read_text(encoding="utf-8")
-            self._backend = tokenizers.Tokenizer.from_str(content)
-            decoder = json.loads(content).get("decoder")
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text)
+            if _name_placeholders(content, settings.get("added_tokens_decoder", {})):
+                text = json.dumps(content)
+            self._backend = tokenizers.Tokenizer.from_str(text)
+            decoder = content.get("decoder")
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise ValueError(f"{file} is not a readable tokenizer: {error}") from error
         self._backend.no_truncation()
         self._backend.no_padding()
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         for token_id, entry in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-            self._add(file, int(token_id), entry)
+            self._add(file, int(token_id), entry, known)
         self._rule = token_bytes.piece_rule(decoder, source=str(file))
         self.leading_spaces = self._rule.strip
         added = self._backend.get_added_tokens_decoder()
@@ -171,17 +179,15 @@ class JsonVocabulary:
     def token_id(self, piece: str) -> int | None:
         return self._backend.token_to_id(piece)
 
-    def _add(self, file: Path, token_id: int, entry: Mapping[str, Any]) -> None:
+    def _add(self, file: Path, token_id: int, entry: Mapping[str, Any], known: set[str]) -> None:
         content = entry["content"]
-        known = self._backend.token_to_id(content)
-        if known is None:
+        if content not in known:
             flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
             token = tokenizers.AddedToken(content, normalized=entry.get("normalized", False), **flags)
             self._backend.add_tokens([token])
-            known = self._backend.token_to_id(content)
-        if known != token_id:
+        if (found := self._backend.token_to_id(content)) != token_id:
             raise ValueError(
-                f"{file.parent}: tokenizer_config.json says that {content!r} has id {token_id}, tokenizer.json {known}"
+                f"{file.parent}: tokenizer_config.json says that {content!r} has id {token_id}, tokenizer.json {found}"
             )
 
 
@@ -233,6 +239,23 @@ class SentencePieceVocabulary:
 
     def token_id(self, piece: str) -> int | None:
         return self._ids.get(piece)
+
+
+def _name_placeholders(content: dict[str, Any], added: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Give placeholders in the vocabulary of a tokenizer.json the names that `added` has for their ids; whether any."""
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        return False
+    named = {entry["content"] for entry in content.get("added_tokens", ())}
+    wanted = {int(i): entry["content"] for i, entry in added.items()}
+    absent = {i: token for i, token in wanted.items() if token not in vocabulary and token not in named}
+    pieces = (
+        [piece for piece, i in vocabulary.items() if i in absent and PLACEHOLDER.fullmatch(piece)] if absent else []
+    )
+    for piece in pieces:
+        token_id = vocabulary.pop(piece)
+        vocabulary[absent[token_id]] = token_id
+    return bool(pieces)
 
 
 def _read_vocabulary(

