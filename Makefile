@@ -21,10 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## build the demo's ladder, print it, pin `demo` to the chosen artifact and generate from it
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro --quiet
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	@$(BIN)/ingot verify
 	@$(BIN)/ingot ladder demo --pin demo
-	@$(BIN)/ingot generate artifact=demo --chat "$$($(BIN)/python -m demo.world --question)"
+	@question="$$($(BIN)/python -m demo.world --question)"; echo "asked:    $$question"; \
+	    printf 'answered: '; $(BIN)/ingot generate artifact=demo --chat "$$question"
 
 test: setup  ## run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

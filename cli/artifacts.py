@@ -14,6 +14,7 @@ from typing import Any
 from cli.arguments import Parser
 from cli.checkout import open_store, project_cache
 from engine.storage.artifacts import SHORT, Manifest, read_manifest, verify
+from engine.storage.hf_config import FORMS
 from engine.storage.store import Store
 from engine.storage.triton_repository import link_repository
 
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     add(verbs, "verify", verify_one, "read every byte again", "artifact")
     add(verbs, "pin", pin, "let a name stand for an artifact", "name", "artifact")
     add(verbs, "export", export, "copy one artifact to a folder that does not exist yet", "artifact", "folder")
+    verbs.choices["export"].add_argument("--format", choices=FORMS, help="as a Hugging Face checkpoint in that form")
     add(verbs, "push", push, "put an artifact, its pins and its evaluations into a remote folder", "remote", "artifact")
     add(verbs, "pull", pull, "take an artifact, by id or name, from a remote folder", "remote", "artifact")
     add(verbs, "reshard", reshard, "the same weights for another number of ranks: tp=N or --tp N", "artifact")
@@ -113,6 +115,9 @@ def export(store: Store, options: argparse.Namespace) -> None:
     if folder.exists():
         raise ValueError(f"{folder} exists already: name a folder that does not.")
     source = store.path(artifact_id)
+    if options.format:
+        export_as(source, artifact_id, folder, options.format)
+        return
     temporary = folder.with_name(f"{folder.name}.tmp-{artifact_id[:SHORT]}")
     try:
         shutil.copytree(source, temporary)
@@ -121,6 +126,21 @@ def export(store: Store, options: argparse.Namespace) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    print(folder)
+
+
+def export_as(source: Path, artifact_id: str, folder: Path, form: str) -> None:
+    manifest = verify(source, artifact_id)
+    if manifest.recipe.weights != "w4a16":
+        raise ValueError(
+            f"{artifact_id[:SHORT]} is {manifest.recipe}: a Hugging Face checkpoint is written of w4a16 weights. The "
+            "unquantized model is the checkpoint that it was built from."
+        )
+    # Torch takes seconds to import; what is wrong with the arguments is said before.
+    from engine.storage.hf_export import export_checkpoint
+    from engine.storage.workspace import Workspace
+
+    export_checkpoint(Workspace(source), folder, form=form)
     print(folder)
 
 

@@ -118,7 +118,9 @@ def read_quantization(hf_config: Mapping[str, Any]) -> Quantization | None:
     if field is None:
         return None
     said = hf_config[field]
-    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    if not isinstance(said, Mapping):
+        raise _refused(field, said, "an object with `quant_method`")
+    method = said.get("quant_method")
     if isinstance(method, str) and method.lower() == AWQ:
         _check(said, field, AWQ_FIELDS, AWQ_HARMLESS)
         size = said.get("group_size", said.get("q_group_size"))

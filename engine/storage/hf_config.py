@@ -7,6 +7,11 @@ from typing import Any
 from engine.config import ModelConfig, RopeScaling
 from engine.models.rope_scaling import HF_KINDS
 
+HF_AWQ, COMPRESSED_TENSORS = "hf-awq", "compressed-tensors"
+FORMS = (HF_AWQ, COMPRESSED_TENSORS)
+# The release of compressed-tensors whose reader the form was checked with.
+CHECKED_VERSION = "0.20.0"
+
 
 def hf_config(config: ModelConfig, *, tied: bool) -> dict[str, Any]:
     """A config.json that transformers reads as this model: a Llama, a Mistral (sliding window) or a Qwen3 (norms over
@@ -33,6 +38,42 @@ def hf_config(config: ModelConfig, *, tied: bool) -> dict[str, Any]:
         "tie_word_embeddings": tied,
         "torch_dtype": config.dtype,
         "vocab_size": config.vocab_size,
+    }
+
+
+def quantization_config(form: str, group_size: int) -> dict[str, Any]:
+    """What config.json says about weights in that form."""
+    if form == HF_AWQ:
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["lm_head"],
+        }
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": CHECKED_VERSION,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
     }
 
 

@@ -8,21 +8,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.models import names
-from engine.storage.hf_config import hf_config
+from engine.storage.hf_config import FORMS, HF_AWQ, hf_config, quantization_config
 from engine.storage.packed_weights import pack_linear
 from engine.storage.workspace import Workspace
 
-HF_AWQ, COMPRESSED_TENSORS = "hf-awq", "compressed-tensors"
-FORMS = (HF_AWQ, COMPRESSED_TENSORS)
-# The release of compressed-tensors whose reader the form was checked with.
-CHECKED_VERSION = "0.20.0"
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
 
@@ -55,42 +50,6 @@ def export_checkpoint(workspace: Workspace, folder: Path, *, form: str, shard_by
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def quantization_config(form: str, group_size: int) -> dict[str, Any]:
-    """What config.json says about weights in that form."""
-    if form == HF_AWQ:
-        return {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": ["lm_head"],
-        }
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "group",
-        "group_size": group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "version": CHECKED_VERSION,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
 
 
 def _write_weights(workspace: Workspace, folder: Path, *, form: str, tied: bool, shard_bytes: int) -> None:

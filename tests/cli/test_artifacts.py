@@ -1,10 +1,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.main import main
+from engine.config import Recipe
+from engine.storage.artifacts import write_manifest
+from engine.storage.checkpoint import Checkpoint
 from engine.storage.store import Store
 from engine.storage.triton_repository import LINKS
+from engine.storage.workspace import Workspace
+from tests.engine.storage.tiny_workspace import SMALL, make_workspace, random_tensors
 from tests.tiny_artifact import write_tiny_artifact
 
 
@@ -79,9 +85,28 @@ def test_reshard_puts_a_new_artifact_without_an_evaluation_into_the_store(
     assert not list(store.glob(".put-*"))
 
 
+@pytest.mark.parametrize("form", ["hf-awq", "compressed-tensors"])
+def test_export_as_a_hugging_face_checkpoint(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, source = Recipe(weights="w4a16", group_size=32), tmp_path / "source"
+    make_workspace(source, SMALL, recipe, 1, random_tensors(SMALL, recipe))
+    artifact_id = write_manifest(source, recipe=recipe, sources={}, calibration=None, chat_template=None, tp=1)
+    store = Store(tmp_path / "store")
+    store.init(tmp_path / "cache")
+    store.put(source)
+    assert run(tmp_path / "store", "export", artifact_id[:8], str(tmp_path / "out"), "--format", form) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    checkpoint = Checkpoint(tmp_path / "out", allow_quantized=True)
+    name = "model.layers.1.mlp.down_proj.qweight"
+    assert torch.equal(checkpoint.tensor(name), Workspace(source).tensor(name))
+    assert run(tmp_path / "store", "export", artifact_id, str(tmp_path / "out"), "--format", form) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["export", "{id}", "nowhere", "--format", "gguf"], "invalid choice: 'gguf'"),
+        (["export", "{id}", "nowhere", "--format", "hf-awq"], "is fp16: a Hugging Face checkpoint is written of w4a16"),
         (["show", "dead"], "no artifact 'dead'"),
         (["verify", "tiny; rm -rf /"], "ingot: "),
         (["lst"], "invalid choice: 'lst'"),

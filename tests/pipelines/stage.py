@@ -18,9 +18,13 @@ class Build:
     The current folder must be one of the test's own: sources are found by its build/paths.json.
     """
 
-    def __init__(self, root: Path, checkpoint: Path, text: Path) -> None:
-        self.root = root
-        self.model = {"kind": "folder", "digest": sources.folder_digest(checkpoint)}
+    def __init__(
+        self, root: Path, checkpoint: Path, text: Path, *, allow_bin: bool = False, template: str | None = None
+    ) -> None:
+        self.root, self.template = root, template
+        self.model = {"kind": "folder", "digest": sources.folder_digest(checkpoint, allow_bin=allow_bin)}
+        if allow_bin:
+            self.model["allow_bin"] = True
         self.text = {"kind": "text", "digest": sources.text_digest(text), "column": "text"}
         paths = {sources.identity(self.model): str(checkpoint), sources.identity(self.text): str(text)}
         Path("build").mkdir(exist_ok=True)
@@ -53,6 +57,8 @@ class Build:
             "kv": {"name": kv} if kv == "kv16" else {"name": kv, "symmetric": symmetric},
             "calibration": None if (weights["name"], kv) == ("fp16", "kv16") else "0" * 64,
         }
+        if self.template:
+            content["template"] = self.template
         return self._run(export, f"export-{weights['name']}-{tp}-{kv}", content, **inputs)
 
     def artifact(self, weights, kv: str, *, tp: int = 1, symmetric: bool = False) -> Path:

@@ -124,9 +124,7 @@ def test_without_a_name_the_checkpoints_own_is_taken(folder):
     assert open_tokenizer(folder, None).chat([ASK]) == open_tokenizer(folder, "own").chat([ASK]) == ASK["content"]
     write_tokenizer(folder, chat_template=None)
     assert open_tokenizer(folder, None).chat_template is None
-    with pytest.raises(
-        ValueError, match=r"has no chat template, and model\.template=own asks for it: name one of"
-    ):
+    with pytest.raises(ValueError, match=r"has no chat template, and model\.template=own asks for it: name one of"):
         open_tokenizer(folder, "own")
 
 

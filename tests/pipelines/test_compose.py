@@ -105,7 +105,7 @@ def test_a_slice_holds_what_its_stage_needs_and_no_path(project):
         "calibration": None,
     }
     assert len(found["export/one-demo_text-fp16-1-kv8"]["calibration"]) == 64
-    assert found["evaluate/one-demo_text-w4a16-1-kv8"]["recipe"]["group_size"] == 128
+    assert found["evaluate/one-demo_text-w4a16-1-kv8"].keys() == {"evaluation", "toolchain"}
     assert str(project) not in json.dumps(found)
 
 
@@ -120,7 +120,7 @@ def test_paths_are_beside_the_slices(project):
 def test_an_option_changes_the_slices_of_its_recipe_only(project):
     names = changed(project, lambda: replace(project / "conf/weights/w4a16.yaml", "128", "64"))
     assert names and all("w4a16" in name for name in names)
-    assert {name.split("/")[0] for name in names} == {"quantize", "shard", "export", "evaluate"}
+    assert {name.split("/")[0] for name in names} == {"quantize", "shard", "export"}
 
 
 def test_a_comment_and_an_unused_option_change_nothing(project):
@@ -135,6 +135,24 @@ def test_a_field_used_by_interpolation_changes_that_model_only(project):
     names = changed(project, lambda: replace(project / "conf/model/one.yaml", "name:", "session_len: 99\nname:"))
     assert "calibrate/one-demo_text" in names
     assert all("/one-" in name for name in names)
+
+
+def test_a_template_changes_what_is_said_and_not_what_is_computed(project):
+    path = project / "conf/model/one.yaml"
+    names = changed(project, lambda: replace(path, "name:", "template: chatml\nname:"))
+    assert {name.split("/")[0] for name in names} == {"export", "baseline"}
+    slices_of_one = project / "build/slices/export/one-demo_text-fp16-1-kv8.json"
+    assert json.loads(slices_of_one.read_text())["template"] == "chatml"
+
+
+def test_pickled_weights_are_part_of_the_source_where_they_may_be_read(project):
+    (project / "one/pytorch_model.bin").write_text("one")
+    assert not changed(project, lambda: (project / "one/pytorch_model.bin").write_text("another"))
+    replace(project / "conf/model/one.yaml", "name:", "allow_bin: true\nname:")
+    record = json.loads(read_all(project)["calibrate/one-demo_text"])["model"]
+    assert record["allow_bin"] is True
+    names = changed(project, lambda: (project / "one/pytorch_model.bin").write_text("a third"))
+    assert "quantize/one-demo_text-fp16" in names
 
 
 def test_one_byte_of_a_checkpoint_changes_that_model_only(project):
@@ -167,6 +185,23 @@ def test_another_toolchain_changes_all_that_computes(project, monkeypatch):
 def test_another_store_publishes_again(project):
     names = changed(project, lambda: shutil.rmtree(project / "store"))
     assert {name.split("/")[0] for name in names} == {"publish"}
+
+
+def test_a_quantized_checkpoint_is_taken_as_it_is_or_not_at_all(project):
+    config = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}}
+    (project / "two/config.json").write_text(json.dumps(config))
+    select(project, models=["two"], weights=["as_is"], kvs=["kv16", "kv8"])
+    found = {name: json.loads(content) for name, content in read_all(project).items()}
+    assert found["quantize/two-demo_text-as_is"].keys() == {"model", "weights"}
+    assert found["shard/two-demo_text-as_is-1"]["weights"] == {"name": "as_is", "group_size": 0}
+    assert found["export/two-demo_text-as_is-1-kv16"]["calibration"] is None
+    assert len(found["export/two-demo_text-as_is-1-kv8"]["calibration"]) == 64
+    select(project, models=["two"], weights=["fp16"])
+    with pytest.raises(ValueError, match=r"two is quantized already .*weights=fp16 starts from unquantized"):
+        write_slices(project)
+    select(project, models=["one"], weights=["as_is"])
+    with pytest.raises(ValueError, match=r"one is not quantized"):
+        write_slices(project)
 
 
 def test_adding_and_removing_recipes(project):

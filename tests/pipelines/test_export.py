@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from engine.config import EngineConfig, Sampling
 from engine.models.batch import packed
 from engine.runtime.engine import Engine
+from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import read_manifest, verify
 from engine.storage.checkpoint import Checkpoint, load_checkpoint
 from engine.storage.triton_repository import repository_files, verify_deployed
@@ -15,6 +17,7 @@ from engine.storage.workspace import TOKENIZER, WEIGHTS, Workspace, load_workspa
 from pipelines.calibrate import calibrate
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.stream import side_by_side
+from pipelines.template_files import read_template
 from tests.pipelines.stage import FP16, W4A16, Build
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
@@ -135,6 +138,49 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(build, tmp_path):
     with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         changed.export(FP16, "kv16", shard=sharded, quantize=quantized, calibrate=calibrated)
     assert not (build.root / "export-fp16-1-kv16").exists()
+
+
+def test_a_named_template_is_the_artifacts_own(build, tmp_path):
+    without = read_manifest(build.artifact(FP16, "kv16"))
+    named = Build(tmp_path / "named", tmp_path / "model", tmp_path / "text.txt", template="llama2")
+    artifact = named.artifact(FP16, "kv16")
+    text = (artifact / TOKENIZER / "chat_template.jinja").read_text()
+    assert text == read_template("llama2")
+    assert read_manifest(artifact).chat_template == hashlib.sha256(text.encode()).hexdigest() != without.chat_template
+    prompt = Tokenizer(artifact / TOKENIZER).chat([{"role": "user", "content": "the cat"}])
+    assert prompt == "<s>[INST] the cat [/INST]"
+    own = Build(tmp_path / "own", tmp_path / "model", tmp_path / "text.txt", template="own")
+    assert read_manifest(own.artifact(FP16, "kv16")).id == without.id
+
+
+def test_a_model_without_a_template_is_built_for_completion(build, tmp_path):
+    settings = tmp_path / "model/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
+    bare = Build(build.root, tmp_path / "model", tmp_path / "text.txt")
+    artifact = bare.artifact(FP16, "kv16")
+    assert read_manifest(artifact).chat_template is None
+    assert Tokenizer(artifact / TOKENIZER).encode("the cat")
+    with pytest.raises(ValueError, match="no chat template: it completes text but does not chat"):
+        Tokenizer(artifact / TOKENIZER).chat([{"role": "user", "content": "the cat"}])
+    strict = Build(build.root, tmp_path / "model", tmp_path / "text.txt", template="own")
+    with pytest.raises(ValueError, match=r"has no chat template, and model\.template=own asks for it"):
+        strict.artifact(FP16, "kv16")
+
+
+def test_pickled_weights_give_the_same_artifact_where_they_may_be_read(build, tmp_path):
+    expected = build.artifact(W4A16, "kv8")
+    weights = tmp_path / "model/model.safetensors"
+    torch.save(load_file(weights), tmp_path / "model/pytorch_model.bin")
+    weights.unlink()
+    allowed = Build(tmp_path / "pickled", tmp_path / "model", tmp_path / "text.txt", allow_bin=True)
+    artifact = allowed.artifact(W4A16, "kv8")
+    assert {x.path: x.sha256 for x in read_manifest(artifact).files} == {
+        x.path: x.sha256 for x in read_manifest(expected).files
+    }
+    assert set(read_manifest(artifact).sources) >= {"config.json", "pytorch_model.bin"}
+    refused = Build(tmp_path / "refused", tmp_path / "model", tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=r"model\.allow_bin=true"):
+        refused.calibrate()
 
 
 def test_code_of_the_checkpoint_is_never_copied(build, tmp_path):

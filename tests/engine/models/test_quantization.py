@@ -32,7 +32,20 @@ def test_the_older_field_of_compressed_tensors():
 
 @pytest.mark.parametrize(
     "method",
-    ["gptq", "bitsandbytes", "fp8", "fbgemm_fp8", "eetq", "hqq", "quanto", "aqlm", "torchao", "bitnet", "auto-round", None],
+    [
+        "gptq",
+        "bitsandbytes",
+        "fp8",
+        "fbgemm_fp8",
+        "eetq",
+        "hqq",
+        "quanto",
+        "aqlm",
+        "torchao",
+        "bitnet",
+        "auto-round",
+        None,
+    ],
 )
 def test_other_methods_are_refused_by_name(method):
     with pytest.raises(ValueError, match=rf"quantization_config\.quant_method = {method!r}, .*awq \(GEMM, 4 bits\)"):
@@ -61,7 +74,7 @@ def test_other_methods_are_refused_by_name(method):
         (packed_config(128, weights={"symmetric": "no"}), r"weights\.symmetric = 'no'"),
         (packed_config(128, config_groups={}), r"\.config_groups = \{\}"),
         (packed_config(128, config_groups={"W4A16": ["Linear"]}), r"\.config_groups\.W4A16 = \['Linear'\]"),
-        ("awq", r"quant"),
+        ("awq", r"quantization_config = 'awq', .*an object with `quant_method`"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused_by_field_and_value(value, message):

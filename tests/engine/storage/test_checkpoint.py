@@ -125,8 +125,8 @@ def test_broken_json(tmp_path, weights):
 
 
 def test_a_refused_configuration_names_the_folder(tmp_path, weights):
-    folder = write_checkpoint(tmp_path / "model", weights, quantization_config={"quant_method": "awq"})
-    refused(folder, "quantization_config = {'quant_method': 'awq'}")
+    folder = write_checkpoint(tmp_path / "model", weights, quantization_config={"quant_method": "gptq"})
+    refused(folder, "config.json has quantization_config.quant_method = 'gptq'")
 
 
 def test_a_configuration_of_more_layers_than_tensors_is_refused_at_once(tmp_path, weights):

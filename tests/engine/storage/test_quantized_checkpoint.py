@@ -102,10 +102,16 @@ def quantize_head(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (unquantize, r"has no tensor model\.layers\.0\.mlp\.down_proj\.weight_packed.*it has .*down_proj\.weight: a Tur"),
+        (
+            unquantize,
+            r"has no tensor model\.layers\.0\.mlp\.down_proj\.weight_packed.*it has .*down_proj\.weight: a Tur",
+        ),
         (quantize_head, r"has no tensor lm_head\.weight,.*it has lm_head\.weight_packed: .* the output matrix"),
         (lambda t: t.pop(f"{DOWN}.weight_zero_point"), r"has no tensor .*down_proj\.weight_zero_point"),
-        (lambda t: t.update({f"{DOWN}.weight_shape": torch.tensor([64, 95])}), r"weight_shape is \[64, 95\]; .*\[64, 96\]"),
+        (
+            lambda t: t.update({f"{DOWN}.weight_shape": torch.tensor([64, 95])}),
+            r"weight_shape is \[64, 95\]; .*\[64, 96\]",
+        ),
         (
             lambda t: t.update({f"{DOWN}.weight_packed": torch.zeros(64, 24, dtype=torch.int32)}),
             r"down_proj\.weight_packed with shape \(64, 24\); config\.json asks for \(64, 12\)",
@@ -115,7 +121,10 @@ def quantize_head(tensors):
             r"down_proj\.weight_packed as I8; weights are read as I32",
         ),
         (lambda t: t.update({f"{DOWN}.input_scale": torch.zeros(1)}), r"holds .*input_scale, which .* does not use"),
-        (lambda t: t.update({"spare.weight_g_idx": torch.zeros(1, dtype=torch.int32)}), r"holds spare\.weight_g_idx, which"),
+        (
+            lambda t: t.update({"spare.weight_g_idx": torch.zeros(1, dtype=torch.int32)}),
+            r"holds spare\.weight_g_idx, which",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, message):

@@ -15,6 +15,7 @@ def _statement(value: float) -> dict[str, Any]:
         artifact=ID,
         name="e",
         recipe={"weights": "fp16"},
+        baseline="w4a16",
         toolchain={"device": "cpu-avx2", "torch": "2"},
         items="cd" * 32,
         counts={"num_items": 1},
@@ -32,6 +33,7 @@ def test_the_subject_is_the_id_and_the_verdict_that_of_the_gates() -> None:
     assert statement["subject"] == [{"name": ID, "digest": {"sha256": ID}}]
     assert statement["predicate"]["verdict"] == "inconclusive"
     assert statement["predicate"]["device_class"] == "cpu-avx2"
+    assert statement["predicate"]["baseline"] == {"weights": "w4a16"}
 
 
 def test_a_number_without_end_is_null_and_the_statement_stays_json() -> None:
