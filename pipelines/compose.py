@@ -24,7 +24,8 @@ stage depends. Slices, by stage (key):
 
 `model`, `text` and `questions` are source records (see pipelines/sources.py; `slices.locate(record)` answers with the
 path). A text's record also has `column`, and for data sets `repo`, `subset`, `split`.
-`toolchain` is {torch, transformers, triton, device}.
+`toolchain` is {torch, transformers, triton, device}. Beside them, `code/<stage>.json` (for quantize
+`code/quantize-<weights>.json`) holds the SHA-256 of every file of code that the stage can reach.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import schema, slices, sources
+from pipelines.code import Code
 from pipelines.quantized_source import check_weights
 from pipelines.schema import Text
 from pipelines.selection import Row, read_rows, read_selection
@@ -46,6 +48,7 @@ from pipelines.toolchain import toolchain
 from pipelines.worktree import cache_folder
 
 STORE_ID = ".ingot-store"
+STAGES = ("calibrate", "shard", "export", "baseline", "evaluate", "publish")  # quantize is there once a recipe
 # Weights that are taken from the checkpoint: nothing is computed, and calibration does not touch them.
 UNCALIBRATED = ("fp16", "as_is")
 
@@ -179,6 +182,13 @@ def all_slices(rows: Sequence[Row], known: Sources, store_id: str) -> dict[str, 
     return found
 
 
+def all_code(root: Path, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """The digests of the code that each stage can reach, by `code/stage`; of quantize, for each weights option."""
+    code = Code(root)
+    found = {f"code/{stage}": code.digests(stage) for stage in STAGES}
+    return found | {f"code/quantize-{row.weights}": code.digests("quantize", row.config.weights.name) for row in rows}
+
+
 def store_identity(store: Path) -> str:
     """The id of the store folder, made with it. With it in publish's slice, a new store is filled again."""
     marker = store / STORE_ID
@@ -200,7 +210,7 @@ def write_slices(root: Path) -> dict[str, dict[str, Any]]:
     memory.save()
     slices.write_json(root / slices.PATHS, {**known.paths, "store": str(store), "cache": str(cache_folder(root))})
     with slices.output(root / "build/slices") as folder:
-        for name, value in content.items():
+        for name, value in {**content, **all_code(root, rows)}.items():
             slices.write_json(folder / f"{name}.json", value)
     return content
 

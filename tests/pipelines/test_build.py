@@ -112,7 +112,7 @@ def test_a_damaged_cache_is_found_after_the_build(project, repro, monkeypatch, c
     ("arguments", "message"),
     [
         (["weights=w9"], "Could not find 'weights/w9'"),
-        (["weights.bits=3"], "Key 'bits' not in 'Weights'"),
+        (["weights.bit=3"], "Key 'bit' not in 'Weights'"),
         (["tp=four"], "could not be converted to Integer"),
         (["nonsense"], "nonsense"),
     ],

@@ -131,7 +131,7 @@ def test_a_comment_and_an_unused_option_change_nothing(project):
 
 def test_a_field_used_by_interpolation_changes_that_model_only(project):
     select(project, models=["one", "two"], weights=["fp16"])
-    replace(project / "conf/calibration/demo_text.yaml", "samples: 64", "seed: ${model.session_len}")
+    replace(project / "conf/calibration/demo_text.yaml", "samples: 40", "seed: ${model.session_len}")
     names = changed(project, lambda: replace(project / "conf/model/one.yaml", "name:", "session_len: 99\nname:"))
     assert "calibrate/one-demo_text" in names
     assert all("/one-" in name for name in names)
@@ -216,7 +216,7 @@ def test_one_schema_takes_an_override_for_recipes_that_do_not_use_it(project):
 
 
 def test_a_shared_slice_on_which_rows_do_not_agree_is_refused(project):
-    replace(project / "conf/calibration/demo_text.yaml", "samples: 64", "seed: ${weights.group_size}")
+    replace(project / "conf/calibration/demo_text.yaml", "samples: 40", "seed: ${weights.group_size}")
     replace(project / "conf/weights/fp16.yaml", "name:", "group_size: 64\nname:")
     with pytest.raises(ValueError, match=r"another calibrate/one-demo_text than a row that shares it.*\"seed\": 64"):
         write_slices(project)
@@ -261,7 +261,7 @@ def test_a_hub_repository_is_its_commit_whether_it_is_here_or_not(project, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"overrides": ["weights.bits=3"]}, "Key 'bits' not in 'Weights'"),
+        ({"overrides": ["weights.bit=3"]}, "Key 'bit' not in 'Weights'"),
         ({"overrides": ["weights.group_size=four"]}, "'four'.*could not be converted to Integer"),
         ({"weights": ["w5"]}, "Could not find 'weights/w5'"),
         ({"models": ["local"]}, "path"),

@@ -1,22 +1,19 @@
-"""Every stage of dvc.yaml depends on the files that its module imports: all of them, and no other."""
+"""Every stage of dvc.yaml depends on the code that its module can reach: all of it, and no other."""
 
+import shutil
 from pathlib import Path
 
 import grimp
 import pytest
 import yaml
 
+from pipelines import compose
+from pipelines.code import READ, Code
 from pipelines.schema import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PACKAGES = ("engine", "pipelines", "server", "cli", "benchmarks", "demo")
-RECIPES = "pipelines/quant/${item.weights}"
-# Folders of files that a module reads and does not import.
-READ = {
-    "engine/storage/triton_repository.py": "engine/storage/triton_models",
-    "pipelines/template_files.py": "pipelines/templates",
-}
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +26,47 @@ def source_file(module):
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def closure(graph, stage):
-    """The files that hold the code that a stage can reach, relative to the project; empty packages are left out."""
+def closure(graph, stage, recipe):
+    """The files of code that grimp finds, which builds the graph of imports on its own; empty packages are left out."""
     roots = {f"pipelines.{stage}"}
-    if RECIPES in declared(stage):  # imported by name
-        packages = {f"pipelines.quant.{name}" for name in WEIGHTS}
-        roots |= packages.union(*(graph.find_descendants(package) for package in packages))
+    if recipe:
+        package = f"pipelines.quant.{recipe}"
+        roots |= {package} | graph.find_descendants(package)
     reached = roots.union(*(graph.find_upstream_modules(root) for root in roots))
     packages = {name.rpartition(".")[0] for name in reached} | {name.partition(".")[0] for name in reached}
     files = {source_file(name) for name in (reached | packages) - {""}}
-    code = {path.relative_to(ROOT).as_posix() for path in files if path.read_text().strip()}
-    return code | {folder for module, folder in READ.items() if module in code}
+    return {path.relative_to(ROOT).as_posix() for path in files if path.read_text().strip()}
 
 
-def declared(stage):
-    """What dvc.yaml lists of code; a folder per recipe stands for the code of that recipe."""
-    return {dep for dep in STAGES[stage]["deps"] if not dep.startswith("build/")}
+@pytest.mark.parametrize(
+    ("stage", "recipe"), [*((stage, None) for stage in compose.STAGES), *(("quantize", name) for name in WEIGHTS)]
+)
+def test_the_code_of_a_stage_is_what_it_imports(graph, stage, recipe):
+    found = set(Code(ROOT).digests(stage, recipe))
+    read = {path for path in found if path.startswith(tuple(f"{folder}/" for folder in READ.values()))}
+    assert found - read == closure(graph, stage, recipe)
+    for module, folder in READ.items():
+        files = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
+        files = {path for path in files if "__pycache__" not in path}
+        assert files and read & files == (files if module in found else set())
+
+
+def test_an_edit_changes_the_stages_that_reach_it(tmp_path):
+    for package in ("engine", "pipelines"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {name: Code(tmp_path).digests("quantize", name) for name in ("fp16", "w4a16")}
+    with (tmp_path / "pipelines/quant/w4a16/awq.py").open("a") as file:
+        file.write("# more\n")
+    after = {name: Code(tmp_path).digests("quantize", name) for name in ("fp16", "w4a16")}
+    assert after["fp16"] == before["fp16"]
+    changed = {path for path in after["w4a16"] if after["w4a16"][path] != before["w4a16"].get(path)}
+    assert changed == {"pipelines/quant/w4a16/awq.py"}
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "compose"])
-def test_a_stage_depends_on_what_it_imports(graph, stage):
-    expected = closure(graph, stage)
-    if RECIPES in declared(stage):
-        own = {path for path in expected if path.startswith(tuple(f"pipelines/quant/{name}/" for name in WEIGHTS))}
-        expected = expected - own | {RECIPES}
-    missing, superfluous = sorted(expected - declared(stage)), sorted(declared(stage) - expected)
-    assert not missing and not superfluous, f"{stage} lacks {missing} and should not have {superfluous}"
+def test_a_stage_depends_on_its_own_code(stage):
+    name = "quantize-${item.weights}" if stage == "quantize" else stage
+    assert STAGES[stage]["deps"][1] == f"build/slices/code/{name}.json"
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name != "compose"])
