@@ -72,7 +72,8 @@ def test_one_slice_for_every_stage_instance(project):
     for name in found:
         counts[name.split("/")[0]] = counts.get(name.split("/")[0], 0) + 1
     assert counts == {
-        "calibrate": 2, "quantize": 4, "shard": 8, "export": 16, "baseline": 2, "evaluate": 16, "publish": 16
+        "calibrate": 2, "quantize": 4, "shard": 8, "export": 16, "baseline": 2, "evaluate": 16, "publish": 16,
+        "code": 8,
     }  # fmt: skip
     assert "export/one-demo_text-w4a16-2-kv8" in found
 
