@@ -15,7 +15,7 @@ from engine.storage.artifacts import read_manifest, write_manifest
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.workspace import WEIGHTS, write_weights
 from pipelines.quant.observers import Observer, gram
-from pipelines.quant.stream import Stream, read_layer, side_by_side
+from pipelines.quant.stream import LayerTensors, Stream, side_by_side
 from pipelines.quant.w4a16 import exponent_grid
 from pipelines.quant.w4a16 import layer as w4a16_layer
 from pipelines.quant.w4a16.rounding import GroupCodes, quantize_groups
@@ -144,7 +144,7 @@ def _first_layer(chain: Chain) -> dict[str, Tensor]:
     """The first layer as the stage `quantize` makes it: norms, and 4-bit weights as what the engine multiplies by."""
     checkpoint, wanted = Checkpoint(PROJECT / "demo/model"), chain.slices["quantize/demo-demo_text-w4a16"]["weights"]
     blocks = load_file(chain.root / "build/calibrate/demo-demo_text/blocks.safetensors")["tokens"]
-    tensors = read_layer(checkpoint, 0)
+    tensors = LayerTensors(checkpoint, 0)
     with side_by_side() as workers:
         stream = Stream(checkpoint, blocks, workers)
         grams = stream.observe(stream.dense(tensors), 0, lambda: Observer(of_input=gram, of_kv=None), advance=False)
