@@ -56,13 +56,14 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
+    run = commit()  # once: the tree may move on while the code that was loaded runs
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            measure_model(arguments.data, name, arguments.methods, Path(folder))
+            measure_model(arguments.data, name, arguments.methods, Path(folder), run)
     return 0
 
 
-def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path) -> None:
+def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, run: str) -> None:
     """The recipes of one model that take these methods, and those that need none; a row each."""
     checkpoint = Checkpoint(data / "models" / name)
     tokenizer = Tokenizer(checkpoint.folder)
@@ -85,7 +86,7 @@ def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path) -
         scales = kv_scales(checkpoint, calibration, out) if kv == "kv8" else None
         value = perplexity(model, items, scales)
         baseline = value if baseline is None else baseline
-        record(name, recipe, group_size, method, value, value / baseline - 1, items, seconds)
+        record(run, name, recipe, group_size, method, value, value / baseline - 1, items, seconds)
 
     measure("fp16", 0, "", {})
     measure("fp16-kv8", 0, "", {}, kv="kv8")
@@ -178,6 +179,7 @@ def one_page(batch: Batch) -> Batch:
 
 
 def record(
+    run: str,
     model: str,
     recipe: str,
     group_size: int,
@@ -190,7 +192,7 @@ def record(
     """Append the row, and print it as one of the table in docs/recipes.md."""
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
+        "commit": run,
         **{name: version for name, version in toolchain().items() if version},
         "model": model,
         "recipe": recipe,

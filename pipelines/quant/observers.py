@@ -53,7 +53,7 @@ def gram(x: Tensor) -> Statistics:
     """X^T X of [T, channels] and the number of tokens: the squared error of W' is the trace of (W'-W) G (W'-W)^T.
 
     Every token is first scaled to a mean square of 1, so that the few whose activations are a thousand times larger
-    do not decide alone (minimind2 w4a16 g128: perplexity 9.05 with it, 9.36 without, 9.35 rounded to nearest).
+    do not decide alone: without it minimind2 at g128 is no better than rounding (docs/recipes.md has both).
     """
     wide = x.float()
     wide = wide / wide.square().mean(dim=1, keepdim=True).clamp(min=SMALLEST_SQUARE).sqrt()
