@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from cli.checkout import conf_folder
+from pipelines.hydra_errors import paragraph
 from server.config import IMMUTABLE, ServeConfig
 
 TEXT_KEYS = ("artifact", "folder", "waiver", "store", "serve.model_name", "serve.api_key", "serve.api_key_file")
@@ -80,11 +81,3 @@ def check_known(override: str) -> None:
         near = difflib.get_close_matches(key, known, n=1)
         meant = f"Did you mean {near[0]}? " if near else ""
         raise ValueError(f"there is no option {key!r}. {meant}`ingot serve --help` lists the options.")
-
-
-def paragraph(error: Exception) -> str:
-    """The message of a Hydra or OmegaConf error without its technical tail (search path, full_key, object_type)."""
-    texts = [str(each).partition("Config search path")[0] for each in (error, error.__cause__) if each is not None]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    tails = ("full_key", "object_type", "reference_type", "See ")
-    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(tails)))

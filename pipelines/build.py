@@ -22,9 +22,12 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipelines import schema
+from pipelines.hydra_errors import paragraph
 from pipelines.outcomes import human_size, read_outcome
 from pipelines.schema import Config
 from pipelines.selection import AXES
@@ -50,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     schema.register()
     program, arguments = sys.argv[0], list(sys.argv[1:] if argv is None else argv)
     sys.argv = [program, *arguments, f"hydra.sweep.dir={_quoted(str(report))}"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, and let us say it in one paragraph
     try:
         hydra.main(version_base="1.3", config_path=str((root / "conf").resolve()), config_name="config")(_job)()
         lines = [path.read_text(encoding="utf-8") for path in sorted(report.glob("*.txt"))]
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"ingot build: {paragraph(error)}", file=sys.stderr)
+        return 1
     finally:
         sys.argv = [program, *arguments]
         shutil.rmtree(report, ignore_errors=True)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines import schema
+from pipelines.hydra_errors import paragraph
 from pipelines.schema import Config
 
 AXES = {"models": "model", "calibrations": "calibration", "weights": "weights", "kvs": "kv", "tps": "tp"}
@@ -96,8 +97,7 @@ def _compose(overrides: list[str]) -> Config:
         OmegaConf.resolve(composed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(f"{error}: {error.__cause__ or ''}".removesuffix(": ").split())
-        raise ValueError(f"The configuration does not compose ({' '.join(overrides)}): {reason}") from error
+        raise ValueError(f"The configuration does not compose ({' '.join(overrides)}): {paragraph(error)}") from error
     assert isinstance(config, Config)
     schema.check(config)
     return config

@@ -117,12 +117,13 @@ def test_a_damaged_cache_is_found_after_the_build(project, repro, monkeypatch, c
         (["nonsense"], "nonsense"),
     ],
 )
-def test_a_typo_is_hydras_own_error(project, arguments, message):
+def test_a_typo_is_named_in_one_paragraph(project, arguments, message):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pipelines.build", *arguments]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
