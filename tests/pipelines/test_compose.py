@@ -1,3 +1,5 @@
+"""From declaration to slices. One file over 300 lines: one project fixture, and a case for each thing that can change."""
+
 import json
 import shutil
 import subprocess

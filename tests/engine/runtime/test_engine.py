@@ -1,3 +1,5 @@
+"""The engine as its callers see it. One file over 300 lines: every case shares the tiny model and its fixtures."""
+
 import dataclasses
 import random
 

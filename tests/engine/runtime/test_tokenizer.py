@@ -1,3 +1,5 @@
+"""Tokenizers. One file over 300 lines: every format goes through the same texts."""
+
 import io
 import json
 import time

@@ -1,3 +1,5 @@
+"""The store. One file over 300 lines: push, pull, pins and restore are one story told on the same artifacts."""
+
 import hashlib
 import json
 import logging

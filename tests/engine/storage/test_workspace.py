@@ -1,3 +1,5 @@
+"""Workspaces, written and read. One file over 300 lines: the golden cases and the properties share their builders."""
+
 import hashlib
 import json
 import struct
