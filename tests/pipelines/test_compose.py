@@ -1,4 +1,4 @@
-"""From declaration to slices. One file over 300 lines: one project fixture, and a case for each thing that can change."""
+"""From declaration to slices. One file over 300 lines: one project fixture, a case for each thing that can change."""
 
 import json
 import shutil
