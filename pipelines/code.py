@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Code:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._imports = cache(self._read_imports)
+        self._file = cache(self._find_file)
 
     def digests(self, stage: str, recipe: str | None = None) -> dict[str, str]:
         """File -> SHA-256 of everything that `pipelines.<stage>` can reach; with a recipe, of its package too."""
@@ -53,14 +54,14 @@ class Code:
         if path is None:
             return frozenset()
         names: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+        for node in _statements(ast.parse(path.read_bytes(), filename=str(path)).body):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         return frozenset(name for name in names if name.partition(".")[0] in PACKAGES and self._file(name))
 
-    def _file(self, module: str) -> Path | None:
+    def _find_file(self, module: str) -> Path | None:
         """The file of a module or package of the project; None for a name within one, or a module of others."""
         path = self.root.joinpath(*module.split("."))
         found = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -72,3 +73,13 @@ class Code:
         for path in (self.root / name.replace(".", "/")).rglob("*.py"):
             if path.name != "__init__.py":
                 yield path.relative_to(self.root).with_suffix("").as_posix().replace("/", ".")
+
+
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement, nested ones too. Expressions hold no imports, and walking them takes most of the time."""
+    for statement in body:
+        yield statement
+        for name in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, name, ()))
+        for branch in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+            yield from _statements(branch.body)
