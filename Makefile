@@ -53,6 +53,7 @@ serve: setup  ## serve an artifact: make serve ARTIFACT=demo
 bench: setup  ## run the benchmarks that need no GPU; rows go to benchmarks/results/
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.calibration_memory
+	$(BIN)/python -m benchmarks.conversion
 
 clean:  ## remove what builds left behind (.venv, build/ and store/ stay unless named)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache outputs multirun

@@ -134,14 +134,19 @@ def commit() -> str:
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row to a results file, with a header where it is new."""
+    """Add a row to a results file. A column that is new to it is empty in the rows before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    rows: list[Mapping[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pipelines.baseline import ask_checkpoint
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.kept import Baseline
 from pipelines.evaluation.texts import Item, Question, answer_items, document_items
+from pipelines.recipe_fields import weights_part
+from pipelines.schema import Weights
 from pipelines.slices import PATHS, Call
 from pipelines.sources import folder_digest, text_digest
 from pipelines.toolchain import toolchain
@@ -67,15 +69,14 @@ def measure_model(data: Path, name: str, recipes: Sequence[str], tested: str) ->
         weights, _, kv = recipe.partition("-")
         if weights == "w4a16" and not group_size:
             continue
-        chosen: dict[str, Any] = {"name": weights, "group_size": group_size if weights == "w4a16" else 0}
-        searched = {"search": "grid", "activation_steps": 20, "weight_steps": 3}
+        chosen = weights_part(Weights(name=weights, group_size=group_size))
         content = {
             **slices,
-            "weights": {**chosen, **searched},
+            "weights": {"group_size": 0, **chosen},
             "tp": 1,
             "name": name,
             "session_len": 0,
-            "recipe": {"weights": weights, "kv": kv or "kv16", "group_size": chosen["group_size"]},
+            "recipe": {"weights": weights, "kv": kv or "kv16", "group_size": chosen.get("group_size", 0)},
             "kv": {"name": kv or "kv16", "symmetric": False},
             "calibration": None,
         }

@@ -1,6 +1,6 @@
 """Perplexity of every recipe on real models, on text that calibration does not see. Appends rows, prints a table.
 
-    python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...]
+    python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...] [--device cuda]
 
 DATA is a folder with `models/<name>` and the texts of ITEMS. Stories are scored alone, [BOS] and tokens cut to the
 model's 256 positions, all but BOS; answers are scored inside the chat template, at most 256 tokens of each.
@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,26 @@ from pipelines.quant import w4a16
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.quant.tensor_file import tensors_over
+from pipelines.recipe_fields import weights_part
+from pipelines.schema import Weights
 from pipelines.toolchain import toolchain
 
 RESULTS = Path(__file__).parent / "results" / "recipe_quality.csv"
 STORIES = "text/tinystories_train_head_2MiB.txt"
 ANSWERS = "prompts/llamafactory_alpaca_zh_demo.json"
 MODELS = {"stories15M-llama": (32, 96), "minimind2-small-llama": (64, 128)}
-SAMPLES = 32
-GRID = {"search": "grid", "activation_steps": 10, "weight_steps": 3}
+SAMPLES = 128
 METHODS: dict[str, dict[str, Any]] = {
-    "round to nearest": {"search": "grid", "activation_steps": 1, "weight_steps": 1},
-    "search: none": {"search": "none", "alpha": 0.5},
-    "search: grid": GRID,
+    "rtn": {"method": "rtn"},
+    "search=none": {"search": "none"},
+    "awq": {"method": "awq"},
+    "awq, no clip": {"method": "awq", "clip": False},
+    "gptq, plain": {"method": "gptq", "clip": False, "correction": 0.0},
+    "gptq": {"method": "gptq"},
+    "awq+gptq": {"method": "awq+gptq"},
+    "awq+gptq, symmetric": {"method": "awq+gptq", "symmetric": True},
 }
+WITH_KV8 = "awq+gptq"  # the method that is measured with an int8 cache as well
 Item = tuple[list[int], int]  # token ids, and the first one that is scored
 
 
@@ -55,15 +62,16 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     run = commit()  # once: the tree may move on while the code that was loaded runs
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            measure_model(arguments.data, name, arguments.methods, Path(folder), run)
+            measure_model(arguments.data, name, arguments.methods, Path(folder), run, arguments.device)
     return 0
 
 
-def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, run: str) -> None:
+def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, run: str, device: str) -> None:
     """The recipes of one model that take these methods, and those that need none; a row each."""
     checkpoint = Checkpoint(data / "models" / name)
     tokenizer = Tokenizer(checkpoint.folder)
@@ -73,28 +81,31 @@ def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, r
     save_file({"tokens": blocks}, calibration / "blocks.safetensors")
     with side_by_side() as workers:
         save_file(calibrate(checkpoint, blocks, workers), calibration / "stats.safetensors")
-    baseline = None
+    baseline = nearest = None
 
-    def measure(recipe: str, group_size: int, method: str, weights: Mapping[str, Any], kv: str = "kv16") -> None:
-        nonlocal baseline
+    def measure(recipe: str, group_size: int, method: str, kv: str = "kv16") -> None:
+        nonlocal baseline, nearest
         out, begun = folder / f"{method}-{group_size}", time.perf_counter()
-        if weights and not out.exists():
+        if method and not out.exists():
             out.mkdir()
-            w4a16.quantize({**weights, "group_size": group_size}, checkpoint.folder, calibration, out)
+            weights = weights_part(Weights(name="w4a16", group_size=group_size, **METHODS[method]))
+            w4a16.quantize(weights, checkpoint.folder, calibration, out, device=device)
         seconds = time.perf_counter() - begun
-        model = decoder(checkpoint, out / "weights.safetensors")
+        model = decoder(checkpoint, out / "weights.safetensors", device)
         scales = kv_scales(checkpoint, calibration, out) if kv == "kv8" else None
         value = perplexity(model, items, scales)
         baseline = value if baseline is None else baseline
-        record(run, name, recipe, group_size, method, value, value / baseline - 1, items, seconds)
+        nearest = value if method == "rtn" else nearest
+        closed = (nearest - value) / (nearest - baseline) if nearest and method not in ("", "rtn") else None
+        record(run, device, name, recipe, group_size, method, value, value / baseline - 1, closed, items, seconds)
 
-    measure("fp16", 0, "", {})
-    measure("fp16-kv8", 0, "", {}, kv="kv8")
+    measure("fp16", 0, "")
+    measure("fp16-kv8", 0, "", kv="kv8")
     for group_size in MODELS[name]:
         for method in methods:
-            measure("w4a16", group_size, method, METHODS[method])
-        if "search: grid" in methods:
-            measure("w4a16-kv8", group_size, "search: grid", GRID, kv="kv8")
+            measure("w4a16", group_size, method)
+        if WITH_KV8 in methods:
+            measure("w4a16-kv8", group_size, WITH_KV8, kv="kv8")
 
 
 def stories(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
@@ -124,13 +135,13 @@ def draw(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Tensor:
     return token_blocks(texts, tokenizer.encode, samples=SAMPLES, sequence_length=length, sampling="random", seed=42)
 
 
-def decoder(checkpoint: Checkpoint, quantized: Path) -> Decoder:
+def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu") -> Decoder:
     """The model in float32, its layers from the quantized file where it exists."""
     read = tensors_over(quantized, checkpoint.tensor)
     held = load_file(quantized) if quantized.exists() else {}
     outer = [name for name in checkpoint.names() if not held or ".layers." not in name]
     weights = {name: read(name) for name in [*held, *outer]}
-    return Decoder(checkpoint.config, weights, device="cpu", dtype=torch.float32)
+    return Decoder(checkpoint.config, weights, device=device, dtype=torch.float32)
 
 
 def kv_scales(checkpoint: Checkpoint, calibration: Path, quantized: Path) -> KVScales:
@@ -151,16 +162,17 @@ def perplexity(model: Decoder, items: Sequence[Item], scales: KVScales | None) -
 
     def one(index: int) -> float:
         ids, first = items[index]
-        batch, cache = packed([ids]), None
+        batch, cache = packed([ids], device=model.device), None
         if scales is not None:
             batch = one_page(batch)
             cache = KVCache(
-                model.config, num_pages=1, page_len=len(ids), device="cpu", dtype=torch.float32, scales=scales
+                model.config, num_pages=1, page_len=len(ids), device=model.device, dtype=torch.float32, scales=scales
             )
         logits = model(batch, cache)[first - 1 : -1]
-        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum"))
+        wanted = torch.tensor(ids[first:], device=model.device)
+        return float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
 
-    with side_by_side() as workers:
+    with side_by_side(device=model.device.type) as workers:
         total = sum(workers.in_order(one, len(items)))
     return math.exp(total / sum(len(ids) - first for ids, first in items))
 
@@ -172,7 +184,7 @@ def one_page(batch: Batch) -> Batch:
         positions=batch.positions,
         query_starts=batch.query_starts,
         context_lens=batch.context_lens,
-        page_table=torch.zeros(1, 1, dtype=torch.int32),
+        page_table=torch.zeros(1, 1, dtype=torch.int32, device=batch.positions.device),
         slots=batch.positions,
         logits_at=batch.logits_at,
     )
@@ -180,12 +192,14 @@ def one_page(batch: Batch) -> Batch:
 
 def record(
     run: str,
+    device: str,
     model: str,
     recipe: str,
     group_size: int,
     method: str,
     value: float,
     change: float,
+    closed: float | None,
     items: list[Item],
     seconds: float,
 ) -> None:
@@ -200,10 +214,18 @@ def record(
         "method": method,
         "tokens": sum(len(ids) - first for ids, first in items),
         "perplexity": round(value, 5),
+        "gap_closed": "" if closed is None else round(closed, 4),
         "quantize_seconds": round(seconds, 1),
     }
+    if device != "cpu":
+        row["device"] = torch.cuda.get_device_name()
     append(RESULTS, row)
-    print(f"| {model} | {recipe} | {group_size or ''} | {method} | {value:.4f} | {100 * change:+.2f}% |", flush=True)
+    gap = "" if closed is None else f"{100 * closed:.1f}%"
+    print(
+        f"| {model} | {recipe} | {group_size or ''} | {method} | {value:.4f} | {100 * change:+.2f}% | {gap} | "
+        f"{seconds:.1f} s |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

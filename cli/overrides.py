@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from cli.checkout import conf_folder
 from pipelines.hydra_errors import paragraph
-from server.config import IMMUTABLE, ServeConfig
+from server.config import IMMUTABLE, MEANINGLESS, ServeConfig
 
 TEXT_KEYS = ("artifact", "folder", "waiver", "store", "serve.model_name", "serve.api_key", "serve.api_key_file")
 TOP_KEYS = ("artifact", "folder", "waiver", "store", "serve")
@@ -76,6 +76,11 @@ def check_known(override: str) -> None:
     name = key.removeprefix("serve.")
     if name in IMMUTABLE:
         raise ValueError(f"{key} belongs to the artifact and cannot be set when serving: {IMMUTABLE[name]}.")
+    if name in MEANINGLESS:
+        raise ValueError(
+            f"{key} is there for TurboMind's own engine, and this one does nothing with it: a build writes it into "
+            f"config.ini (ini.{name}=...)."
+        )
     known = [*TOP_KEYS, *(f"serve.{each.name}" for each in fields(ServeConfig))]
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)

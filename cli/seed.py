@@ -33,9 +33,10 @@ def convert(argv: list[str]) -> int:
     _switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
     options = _parse(parser, argv)
     # Torch takes seconds to import; what is wrong with the arguments is said before.
-    from pipelines.convert import SESSION_LENS, Conversion, convert
+    from pipelines.convert import Conversion, convert
+    from pipelines.seed_names import SEED_NAMES
 
-    ini = convert(
+    converted = convert(
         Conversion(
             name=options.model_name,
             source=options.model_path,
@@ -49,9 +50,14 @@ def convert(argv: list[str]) -> int:
             allow_bin=options.allow_bin,
         )
     )
-    if options.model_name not in SESSION_LENS:
-        print(f"{options.model_name} is no name of LMDeploy's: session_len is the model's own", file=sys.stderr)
-    print(f"{options.dst_path}: {ini.weight_type}, tp={ini.tensor_para_size}, session_len {ini.session_len}")
+    if options.model_name not in SEED_NAMES:
+        own = "session_len and chat template are the model's own"
+        print(f"{options.model_name} is no name of LMDeploy's: {own}", file=sys.stderr)
+    if converted.warning:
+        print(f"ingot: {converted.warning}", file=sys.stderr)
+    ini, template = converted.ini, converted.template
+    said = "no chat template" if template is None else f"chat template {template}"
+    print(f"{options.dst_path}: {ini.weight_type}, tp={ini.tensor_para_size}, session_len {ini.session_len}, {said}")
     print("A plain folder: nobody has measured it. `ingot build` makes artifacts that are.", file=sys.stderr)
     return 0
 

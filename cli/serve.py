@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 import yaml
 
+from cli.checkout import conf_folder
 from cli.main import fail
 from cli.overrides import ServeCommand, compose_serve
 from cli.target import Target, find_target
@@ -46,10 +47,7 @@ def main(argv: list[str]) -> int:
 
         return triton_client.main(argv[1:])
     if "-h" in argv or "--help" in argv:
-        defaults = dataclasses.asdict(ServeConfig())
-        print(
-            HELP + yaml.safe_dump({f"serve.{name}": value for name, value in defaults.items()}, sort_keys=False), end=""
-        )
+        print(HELP + options_text(), end="")
         return 0
     show, overrides = split_flags(argv)
     command = compose_serve(overrides)
@@ -67,6 +65,12 @@ def main(argv: list[str]) -> int:
     )
     with listening_socket(command.serve.host, command.serve.port) as listener:
         return asyncio.run(serve(target, command.serve, api_key, listener))
+
+
+def options_text() -> str:
+    """The file of defaults with its comments, each option as it is written on the command line."""
+    lines = (conf_folder() / "serve/default.yaml").read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(f"serve.{line}" if line[0].isalpha() else line for line in lines)
 
 
 def split_flags(argv: list[str]) -> tuple[bool, list[str]]:
@@ -136,6 +140,7 @@ async def serve(target: Target, config: ServeConfig, api_key: str | None, listen
     client = EngineClient(
         target.folder, config.engine_config(), verify=model.artifact_id is not None, artifact_id=model.artifact_id
     )
+    warn_unmeasured(target, config)
     print(f"loading {target.folder}", file=sys.stderr)
     try:
         loading = asyncio.create_task(client.start())
@@ -159,6 +164,13 @@ async def serve(target: Target, config: ServeConfig, api_key: str | None, listen
         return fail(str(error))
     finally:
         await client.close()
+
+
+def warn_unmeasured(target: Target, config: ServeConfig) -> None:
+    """Say which options an artifact was evaluated without, so that its verdict is not taken for theirs."""
+    if target.model.artifact_id is not None and config.unmeasured:
+        names = ", ".join(f"serve.{name}" for name in config.unmeasured)
+        print(f"UNMEASURED {names}: the artifact was evaluated without", file=sys.stderr)
 
 
 async def first_of(loading: asyncio.Task[None], stop: asyncio.Event) -> bool:

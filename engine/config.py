@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from engine.cache_size import CACHE_SIZES, CacheSize, is_cache_size
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "qwen", "turbomind"]
 
@@ -78,54 +79,84 @@ class Recipe:
         return self.weights if self.kv == "kv16" else f"{self.weights}-{self.kv}"
 
 
+# Fields of EngineConfig that are open when they are 0, and when they are None.
+COUNTS = ("session_len", "max_batch_size", "num_tokens_per_iter", "cache_block_seq_len")
+SWITCHES = ("quant_policy", "rope_scaling_factor", "use_logn_attn", "max_position_embeddings")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How a model is run. Names and meanings are TurboMind's; the one deviation is said where it is.
+    """How a model is run; ValueError for a value out of range. Names and meanings are TurboMind's; the one deviation is
+    said where it is. A number that is 0, and a switch that is None, is left open: what the workspace says.
 
-    - `session_len`: most tokens of one sequence, prompt and answer; 0 = what the workspace says.
+    - `session_len`: most tokens of one sequence, prompt and answer.
     - `max_batch_size`: most sequences in one step.
     - `num_tokens_per_iter`: token budget of one step (decode and prefill chunks together).
-    - `cache_max_entry_count`: below 1 the share of FREE memory (v0.1.0: of total), from 1 on a number of pages.
+    - `cache_max_entry_count`: the KV cache. Below 1 a share of FREE memory, after the weights (v0.1.0: of the device's
+      total memory), from 1 on a number of pages, or an amount of memory such as "4GB", "512MiB".
     - `cache_block_seq_len`: tokens in a page.
-    - `quant_policy`: 4 = int8 KV cache, 0 = not; None = what the workspace says.
+    - `quant_policy`: 4 = int8 KV cache, 0 = not.
     - `dtype`: computing type; `auto` is float32 on a CPU and the workspace's type on a GPU.
-    - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: None = what the workspace says.
+    - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: see `ModelConfig`; a factor of 0 is off.
     """
 
     device: str = "cpu"
     dtype: Dtype | Literal["auto"] = "auto"
     session_len: int = 0
-    max_batch_size: int = 64
-    num_tokens_per_iter: int = 512
-    cache_max_entry_count: float = 0.5
-    cache_block_seq_len: int = 64
+    max_batch_size: int = 0
+    num_tokens_per_iter: int = 0
+    cache_max_entry_count: CacheSize = 0.0
+    cache_block_seq_len: int = 0
     quant_policy: int | None = None
     prefix_caching: bool = True
     rope_scaling_factor: float | None = None
     use_logn_attn: bool | None = None
     max_position_embeddings: int | None = None
 
+    def __post_init__(self) -> None:
+        factor, trained, size = self.rope_scaling_factor, self.max_position_embeddings, self.cache_max_entry_count
+        types = ("auto", *get_args(Dtype))
+        count = "a whole number from 1 on, or 0 for what the workspace says"
+        for name, holds, allowed in (
+            ("device", isinstance(self.device, str), "cpu, cuda or cuda:N"),
+            ("dtype", self.dtype in types, f"one of {', '.join(types)}"),
+            *((name, _is_whole(getattr(self, name), least=0), count) for name in COUNTS),
+            ("cache_max_entry_count", size == 0 or is_cache_size(size), CACHE_SIZES),
+            ("quant_policy", self.quant_policy in (None, 0, 4), "0 (KV cache as computed) or 4 (int8)"),
+            ("prefix_caching", isinstance(self.prefix_caching, bool), "true or false"),
+            ("rope_scaling_factor", factor in (None, 0) or _is_number(factor, least=1), "0 (off) or at least 1"),
+            ("use_logn_attn", self.use_logn_attn in (None, 0, 1), "true or false"),
+            ("max_position_embeddings", trained is None or _is_whole(trained, least=1), "at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {allowed}.")
+
+    def over(self, said: EngineConfig) -> EngineConfig:
+        """These options, and where they leave something open, those of `said`."""
+        taken = [name for name in (*COUNTS, "cache_max_entry_count") if getattr(self, name) == 0]
+        taken += [name for name in SWITCHES if getattr(self, name) is None]
+        return replace(self, **{name: getattr(said, name) for name in taken})
+
+    def complete(self) -> EngineConfig:
+        """These options with nothing left open but `session_len`: for a model that no workspace says anything about."""
+        return self.over(DEFAULTS)
+
     def applied_to(self, model: ModelConfig) -> ModelConfig:
-        """The model as it is run with these options. ValueError for a value out of range, and for a
-        rope_scaling_factor beside a scaling of the model's own."""
-        factor, trained = self.rope_scaling_factor, self.max_position_embeddings
-        if factor is not None and factor != 0 and not 1 <= factor < math.inf:
-            raise ValueError(f"rope_scaling_factor is {factor}, but must be 0 (off) or at least 1.")
-        if trained is not None and trained < 1:
-            raise ValueError(f"max_position_embeddings is {trained}, but must be at least 1.")
-        scaling = model.rope_scaling
+        """The model as it is run with these options. ValueError for a rope_scaling_factor beside a scaling of the
+        model's own."""
+        factor, scaling = self.rope_scaling_factor, model.rope_scaling
         if factor and scaling is not None and scaling.kind != "turbomind":
             raise ValueError(
                 f"rope_scaling_factor is {factor}, but the model has a scaling of its own ({scaling.kind}): leave it "
                 "out, or set it to 0."
             )
         if factor is not None and (scaling is None or scaling.kind == "turbomind"):
-            scaling = RopeScaling(kind="turbomind", factor=factor) if factor else None
+            scaling = RopeScaling(kind="turbomind", factor=float(factor)) if factor else None
         return replace(
             model,
             rope_scaling=scaling,
-            logn=model.logn if self.use_logn_attn is None else self.use_logn_attn,
-            max_position_embeddings=trained or model.max_position_embeddings,
+            logn=model.logn if self.use_logn_attn is None else bool(self.use_logn_attn),
+            max_position_embeddings=self.max_position_embeddings or model.max_position_embeddings,
         )
 
 
@@ -145,3 +176,14 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
     ignore_eos: bool = False
+
+
+def _is_whole(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, *, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+
+DEFAULTS = EngineConfig(max_batch_size=64, num_tokens_per_iter=512, cache_max_entry_count=0.5, cache_block_seq_len=64)

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.config import EngineConfig, Recipe
 from pipelines import schema
 from pipelines.hydra_errors import paragraph
+from pipelines.ini_options import check_overrides
 from pipelines.outcomes import human_size, read_outcome
 from pipelines.schema import Config
 from pipelines.selection import AXES
@@ -42,16 +45,18 @@ SPARE_BYTES = 64_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when every job came to its end, whatever the verdicts."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        check_overrides(arguments)
         root = project_root()
         sweep_jobs(root)
         (root / JOBS).mkdir(parents=True, exist_ok=True)
         report = Path(tempfile.mkdtemp(prefix=f"report-{os.getpid()}-", dir=root / JOBS))
-    except OSError as error:
+    except (ValueError, OSError) as error:
         print(f"ingot build: {error}", file=sys.stderr)
         return 1
     schema.register()
-    program, arguments = sys.argv[0], list(sys.argv[1:] if argv is None else argv)
+    program = sys.argv[0]
     sys.argv = [program, *arguments, f"hydra.sweep.dir={_quoted(str(report))}"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, and let us say it in one paragraph
     try:
@@ -79,6 +84,7 @@ def build(root: Path, config: Config, choices: dict[str, str], overrides: Sequen
     """Build one artifact in a copy of the project and return its line. ValueError when it does not come to the end."""
     schema.check(config)
     key = "-".join([choices["model"], choices["calibration"], choices["weights"], str(config.tp), choices["kv"]])
+    check_device(root, config)
     _check_disk(root, key, config)
     folder = Path(tempfile.mkdtemp(prefix=f"job-{os.getpid()}-", dir=root / JOBS))
     try:
@@ -115,15 +121,50 @@ def absolute_paths(root: Path, config: Config) -> list[str]:
     return [f"{key}={_quoted(str((root / path).resolve()))}" for key, path in places.items() if path is not None]
 
 
+def check_device(root: Path, config: Config) -> None:
+    """ValueError where this machine could not run, and so not measure, what is to be built; no weight is read for it.
+
+    A checkpoint that is not on this machine yet is left to the stages, which ask the same before they read it.
+    """
+    folder = _checkpoint_folder(root, config)
+    if folder is None:
+        return
+    # Torch takes seconds to import: what is wrong with the configuration is said before.
+    from engine.runtime.capability import check_capability, probe_device
+    from engine.storage.checkpoint import Checkpoint
+
+    weights, options = config.weights, EngineConfig()
+    as_is = weights.name == "as_is"
+    checkpoint = Checkpoint(folder, allow_bin=config.model.allow_bin, allow_quantized=as_is)
+    group_size = weights.group_size if weights.name == "w4a16" else 0
+    recipe = checkpoint.recipe if as_is else Recipe(weights=weights.name, group_size=group_size)
+    length = min(config.evaluation.sequence_length, checkpoint.config.max_position_embeddings)
+    # The baseline runs the checkpoint as it lies, with the KV cache as computed.
+    for each in (checkpoint.recipe, replace(recipe, kv=config.kv.name)):
+        check_capability(checkpoint.config, each, options, probe_device(options.device), session_len=length)
+
+
+def _checkpoint_folder(root: Path, config: Config) -> Path | None:
+    """Where the checkpoint lies on this machine; None where it does not."""
+    model = config.model
+    if model.repo:
+        from pipelines.hub import cached
+
+        return cached(model.repo, str(model.revision), allow_bin=model.allow_bin)
+    folder = root / str(model.path)
+    return folder if model.path and folder.is_dir() else None
+
+
 def estimate(root: Path, config: Config) -> int:
     """The most bytes that a build writes: weight files once for any kv, and for 4 bits also the quantized tensors.
 
     A checkpoint that is not on this machine yet counts as nothing.
     """
-    folder = root / config.model.path if config.model.path else None
-    if folder is None or not folder.is_dir():
+    folder = _checkpoint_folder(root, config)
+    if folder is None:
         return SPARE_BYTES
-    weights = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
+    files = model_files(folder, allow_bin=config.model.allow_bin)
+    weights = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
     blocks = config.calibration.samples * config.calibration.sequence_length * 8
     baseline = config.evaluation.max_tokens * 512  # measured: about 390 bytes a token
     quantized = (

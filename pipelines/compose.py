@@ -5,17 +5,17 @@ It reads what DVC cannot see (configuration groups, the content of sources, the 
 that DVC reruns exactly what a change concerns. Where sources and the store lie is in `build/paths.json`, on which no
 stage depends. Slices, by stage (key):
 
-    calibrate  model-calibration                {model, calibration: {text, samples, sequence_length, sampling, seed},
-                                                 toolchain}
+    calibrate  model-calibration                {model, calibration: {text | parts: {name: {text, weight}}, samples,
+                                                 sequence_length, sampling, [seed]}, [template], toolchain}
     quantize   model-calibration-weights        fp16: {model, weights: {name}}
                                                 as_is: the same; what the checkpoint has is seen when it is read
                                                 w4a16: {model, weights: {name, group_size, search, alpha |
-                                                 activation_steps, weight_steps}, toolchain}   (alpha for search none)
+                                                 method, symmetric and what the method uses}, toolchain}
     shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: fp16, as_is)
-    export     ...-tp-kv                        {model, name, session_len, [template], tp, kv: {name, [symmetric]},
-                                                 recipe: {weights, kv, group_size}, calibration: SHA-256 of the
-                                                 calibration part above, or null where nothing of it is in the artifact
-                                                 (fp16 or as_is, with kv16)}
+    export     ...-tp-kv                        {model, name, session_len, [template], [ini: {key: value}], tp,
+                                                 kv: {name, [symmetric]}, recipe: {weights, kv, group_size},
+                                                 calibration: SHA-256 of the calibration part above, or null where
+                                                 nothing of it is in the artifact (fp16 or as_is, with kv16)}
     baseline   model-evaluation                 {model, [template], evaluation: {text, sequence_length, max_tokens,
                                                  questions: record | null, answer_tokens}, toolchain}
     evaluate   ...-tp-kv                        {evaluation: {name, sequence_length, answer_tokens, gates: {confidence,
@@ -41,16 +41,16 @@ from typing import Any
 
 from pipelines import schema, slices, sources
 from pipelines.code import Code
+from pipelines.ini_options import written
 from pipelines.quantized_source import check_weights
-from pipelines.schema import Text
+from pipelines.recipe_fields import UNCALIBRATED, weights_part
 from pipelines.selection import Row, read_rows, read_selection
+from pipelines.text_options import Calibration, Text, text_parts
 from pipelines.toolchain import toolchain
 from pipelines.worktree import cache_folder
 
 STORE_ID = ".ingot-store"
 STAGES = ("calibrate", "shard", "export", "baseline", "evaluate", "publish")  # quantize is there once a recipe
-# Weights that are taken from the checkpoint: nothing is computed, and calibration does not touch them.
-UNCALIBRATED = ("fp16", "as_is")
 
 
 class Sources:
@@ -78,14 +78,32 @@ class Sources:
 
     def text(self, key: str, text: Text) -> dict[str, Any]:
         """The record of a text or a named data set, with the options that say how it is read."""
-        if text.kind == "text":
-            return {**self._local({"kind": "text"}, key, text.path, text.digest), "column": text.column}
+        column = text.column or ("messages" if text.kind == "chat" else "text")
+        if text.kind in ("text", "chat"):
+            return {**self._local({"kind": text.kind}, key, text.path, text.digest), "column": column}
         record: dict[str, Any] = {"kind": "dataset", "name": text.kind}
         if text.path or text.digest:
             record = self._local(record, key, text.path, text.digest)
         else:
             record |= {"repo": text.repo, "revision": text.revision, "subset": text.subset}
-        return {**record, "split": text.split, "column": text.column}
+        return {**record, "split": text.split, "column": column}
+
+    def calibration(self, calibration: Calibration) -> dict[str, Any]:
+        """The part `calibration` of the slices. ValueError for a text that is two parts: it would be taken twice."""
+        texts = {key: self.text(key, text) for key, text in text_parts(calibration).items()}
+        options = _fields(calibration, "samples", "sequence_length", "sampling")
+        options |= _fields(calibration, "seed") if calibration.sampling in ("random", "first") else {}
+        if not calibration.parts:
+            return {"text": texts["calibration"], **options}
+        found: dict[str, str] = {}
+        for key, record in texts.items():
+            one = found.setdefault(json.dumps(record, sort_keys=True), key)
+            if one != key:
+                raise ValueError(
+                    f"{one} and {key} are the same text: take one of them out and raise the other's weight."
+                )
+        parts = zip(calibration.parts.items(), texts.values(), strict=True)
+        return {"parts": {name: {"text": text, "weight": part.weight} for (name, part), text in parts}, **options}
 
     def questions(self, evaluation: schema.Evaluation) -> dict[str, Any] | None:
         """The record of the questions, or None where there are none."""
@@ -117,13 +135,10 @@ class Sources:
 def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_id: str) -> dict[str, dict[str, Any]]:
     """The slices of one row, by `stage/key`. Only what a stage instance needs enters its slice."""
     config = row.config
-    model, weights, kv = known.model(config.model), _weights(config.weights), _kv(config.kv)
+    model, weights, kv = known.model(config.model), weights_part(config.weights), _kv(config.kv)
     if folder := known.paths.get(sources.identity(model)):
         check_weights(Path(folder), weights["name"])
-    calibration = {
-        "text": known.text("calibration", config.calibration),
-        **_fields(config.calibration, "samples", "sequence_length", "sampling", "seed"),
-    }
+    calibration = known.calibration(config.calibration)
     recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0)}
     calibrated = recipe["weights"] not in UNCALIBRATED or recipe["kv"] != "kv16"
     measured = {
@@ -138,9 +153,11 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
         {} if weights["name"] in UNCALIBRATED else {"toolchain": dict(tools)}
     )
     template = {} if config.model.template is None else {"template": config.model.template}
+    rendered = template if any(text.kind == "chat" for text in text_parts(config.calibration).values()) else {}
+    ini = written(config.ini)
     m, c, w, tp = row.model, row.calibration, row.weights, row.tp
     return {
-        f"calibrate/{m}-{c}": {"model": model, "calibration": calibration, "toolchain": dict(tools)},
+        f"calibrate/{m}-{c}": {"model": model, "calibration": calibration, **rendered, "toolchain": dict(tools)},
         f"quantize/{m}-{c}-{w}": quantize,
         f"shard/{m}-{c}-{w}-{tp}": {
             "model": model,
@@ -152,6 +169,7 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
             "name": config.model.name,
             "session_len": config.model.session_len,
             **template,
+            **({"ini": ini} if ini else {}),
             "recipe": recipe,
             "tp": config.tp,
             "kv": kv,
@@ -224,13 +242,6 @@ def main() -> int:
         print(f"compose: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _weights(weights: schema.Weights) -> dict[str, Any]:
-    if weights.name in UNCALIBRATED:
-        return {"name": weights.name}
-    search = ("alpha",) if weights.search == "none" else ("activation_steps", "weight_steps")
-    return _fields(weights, "name", "group_size", "search", *search)
 
 
 def _kv(kv: schema.KV) -> dict[str, Any]:

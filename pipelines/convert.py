@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from engine.config import ModelConfig, Recipe
 from engine.runtime.tokenizer import Tokenizer
-from engine.storage.awq_checkpoint import AwqCheckpoint
 from engine.storage.checkpoint import Checkpoint
-from engine.storage.config_ini import IniConfig, weight_type_of, write_config_ini
+from engine.storage.config_ini import weight_type_of, write_config_ini
+from engine.storage.ini_keys import IniConfig
 from engine.storage.triton_repository import link_repository, write_repository
-from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS, write_weights
+from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS
+from pipelines.chat_templates import open_tokenizer, write_template
+from pipelines.seed_names import SEED_NAMES
 from pipelines.slices import output
-from pipelines.sources import MODEL_FILES
+from pipelines.sources import small_files
+from pipelines.template_files import ENDS, OWN
+from pipelines.token_ids import with_token_ids
+from pipelines.written_weights import write_with_bar
 
 FORMATS = ("hf", "awq", "llama")
-# The longest sequence that LMDeploy v0.1.0 gives its chat templates, 8 tokens of room included.
-SESSION_LENS = {
-    **dict.fromkeys(
-        (
-            *("base", "llama", "internlm", "vicuna", "wizardlM", "internlm-chat", "internlm-chat-7b", "baichuan-7b"),
-            *("baichuan2-7b", "puyu", "solar", "ultracm", "ultralm", "yi"),
-        ),
-        2056,
-    ),
-    **dict.fromkeys(("llama2", "codellama", "internlm-20b"), 4104),
-    **dict.fromkeys(("internlm-chat-20b", "internlm-chat-7b-8k", "qwen-7b", "qwen-14b"), 8200),
-}
 PICKLED = ("*.bin", "*.pth")
 CONFIGURATION = ("config.json", "generation_config.json")
 
@@ -55,41 +44,54 @@ class Conversion:
     allow_bin: bool = False
 
 
-def convert(asked: Conversion) -> IniConfig:
-    """Write the workspace, whole or not at all, and return its config.ini.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """What was written: config.ini, the chat template (its name, or `own` for the checkpoint's; None for none), and in
+    words what a user has to know."""
 
-    ValueError or FileNotFoundError before a byte is written. A folder that is there is replaced only with `overwrite`,
-    and only if it is a workspace.
+    ini: IniConfig
+    template: str | None
+    warning: str | None
+
+
+def convert(asked: Conversion) -> Converted:
+    """Write the workspace, whole or not at all, with the chat template that its name stands for.
+
+    ValueError or FileNotFoundError before a weight is written. A folder that is there is replaced only with
+    `overwrite`, and only if it is a workspace.
     """
     _check_places(asked)
-    config, recipe, tensor = _open(asked)
+    checkpoint = _open(asked)
+    seed_name = SEED_NAMES.get(asked.name)
     with output(asked.target) as folder:
         weights = folder / WEIGHTS
-        write_weights(weights, config, tensor, recipe=recipe, tp=asked.tp)
+        _copy_tokenizer(asked, folder / TOKENIZER)
+        tokenizer, warning = _give_template(asked, folder / TOKENIZER, seed_name.template if seed_name else None)
+        config, recipe = with_token_ids(checkpoint.config, tokenizer), checkpoint.recipe
+        write_with_bar(weights, config, checkpoint.tensor, recipe=recipe, tp=asked.tp, title="convert")
         ini = write_config_ini(
             weights / CONFIG_INI,
             config,
             model_name=asked.name,
             recipe=recipe,
             tp=asked.tp,
-            session_len=SESSION_LENS.get(asked.name, config.max_position_embeddings),
+            session_len=seed_name.session_len if seed_name else config.max_position_embeddings,
             weight_type=weight_type_of(config, recipe),
         )
-        _copy_tokenizer(asked, folder / TOKENIZER)
         write_repository(folder, model_name=asked.name, tp=asked.tp)
         link_repository(folder)
-    return ini
+        _check_places(asked)  # once more: it took a while
+    named = seed_name.template if seed_name and warning is None else None
+    return Converted(ini=ini, template=named or (OWN if tokenizer.chat_template else None), warning=warning)
 
 
-def _open(asked: Conversion) -> tuple[ModelConfig, Recipe, Callable[[str], Tensor]]:
-    if asked.model_format == "awq":
-        described = asked.source if asked.weights_folder else None
-        awq = AwqCheckpoint(asked.weights_folder or asked.source, config_folder=described, group_size=asked.group_size)
-        return awq.config, awq.recipe, awq.tensor
-    if asked.group_size:
+def _open(asked: Conversion) -> Checkpoint:
+    folder = asked.weights_folder or asked.source
+    pickled = [path for pattern in PICKLED for path in folder.glob(pattern)]
+    if pickled and not asked.allow_bin and not list(folder.glob("*.safetensors")):
         raise ValueError(
-            f"--group-size {asked.group_size} is for weights that are quantized already: give --model-format awq with "
-            "an AWQ checkpoint, or leave it out"
+            f"{pickled[0]} is a pickled file: with --allow-bin torch reads it as weights alone, without running code; "
+            "or convert the checkpoint to safetensors"
         )
     is_meta = not (asked.source / "config.json").is_file() and (asked.source / "params.json").is_file()
     if is_meta != (asked.model_format == "llama"):
@@ -97,14 +99,24 @@ def _open(asked: Conversion) -> tuple[ModelConfig, Recipe, Callable[[str], Tenso
             f"{asked.source} is {'a Meta' if is_meta else 'no Meta'} checkpoint (params.json, consolidated.*.pth): "
             f"give --model-format {'llama' if is_meta else 'hf or awq'}"
         )
-    pickled = [path for pattern in PICKLED for path in asked.source.glob(pattern)]
-    if pickled and not asked.allow_bin and not list(asked.source.glob("*.safetensors")):
+    checkpoint = Checkpoint(
+        folder,
+        allow_bin=asked.allow_bin,
+        allow_quantized=True,
+        described_in=asked.source,
+        unsaid_awq=asked.model_format == "awq",
+    )
+    found = checkpoint.recipe.group_size
+    if asked.group_size and not found:
         raise ValueError(
-            f"{pickled[0]} is a pickled file: with --allow-bin torch reads it as weights alone, without running code; "
-            "or convert the checkpoint to safetensors"
+            f"--group-size {asked.group_size} is for weights that are quantized already: give --model-format awq with "
+            "an AWQ checkpoint, or leave it out"
         )
-    checkpoint = Checkpoint(asked.source, allow_bin=asked.allow_bin)
-    return checkpoint.config, Recipe(), checkpoint.tensor
+    if asked.group_size not in (None, found):
+        raise ValueError(
+            f"{folder} is quantized in groups of {found}, not {asked.group_size}: give that size, or none to take it"
+        )
+    return checkpoint
 
 
 def _check_places(asked: Conversion) -> None:
@@ -135,15 +147,28 @@ def _copy_tokenizer(asked: Conversion, target: Path) -> None:
     """The checkpoint's configuration and tokenizer; a tokenizer folder that is given replaces it, a file is added."""
     given = asked.tokenizer
     target.mkdir(parents=True)
-    for path in _small_files(asked.source):
+    for path in small_files(asked.source):
         if given is None or given.is_file() or path.name in CONFIGURATION:
             shutil.copyfile(path, target / path.name)
-    for path in [given] if given and given.is_file() else _small_files(given) if given else []:
+    for path in [given] if given and given.is_file() else small_files(given) if given else []:
         if path.name not in CONFIGURATION:
             shutil.copyfile(path, target / path.name)
-    Tokenizer(target)  # ValueError where there is none: nothing could be served
 
 
-def _small_files(folder: Path) -> list[Path]:
-    patterns = [pattern for pattern in MODEL_FILES if "safetensors" not in pattern]
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+def _give_template(asked: Conversion, folder: Path, template: str | None) -> tuple[Tokenizer, str | None]:
+    """The tokenizer in `folder`, with a template instead of its own; and a warning where that one does not fit it.
+
+    ValueError where there is no tokenizer: nothing could be served.
+    """
+    tokenizer = Tokenizer(folder)
+    if template is None:
+        return tokenizer, None
+    try:
+        templated = open_tokenizer(folder, template)
+    except ValueError as error:
+        reason = error.__cause__ or f"it has no token {ENDS.get(template)}"
+        instead = "the checkpoint's own is kept" if tokenizer.chat_template else "the model only completes text"
+        said = f"{asked.name} stands for the chat template {template}, which does not fit this tokenizer"
+        return tokenizer, f"{said} ({reason}): {instead}"
+    write_template(templated, folder)
+    return templated, None

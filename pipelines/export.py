@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
+from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import write_manifest
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.config_ini import weight_type_of, write_config_ini
@@ -24,9 +25,11 @@ from engine.storage.triton_repository import write_repository
 from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS
 from pipelines.chat_templates import open_tokenizer, write_template
 from pipelines.quant.kv import layer_scales
-from pipelines.slices import Call, link, locate, output, run_stage
-from pipelines.sources import model_files, pickled
+from pipelines.slices import Call, locate, output, run_stage
+from pipelines.sources import pickled, small_files
 from pipelines.template_files import OWN
+from pipelines.token_ids import with_token_ids
+from pipelines.written_weights import link_weights
 
 
 def work(call: Call) -> None:
@@ -38,28 +41,29 @@ def work(call: Call) -> None:
     with output(call.out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir(parents=True)
-        for path in sorted(inputs["shard"].iterdir()):
-            link(path, weights / path.name)
+        written = link_weights(inputs["shard"], folder, within=WEIGHTS)
+        tokenizer = copy_tokenizer(source, folder / TOKENIZER, content.get("template"))
         write_config_ini(
             weights / CONFIG_INI,
-            config,
+            with_token_ids(config, tokenizer),
             model_name=content["name"],
             recipe=recipe,
             tp=tp,
             session_len=content["session_len"] or config.max_position_embeddings,
             weight_type=weight_type_of(config, recipe),
+            extra=content.get("ini"),
         )
         if recipe.kv == "kv8":
             write_scales(weights, config, inputs["calibrate"], inputs["quantize"], tp=tp, kv=content["kv"])
-        chat_template = copy_tokenizer(source, folder / TOKENIZER, content.get("template"))
         write_repository(folder, model_name=content["name"], tp=tp)
         artifact = write_manifest(
             folder,
             recipe=recipe,
             sources=json.loads((inputs["quantize"] / "source.json").read_text(encoding="utf-8"))["files"],
             calibration=content["calibration"],
-            chat_template=chat_template,
+            chat_template=digest_of(tokenizer.chat_template),
             tp=tp,
+            written=written,
         )
     print(artifact)
 
@@ -77,21 +81,23 @@ def write_scales(
         write_kv_scales(weights, layer, scales)
 
 
-def copy_tokenizer(source: Path, target: Path, template: str | None) -> str | None:
-    """Copy everything of a checkpoint but its weights; returns the SHA-256 of the chat template, if there is one.
+def copy_tokenizer(source: Path, target: Path, template: str | None) -> Tokenizer:
+    """Copy everything of a checkpoint but its weights; a named template takes the place of the checkpoint's own.
 
-    A named template takes the place of the checkpoint's own.
     ValueError where the checkpoint has no tokenizer: nothing could be served from the artifact.
     """
     tokenizer = open_tokenizer(source, template)
     target.mkdir(parents=True)
-    for path in model_files(source):
-        if "safetensors" not in path.name:
-            shutil.copyfile(path, target / path.name)
+    for path in small_files(source):
+        shutil.copyfile(path, target / path.name)
     if template not in (None, OWN):
         write_template(tokenizer, target)
-    text = tokenizer.chat_template
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+    return tokenizer
+
+
+def digest_of(chat_template: str | None) -> str | None:
+    """The SHA-256 of a chat template; None for none."""
+    return None if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest()
 
 
 if __name__ == "__main__":

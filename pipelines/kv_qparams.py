@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from engine.models import names
 from engine.storage.artifacts import MANIFEST
-from engine.storage.config_ini import KV_INT8, read_config_ini
+from engine.storage.config_ini import read_config_ini
 from engine.storage.ini_edit import write_with_value
+from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import runs_file, write_kv_scales
 from engine.storage.workspace import CONFIG_INI, WEIGHTS
 from pipelines.quant.kv import layer_scales

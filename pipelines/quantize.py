@@ -25,7 +25,7 @@ def work(call: Call) -> None:
     folder = locate(record)
     check_weights(folder, weights["name"])
     with output(call.out) as out:
-        recipe.quantize(weights, folder, call.inputs["calibrate"], out, allow_bin=pickled(record))
+        recipe.quantize(weights, folder, call.inputs["calibrate"], out, allow_bin=pickled(record), device=call.device)
         files = {path.name: sha256_file(path) for path in model_files(folder, allow_bin=pickled(record))}
         write_json(out / SOURCE, {"source": identity(record), "files": files})
 

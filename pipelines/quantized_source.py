@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from engine.models.quantization import check_source
+from engine.storage.json_file import read_object
 
 
 def check_weights(folder: Path, weights: str) -> None:
@@ -14,10 +14,10 @@ def check_weights(folder: Path, weights: str) -> None:
     A config.json that is damaged or not there is left to whoever reads the checkpoint.
     """
     try:
-        hf_config = json.loads((folder / "config.json").read_bytes())
+        hf_config = read_object(folder / "config.json")
     except (OSError, ValueError):
         return
     try:
-        check_source(hf_config if isinstance(hf_config, dict) else {}, weights, folder)
+        check_source(hf_config, weights, folder)
     except ValueError as error:
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error

@@ -6,16 +6,18 @@ every override is checked against it. Paths are relative to the project's folder
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from pipelines import ini_options
+from pipelines.field_checks import commit, digest, one_of
+from pipelines.ini_options import Ini
 from pipelines.template_files import NAMES, OWN
+from pipelines.text_options import Calibration, Text, calibration_problems, text_problems
 
 WEIGHTS = ("fp16", "w4a16", "as_is")
+METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 KVS = ("kv16", "kv8")
-TEXT_KINDS = ("text", "wikitext2", "ptb", "c4", "pileval")
 
 
 @dataclass
@@ -38,46 +40,27 @@ class Model:
 
 
 @dataclass
-class Text:
-    """A text: .txt or .jsonl file(s) at `path` (`kind: text`), or a named data set, from a local copy at `path`
-    or from the hub (`repo`, `revision`, `subset`, `split`). `column` is the field that holds the text."""
-
-    kind: str = "text"
-    path: str | None = None
-    digest: str | None = None
-    repo: str | None = None
-    revision: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    column: str = "text"
-
-
-@dataclass
-class Calibration(Text):
-    """What the observers see: `samples` blocks of `sequence_length` tokens, at `random` by `seed`, or the `first`."""
-
-    name: str = ""
-    samples: int = 128
-    sequence_length: int = 2048
-    sampling: str = "random"
-    seed: int = 42
-
-
-@dataclass
 class Weights:
-    """How linear layers are stored. Only the fields that a recipe uses enter its slice.
+    """How linear layers are stored. Only the fields that a recipe and its method use enter its slice.
 
-    `bits` is there to be refused by name: a recipe has one number of bits.
-    `search: none` smooths by the fixed exponent `alpha`; `grid` tries `activation_steps` x `weight_steps` exponents.
+    `bits` is there to be refused by name: a recipe has one number of bits. `search: none` is the reference's formula
+    with the fixed exponent `alpha`. With `search: grid` the scales tried are activation^x / weight^y for all x of
+    `activation_exponents` and y of `weight_exponents`, and w4a16 has a `method`:
+    rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both).
+    `clip` searches the ranges of groups; `correction` is the part of the error of the inputs that gptq makes up for.
     """
 
     name: str = "fp16"
     bits: int = 4
     group_size: int = 128
     search: str = "grid"
+    method: str = "awq+gptq"
+    symmetric: bool = False
+    clip: bool = True
+    correction: float = 0.5
     alpha: float = 0.5
-    activation_steps: int = 20
-    weight_steps: int = 3
+    activation_exponents: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
+    weight_exponents: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
 
 
 @dataclass
@@ -127,6 +110,7 @@ class Config:
     weights: Weights = field(default_factory=Weights)
     kv: KV = field(default_factory=KV)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    ini: Ini = field(default_factory=Ini)
     tp: int = 1
     store: str = "store"
 
@@ -147,11 +131,13 @@ def check(config: Config) -> None:
 
 def _problems(config: Config) -> Iterator[str]:
     yield from _model_problems(config.model)
-    calibration, weights, evaluation = config.calibration, config.weights, config.evaluation
-    yield from _text_problems("calibration", calibration)
-    yield from _text_problems("evaluation.text", evaluation.text)
-    yield from _one_of("calibration.sampling", calibration.sampling, ("random", "first"))
-    yield from _one_of("weights.name", weights.name, WEIGHTS)
+    weights, evaluation = config.weights, config.evaluation
+    yield from calibration_problems(config.calibration)
+    if evaluation.text.kind == "chat":
+        yield "evaluation.text.kind=chat is for calibration: ask what is said in chats by evaluation.questions"
+    else:
+        yield from text_problems("evaluation.text", evaluation.text)
+    yield from one_of("weights.name", weights.name, WEIGHTS)
     if weights.bits not in (4, 8):
         yield f"weights.bits={weights.bits} must be 4: there are kernels and file formats for 4 and 8 bits alone"
     elif weights.name == "w4a16" and weights.bits == 8:
@@ -159,25 +145,28 @@ def _problems(config: Config) -> Iterator[str]:
             "weights.bits=8 is not w4a16: AWQ stores 4 bits, and 8-bit weights are multiplied with 8-bit activations, "
             "which is another recipe (w8a8)"
         )
-    yield from _one_of("weights.search", weights.search, ("grid", "none"))
-    yield from _one_of("kv.name", config.kv.name, KVS)
+    yield from one_of("weights.search", weights.search, ("grid", "none"))
+    yield from one_of("weights.method", weights.method, METHODS)
+    yield from one_of("kv.name", config.kv.name, KVS)
+    yield from ini_options.problems(config.ini)
     for key, number, least in (
         ("tp", config.tp, 1),
         ("model.session_len", config.model.session_len, 0),
-        ("calibration.samples", calibration.samples, 1),
-        ("calibration.sequence_length", calibration.sequence_length, 2),
-        ("calibration.seed", calibration.seed, 0),
         ("weights.group_size", weights.group_size, 8),
-        ("weights.activation_steps", weights.activation_steps, 1),
-        ("weights.weight_steps", weights.weight_steps, 1),
         ("evaluation.sequence_length", evaluation.sequence_length, 2),
         ("evaluation.max_tokens", evaluation.max_tokens, 2),
         ("evaluation.answer_tokens", evaluation.answer_tokens, 1),
     ):
         if number < least:
             yield f"{key}={number} must be at least {least}"
-    if not 0 <= weights.alpha <= 1:
-        yield f"weights.alpha={weights.alpha} must be from 0 to 1"
+    for key, value in (
+        ("alpha", weights.alpha),
+        ("correction", weights.correction),
+        *(("activation_exponents", x) for x in weights.activation_exponents),
+        *(("weight_exponents", y) for y in weights.weight_exponents),
+    ):
+        if not 0 <= value <= 1:
+            yield f"weights.{key}={value} must be from 0 to 1"
     if not 0.5 <= evaluation.confidence < 1:
         yield f"evaluation.confidence={evaluation.confidence} must be from 0.5 to below 1"
     for name, bound in vars(evaluation.gates).items():
@@ -195,37 +184,9 @@ def _model_problems(model: Model) -> Iterator[str]:
     elif not model.repo and not model.path and not model.digest:
         yield "model has no source: give model.path=FOLDER, or model.repo=ORG/NAME with model.revision=COMMIT"
     elif model.repo:
-        yield from _commit("model.revision", model.revision)
+        yield from commit("model.revision", model.revision)
         if model.digest:
             yield "model.digest pins a local folder: a hub repository is pinned by model.revision"
-    yield from _digest("model.digest", model.digest)
+    yield from digest("model.digest", model.digest)
     if model.template is not None:
-        yield from _one_of("model.template", model.template, (OWN, *NAMES))
-
-
-def _text_problems(key: str, text: Text) -> Iterator[str]:
-    yield from _one_of(f"{key}.kind", text.kind, TEXT_KINDS)
-    yield from _digest(f"{key}.digest", text.digest)
-    if text.kind == "text":
-        if not text.path and not text.digest:
-            yield f"{key} has no source: give {key}.path=FILE (.txt, .jsonl, or a folder of them)"
-    elif not text.path and not text.digest:
-        if not text.repo:
-            yield f"{key}.kind={text.kind} has no pinned hub copy: give {key}.path=COPY, a local copy of the data set"
-        else:
-            yield from _commit(f"{key}.revision", text.revision)
-
-
-def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> Iterator[str]:
-    if value not in allowed:
-        yield f"{key}={value} must be one of {', '.join(allowed)}"
-
-
-def _digest(key: str, value: str | None) -> Iterator[str]:
-    if value is not None and not re.fullmatch(r"[0-9a-f]{64}", value):
-        yield f"{key}={value} must be a SHA-256 (64 hexadecimal digits)"
-
-
-def _commit(key: str, value: str | None) -> Iterator[str]:
-    if value is None or not re.fullmatch(r"[0-9a-f]{40}", value):
-        yield f"{key}={value} must be a commit (40 hexadecimal digits): a branch or tag can change under a build"
+        yield from one_of("model.template", model.template, (OWN, *NAMES))

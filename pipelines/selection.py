@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipelines import schema
 from pipelines.hydra_errors import paragraph
+from pipelines.ini_options import check_overrides
 from pipelines.schema import Config
 
 AXES = {"models": "model", "calibrations": "calibration", "weights": "weights", "kvs": "kv", "tps": "tp"}
@@ -71,6 +72,7 @@ def read_selection(path: Path) -> Selection:
     for override in content["overrides"]:
         if re.match(rf"[+~]*({'|'.join([*AXES.values(), 'evaluation'])})(=|$)", str(override)):
             raise ValueError(f"{path}: the override {override!r} names an axis; the lists above it choose those.")
+    check_overrides(content["overrides"])
     return Selection(**content)
 
 

@@ -1,13 +1,16 @@
-"""The stage `shard`: the TurboMind weight files of a model, cut for `tp` ranks; no config.ini and no KV scales."""
+"""The stage `shard`: the TurboMind weight files of a model, cut for `tp` ranks, and their digests.
+
+No config.ini and no KV scales.
+"""
 
 from __future__ import annotations
 
 from engine.config import Recipe
 from engine.storage.checkpoint import Checkpoint
-from engine.storage.workspace import write_weights
 from pipelines.quant.tensor_file import tensors_over
 from pipelines.slices import Call, locate, output, run_stage
 from pipelines.sources import pickled
+from pipelines.written_weights import keep_digests, write_with_bar
 
 
 def work(call: Call) -> None:
@@ -17,7 +20,8 @@ def work(call: Call) -> None:
     tensor = tensors_over(call.inputs["quantize"] / "weights.safetensors", checkpoint.tensor)
     recipe = checkpoint.recipe if as_is else Recipe(weights=weights["name"], group_size=weights["group_size"])
     with output(call.out) as folder:
-        write_weights(folder, checkpoint.config, tensor, recipe=recipe, tp=tp)
+        entries = write_with_bar(folder, checkpoint.config, tensor, recipe=recipe, tp=tp, title="shard")
+        keep_digests(folder, entries)
 
 
 if __name__ == "__main__":

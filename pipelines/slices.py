@@ -1,6 +1,6 @@
 """What every stage does besides its work: read the slice, find the sources, write whole outputs, die with its parent.
 
-A stage is `python -m pipelines.<stage> --slice FILE --out PATH [--in NAME=PATH ...]`:
+A stage is `python -m pipelines.<stage> --slice FILE --out PATH [--in NAME=PATH ...] [--device cuda]`:
 
     def work(call: Call) -> None:
         checkpoint = locate(call.slice["model"])
@@ -36,11 +36,12 @@ MEMORY = Path(".ingot/sources.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One run of a stage: the slice's content, the output's path, and the inputs by name."""
+    """One run of a stage: the slice's content, the output's path, the inputs by name, and where to compute."""
 
     slice: dict[str, Any]
     out: Path
     inputs: dict[str, Path]
+    device: str = "cpu"
 
 
 def run_stage(work: Callable[[Call], None], argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def run_stage(work: Callable[[Call], None], argv: Sequence[str] | None = None) -
     parser.add_argument("--slice", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the stages that can use it")
     arguments = parser.parse_args(argv)
     die_with_parent()
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when a data set or a model is fetched
@@ -56,9 +58,12 @@ def run_stage(work: Callable[[Call], None], argv: Sequence[str] | None = None) -
         inputs = dict(_named_input(text) for text in arguments.inputs)
         content = read_slice(arguments.slice)
         if "toolchain" in content:
-            toolchain.check_toolchain(content["toolchain"])
+            declared = dict(content["toolchain"])
+            if arguments.device != "cpu":
+                declared.pop("device")  # another device was asked for than the one that the slice was made on
+            toolchain.check_toolchain(declared)
             toolchain.fix_instruction_set(content["toolchain"]["device"])
-        work(Call(slice=content, out=arguments.out, inputs=inputs))
+        work(Call(slice=content, out=arguments.out, inputs=inputs, device=arguments.device))
     except (ValueError, OSError) as error:
         print(f"{arguments.slice.parent.name} {arguments.slice.stem}: {error}", file=sys.stderr)
         return 1
@@ -170,7 +175,7 @@ def _sweep(path: Path) -> None:
     """Remove what writers of `path` left behind that were killed."""
     for left in path.parent.glob(f"{path.name}.tmp-*"):
         process = left.name.rpartition("-")[2]
-        if not process.isdigit() or not Path(f"/proc/{process}").exists() or int(process) == os.getpid():
+        if process.isdigit() and (not Path(f"/proc/{process}").exists() or int(process) == os.getpid()):
             _remove(left)
 
 

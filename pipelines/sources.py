@@ -5,6 +5,7 @@ A source is written in a slice as a record without a path:
     {"kind": "hub", "repo": "org/name", "revision": 40 hex}       a hub repository at one commit
     with "allow_bin": true where a checkpoint's pickled weights are read as well
     {"kind": "text", "digest": SHA256}                            a .txt or .jsonl file, or a folder of them
+    {"kind": "chat", "digest": SHA256}                            a .jsonl file of conversations, or a folder of them
     {"kind": "dataset", "name": "wikitext2", "digest": SHA256}    a local copy of a named data set
     {"kind": "dataset", "name": "wikitext2", "revision": 40 hex}  the named data set from the hub
 """
@@ -38,6 +39,15 @@ MODEL_FILES = (
 PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "consolidated.*.pth", "params.json")
 """Read only where the model's entry in conf/ says `allow_bin: true`. Meta's checkpoints have params.json."""
 TEXT_FILES = ("*.txt", "*.jsonl")
+CHAT_FILES = ("*.jsonl",)
+# Those of MODEL_FILES that say how text becomes ids.
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "qwen.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _CHUNK = 1 << 22
 
 
@@ -111,26 +121,37 @@ def model_files(folder: Path, *, allow_bin: bool = False) -> list[Path]:
     return _matching(folder, (*MODEL_FILES, *PICKLED_FILES) if allow_bin else MODEL_FILES)
 
 
+def small_files(folder: Path) -> list[Path]:
+    """Those of a checkpoint's files that are no weights, sorted by name: its configuration and its tokenizer."""
+    return _matching(folder, tuple(pattern for pattern in MODEL_FILES if "safetensors" not in pattern))
+
+
 def folder_digest(folder: Path, digest: Callable[[Path], str] = sha256_file, *, allow_bin: bool = False) -> str:
     """SHA-256 over the sorted (name, SHA-256) pairs of a checkpoint's files."""
     return _joined(folder, model_files(folder, allow_bin=allow_bin), digest)
 
 
-def text_files(path: Path) -> list[Path]:
-    """The .txt and .jsonl files of a text source: the file itself, or those of the folder, sorted by name."""
+def tokenizer_digest(folder: Path, digest: Callable[[Path], str] = sha256_file) -> str:
+    """SHA-256 over the sorted (name, SHA-256) pairs of the files by which a checkpoint's text becomes ids."""
+    return _joined(folder, _matching(folder, TOKENIZER_FILES), digest)
+
+
+def text_files(path: Path, patterns: tuple[str, ...] = TEXT_FILES) -> list[Path]:
+    """The .txt and .jsonl files of a text source (or those of `patterns`): the file itself, or a folder's, by name."""
+    kinds = " or ".join(pattern.removeprefix("*") for pattern in patterns)
     if path.is_file():
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in TEXT_FILES):
-            raise ValueError(f"{path} is not a text source: give a .txt or .jsonl file, or a folder of them.")
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns):
+            raise ValueError(f"{path} is not a text source: give a {kinds} file, or a folder of them.")
         return [path]
-    files = _matching(path, TEXT_FILES) if path.is_dir() else []
+    files = _matching(path, patterns) if path.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"{path} holds no text: give a .txt or .jsonl file, or a folder of them.")
+        raise FileNotFoundError(f"{path} holds no text: give a {kinds} file, or a folder of them.")
     return files
 
 
-def text_digest(path: Path, digest: Callable[[Path], str] = sha256_file) -> str:
+def text_digest(path: Path, digest: Callable[[Path], str] = sha256_file, patterns: tuple[str, ...] = TEXT_FILES) -> str:
     """SHA-256 of one text file's bytes, or over the (name, SHA-256) pairs of a folder's."""
-    files = text_files(path)
+    files = text_files(path, patterns)
     return digest(path) if path.is_file() else _joined(path, files, digest)
 
 
@@ -148,7 +169,9 @@ def measure(record: Mapping[str, Any], path: Path, digest: Callable[[Path], str]
     """The digest of what lies at `path`, taken the way that the record's kind says."""
     if record["kind"] == "folder":
         return folder_digest(path, digest, allow_bin=pickled(record))
-    return {"text": text_digest, "dataset": tree_digest}[record["kind"]](path, digest)
+    if record["kind"] == "dataset":
+        return tree_digest(path, digest)
+    return text_digest(path, digest, CHAT_FILES if record["kind"] == "chat" else TEXT_FILES)
 
 
 def pickled(record: Mapping[str, Any]) -> bool:

@@ -5,29 +5,38 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from engine.config import EngineConfig
+from engine.cache_size import CACHE_SIZES
+from engine.config import COUNTS, EngineConfig
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+_ATTRIBUTE = "it is an attribute of the model"
 IMMUTABLE = {
-    "quant_policy": "whether the KV cache is int8 is part of the recipe that was measured",
     "weight_type": "how weights are stored is part of the recipe that was measured",
     "group_size": "how weights are quantized is part of the recipe that was measured",
     "tp": "an artifact of any tensor-parallel degree runs on the devices there are",
-    "rope_theta": "it is an attribute of the model",
-    "rotary_embedding": "it is an attribute of the model",
-    "vocab_size": "it is an attribute of the model",
-    "num_layer": "it is an attribute of the model",
-    "head_num": "it is an attribute of the model",
-    "kv_head_num": "it is an attribute of the model",
-    "size_per_head": "it is an attribute of the model",
-    "inter_size": "it is an attribute of the model",
-    "norm_eps": "it is an attribute of the model",
+    "tensor_para_size": "an artifact of any tensor-parallel degree runs on the devices there are",
+    **dict.fromkeys(("head_num", "kv_head_num", "vocab_size", "num_layer", "inter_size", "norm_eps"), _ATTRIBUTE),
+    **dict.fromkeys(("attn_bias", "rotary_embedding", "rope_theta", "size_per_head"), _ATTRIBUTE),
+    **dict.fromkeys(("start_id", "end_id"), "it is a token of the model's tokenizer"),
 }
+MEANINGLESS = (
+    "max_context_token_num",
+    "step_length",
+    "cache_chunk_size",
+    "use_context_fmha",
+    "extra_tokens_per_iter",
+    "max_prefill_iters",
+)
+"""Keys of config.ini that are there for TurboMind's own engine: a build can set them, and this engine reads none."""
+UNMEASURED = ("quant_policy", "rope_scaling_factor", "use_logn_attn", "max_position_embeddings")
+"""Options that change what a model computes: an artifact's evaluation was made without them."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ServeConfig:
-    """The fields of conf/serve; a value out of range is a ValueError. From `device` on they are EngineConfig's."""
+    """The fields of conf/serve; a value out of range is a ValueError.
+
+    From `device` on they are EngineConfig's, and None is what the workspace says.
+    """
 
     host: str = "127.0.0.1"
     port: int = 23333
@@ -36,41 +45,58 @@ class ServeConfig:
     api_key_file: str | None = None
     device: str = "cpu"
     dtype: str = "auto"
-    session_len: int = 0
-    max_batch_size: int = 64
-    num_tokens_per_iter: int = 512
-    cache_max_entry_count: float = 0.5
-    cache_block_seq_len: int = 64
+    session_len: int | None = None
+    max_batch_size: int | None = None
+    num_tokens_per_iter: int | None = None
+    cache_max_entry_count: int | float | str | None = None
+    cache_block_seq_len: int | None = None
     prefix_caching: bool = True
+    quant_policy: int | None = None
+    rope_scaling_factor: float | None = None
+    use_logn_attn: int | bool | None = None
+    max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
+        counts = [(name, getattr(self, name)) for name in COUNTS]
         rules = (
             ("port", 0 <= self.port <= 65535, "0 to 65535 (0 picks a free one)"),
             ("model_name", self.model_name != "", "null or a name"),
-            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-            ("session_len", self.session_len >= 0, "0 (what the artifact says) or a number of tokens"),
-            ("max_batch_size", self.max_batch_size >= 1, "at least 1"),
-            ("num_tokens_per_iter", self.num_tokens_per_iter >= 1, "at least 1"),
-            ("cache_max_entry_count", self.cache_max_entry_count > 0, "a share of free memory or a number of pages"),
-            ("cache_block_seq_len", self.cache_block_seq_len >= 1, "at least 1"),
+            *(
+                (name, count is None or count > 0, "null (what the artifact says) or at least 1")
+                for name, count in counts
+            ),
+            ("cache_max_entry_count", self.cache_max_entry_count != 0, CACHE_SIZES),
         )
         for name, holds, allowed in rules:
             if not holds:
                 raise ValueError(f"serve.{name} is {getattr(self, name)!r}, but must be {allowed}.")
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("serve.api_key and serve.api_key_file are both given: give the file alone.")
+        try:
+            self.engine_config()
+        except ValueError as error:
+            raise ValueError(f"serve.{error}") from error
 
     def engine_config(self) -> EngineConfig:
         return EngineConfig(
             device=self.device,
-            dtype=self.dtype,  # type: ignore[arg-type]  # one of DTYPES, checked above
-            session_len=self.session_len,
-            max_batch_size=self.max_batch_size,
-            num_tokens_per_iter=self.num_tokens_per_iter,
-            cache_max_entry_count=self.cache_max_entry_count,
-            cache_block_seq_len=self.cache_block_seq_len,
+            dtype=self.dtype,  # type: ignore[arg-type]  # EngineConfig checks it
+            session_len=self.session_len or 0,
+            max_batch_size=self.max_batch_size or 0,
+            num_tokens_per_iter=self.num_tokens_per_iter or 0,
+            cache_max_entry_count=0 if self.cache_max_entry_count is None else self.cache_max_entry_count,
+            cache_block_seq_len=self.cache_block_seq_len or 0,
             prefix_caching=self.prefix_caching,
+            quant_policy=self.quant_policy,
+            rope_scaling_factor=self.rope_scaling_factor,
+            use_logn_attn=self.use_logn_attn,  # type: ignore[arg-type]  # 0 and 1 are false and true
+            max_position_embeddings=self.max_position_embeddings,
         )
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """The options given here that an artifact's evaluation was made without."""
+        return [name for name in UNMEASURED if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

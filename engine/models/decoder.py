@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels import reference as ops
+from engine.kernels import reference_attention as attention
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
@@ -50,24 +51,26 @@ class DecoderLayer:
         Without pages the packed sequences attend to themselves alone. `observe` is told the input [T, in] of every
         linear by its module name, and "self_attn.k" (K after rotary) and "self_attn.v", each [T, kv_heads, head_dim].
         """
-        normed = ops.rms_norm(hidden, self._attention_norm, self.config.norm_eps)
-        attended = self._attention(normed, batch, pages, rope, observe)
+        normed = self.attention_input(hidden)
+        attended = self.attend(normed, batch, pages, rope, observe)
         _tell(observe, (names.OUTPUT,), attended)
-        hidden = hidden + self._output.forward(attended)
-        normed = ops.rms_norm(hidden, self._mlp_norm, self.config.norm_eps)
+        hidden = self.after_attention(hidden, attended)
+        normed = self.mlp_input(hidden)
         _tell(observe, names.GATE_UP, normed)
-        inner = ops.silu_and_mul(self._gate_up.forward(normed))
+        inner = self.inner(normed)
         _tell(observe, (names.DOWN,), inner)
-        return hidden + self._down.forward(inner)
+        return self.after_mlp(hidden, inner)
 
-    def _attention(
-        self,
-        normed: Tensor,
-        batch: Batch,
-        pages: KVPages | None,
-        rope: Rope,
-        observe: Observe | None,
+    # The steps of a layer, each the input of one quantizable group of linears or what follows it.
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """What q, k and v read: [T, hidden]."""
+        return ops.rms_norm(hidden, self._attention_norm, self.config.norm_eps)
+
+    def attend(
+        self, normed: Tensor, batch: Batch, pages: KVPages | None, rope: Rope, observe: Observe | None = None
     ) -> Tensor:
+        """What o reads: [T, heads * head_dim]."""
         config, tokens = self.config, len(normed)
         _tell(observe, names.QKV, normed)
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -83,11 +86,27 @@ class DecoderLayer:
         _tell(observe, ("self_attn.v",), value)
         scale = config.head_dim**-0.5
         if pages is None:
-            attended = ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
+            attended = attention.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
         else:
-            ops.write_kv(key, value, pages, batch.slots)
-            attended = ops.paged_attention(query, pages, batch, scale, config.sliding_window)
+            attention.write_kv(key, value, pages, batch.slots)
+            attended = attention.paged_attention(query, pages, batch, scale, config.sliding_window)
         return attended.view(tokens, heads * config.head_dim)
+
+    def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream between attention and MLP: [T, hidden]."""
+        return hidden + self._output.forward(attended)
+
+    def mlp_input(self, hidden: Tensor) -> Tensor:
+        """What gate and up read: [T, hidden]."""
+        return ops.rms_norm(hidden, self._mlp_norm, self.config.norm_eps)
+
+    def inner(self, normed: Tensor) -> Tensor:
+        """What down reads: [T, intermediate]."""
+        return ops.silu_and_mul(self._gate_up.forward(normed))
+
+    def after_mlp(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """The residual stream behind the layer: [T, hidden]."""
+        return hidden + self._down.forward(inner)
 
 
 class Decoder:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from engine.config import Dtype, ModelConfig
 from engine.models import layouts
 from engine.models.config_fields import DEFAULTS, HARMLESS, NEUTRAL, READ
 from engine.models.layouts import Layout
-from engine.models.rope_scaling import read_rope, refused
+from engine.models.rope_scaling import check_rope, read_rope, refused
+from engine.wording import cut, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# What config.ini and the reference's engine hold: 32 bits.
+LARGEST = 2**31 - 1
 DTYPES: dict[str, Dtype] = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 
 
@@ -144,7 +147,7 @@ def model_config(hf_config: Mapping[str, Any], generation_config: Mapping[str, A
     if types is not None and (windowed or types != ["full_attention"] * _count(fields, "num_hidden_layers")):
         raise refused("layer_types", types, "'full_attention' in every layer, without a sliding_window")
     rope_theta, rope_scaling = read_rope(fields, trained=trained)
-    return ModelConfig(
+    config = ModelConfig(
         family=family.name,
         vocab_size=_count(fields, "vocab_size"),
         hidden_size=hidden_size,
@@ -167,6 +170,11 @@ def model_config(hf_config: Mapping[str, Any], generation_config: Mapping[str, A
         bos_token_id=_bos(fields),
         eos_token_ids=_eos(hf_config, generation_config or {}),
     )
+    try:
+        check_rope(config)
+    except ValueError as error:
+        raise ValueError(f"config.json {error}") from error
+    return config
 
 
 def _check_known(hf_config: Mapping[str, Any], family: Family) -> None:
@@ -183,12 +191,12 @@ def _check_known(hf_config: Mapping[str, Any], family: Family) -> None:
         if allowed is None:
             if name not in HARMLESS:
                 raise ValueError(
-                    f"config.json has {name} = {value!r}, a field that this engine does not know for "
+                    f"config.json has {cut(name)} = {shown(value)}, a field that this engine does not know for "
                     f"{hf_config['architectures'][0]}: it may change the numbers. Take it out if it does not."
                 )
         elif value not in allowed and not (int in allowed and isinstance(value, int)):
-            shown = " or ".join("a number" if one is int else repr(one) for one in allowed)
-            raise refused(name, value, shown)
+            listed = " or ".join("a number" if one is int else repr(one) for one in allowed)
+            raise refused(name, value, listed)
 
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
@@ -212,7 +220,9 @@ def _dtype(fields: Mapping[str, Any]) -> Dtype:
     if not names:
         return "float32"
     if len(names) > 1:
-        raise ValueError(f"config.json gives more than one type of the weights: {sorted(names)}; keep one of them")
+        raise ValueError(
+            f"config.json gives more than one type of the weights: {shown(sorted(names))}; keep one of them"
+        )
     name = names.pop()
     if name not in DTYPES:
         raise refused("dtype", name, " or ".join(DTYPES))
@@ -223,7 +233,7 @@ def _bos(fields: Mapping[str, Any]) -> int | None:
     value = fields.get("bos_token_id")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or _is_token(value):
         return value
     raise refused("bos_token_id", value, "one number or null")
 
@@ -234,17 +244,22 @@ def _eos(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     for config in configs:
         value = config.get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and not isinstance(token, bool):
+            if _is_token(token):
                 found[token] = None
             elif token is not None:
                 raise refused("eos_token_id", value, "a number, a list of numbers or null")
     return tuple(found)
 
 
+def _is_token(value: object) -> TypeGuard[int]:
+    """Whether a value is a token id; -1 is written for none by some."""
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= LARGEST
+
+
 def _count(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise refused(name, value, "a whole number from 1 on")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise refused(name, value, f"a whole number from 1 on, up to {LARGEST}")
     return value
 
 

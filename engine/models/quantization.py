@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.wording import cut, shown
+
 FIELDS = ("quantization_config", "compression_config")
 AWQ, PACKED = "awq", "compressed-tensors"
 READ = (
@@ -194,4 +196,4 @@ def _group_size(value: object, place: str) -> int:
 
 
 def _refused(place: str, value: object, why: str) -> ValueError:
-    return ValueError(f"config.json has {place} = {value!r}, which is not read here: {why}.")
+    return ValueError(f"config.json has {cut(place)} = {shown(value)}, which is not read here: {why}.")

@@ -28,17 +28,16 @@ def rope_tables(config: ModelConfig, batch: Batch, dtype: torch.dtype = torch.fl
     and "better" ones would move logits away from every other implementation.
     """
     positions = batch.positions.to(torch.float32)
-    angles = positions[:, None] * frequencies(config, _bases(config, batch))
+    angles = positions[:, None] * frequencies(config, _bases(config, batch), positions.device)
     factor = config.rope_scaling.attention_factor if config.rope_scaling is not None else 1.0
     return Rope((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), _logn(config, positions))
 
 
-def frequencies(config: ModelConfig, base: Tensor | float) -> Tensor:
+def frequencies(config: ModelConfig, base: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
     """The angle per position of the pairs j < head_dim/2: base^(-2j/head_dim), scaled as the model says; [..., D/2].
 
-    `base` is a number or a tensor [T, 1]. The formulas of linear, llama3 and yarn are those of Hugging Face.
+    `base` is a number or a tensor [T, 1] on `device`. linear, llama3 and yarn have the formulas of Hugging Face.
     """
-    device = base.device if isinstance(base, Tensor) else None
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     plain = 1.0 / (base**exponents)
     scaling = config.rope_scaling

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from engine.config import ModelConfig, RopeKind, RopeScaling
+from engine.wording import cut, shown
 
 # The kinds whose base depends on the length of the sequence.
 DYNAMIC = ("dynamic", "qwen", "turbomind")
@@ -30,6 +31,9 @@ HF_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 KIND_FIELDS = ("rope_type", "type")
+NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+# Far beyond every model, and within what float32 holds after all formulas.
+SMALLEST, LARGEST = 1e-6, 1e12
 
 
 def is_dynamic(config: ModelConfig) -> bool:
@@ -55,6 +59,27 @@ def rope_base(config: ModelConfig, length: int) -> float:
     else:
         stretch = scaling.factor if scaling.kind == "turbomind" else 1.0
     return float(config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2)))
+
+
+def check_rope(config: ModelConfig) -> None:
+    """ValueError, worded to follow the name of a file, where the rotary embedding of a model cannot be computed."""
+    scaling = config.rope_scaling
+    numbers: dict[str, float] = {"rope_theta": config.rope_theta}
+    if scaling is not None:
+        numbers |= {name: getattr(scaling, name) for name in NUMBERS}
+        if scaling.kind in ("llama3", "yarn"):
+            numbers["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        if scaling.kind in DYNAMIC and config.head_dim < 4:
+            raise ValueError(
+                f"has heads of {config.head_dim} with a rotary base that grows: that takes heads from 4 on"
+            )
+        if scaling.kind == "yarn" and config.rope_theta <= 1:
+            raise ValueError(f"has rope_theta = {config.rope_theta} with yarn, which takes a base above 1")
+    for name, value in numbers.items():
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"has {name} = {value} for the rotary embedding: it takes {SMALLEST:g} to {LARGEST:g}")
+    if config.logn and config.max_position_embeddings < 2:
+        raise ValueError("has logn attention, which takes max_position_embeddings from 2 on")
 
 
 def read_rope(fields: Mapping[str, Any], *, trained: int) -> tuple[float, RopeScaling | None]:
@@ -154,4 +179,6 @@ def _number(fields: Mapping[str, Any], name: str, within: str) -> float:
 
 
 def refused(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"config.json has {name} = {value!r}, which this engine does not compute: it takes {allowed}.")
+    return ValueError(
+        f"config.json has {cut(name)} = {shown(value)}, which this engine does not compute: it takes {allowed}."
+    )

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from hashlib import blake2b
 
+from engine.cache_size import CacheSize, num_pages
+
 
 def page_digest(parent: bytes, tokens: Items[int]) -> bytes:
     """128 bits that stand for a full page and everything before it: `parent` is the digest of the page before, empty
@@ -17,7 +19,7 @@ def page_digest(parent: bytes, tokens: Items[int]) -> bytes:
 
 
 def page_count(
-    entry: float,
+    entry: CacheSize,
     *,
     page_bytes: int,
     free_bytes: int,
@@ -25,17 +27,12 @@ def page_count(
     session_len: int,
     most: int | None = None,
 ) -> int:
-    """How many pages `cache_max_entry_count` = `entry` buys: below 1 a share of `free_bytes`, from 1 on a number.
+    """How many pages `cache_max_entry_count` = `entry` buys, see `engine.cache_size`.
 
     A share never buys more than `most`. Raises ValueError, naming the options, when one session does not fit.
     """
-    if not entry > 0:
-        raise ValueError(
-            f"cache_max_entry_count is {entry}, but must be above 0: below 1 it is a share of the free memory, "
-            "from 1 on a number of pages."
-        )
-    pages = int(entry) if entry >= 1 else int(free_bytes * entry) // page_bytes
-    if entry < 1 and most is not None:
+    pages = num_pages(entry, page_bytes=page_bytes, free_bytes=free_bytes)
+    if most is not None and isinstance(entry, int | float) and entry < 1:
         pages = min(pages, most)
     needed = -(-session_len // page_len)
     if pages < needed:

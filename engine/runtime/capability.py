@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.cache_size import CacheSize, num_pages
 from engine.config import Dtype, EngineConfig, ModelConfig, Recipe
 from engine.models import names
 from engine.models.cache import page_bytes
@@ -65,8 +66,10 @@ def check_capability(
 ) -> None:
     """ValueError where the device lacks a type, or memory for the weights and one full sequence of KV.
 
-    The message says what would run. `recipe.kv` is that of the cache as it will be, whatever the workspace says.
+    The message says what would run. `recipe.kv` is that of the cache as it will be, whatever the workspace says; what
+    `engine` leaves open is taken from the defaults.
     """
+    engine = engine.complete()
     dtype = computing_dtype(config, engine)
     if dtype == "bfloat16" and not device.bfloat16:
         raise ValueError(
@@ -97,10 +100,10 @@ def _check_memory(
     config: ModelConfig, recipe: Recipe, engine: EngineConfig, device: Device, *, dtype: torch.dtype, session_len: int
 ) -> None:
     page_len, entry = engine.cache_block_seq_len, engine.cache_max_entry_count
-    if page_len < 1 or session_len < 1:
-        return  # said where they are used
+    if session_len < 1:
+        return  # said where it is used
 
-    def pages(dtype: torch.dtype, kv: str, entry: float, session_len: int) -> int:
+    def pages(dtype: torch.dtype, kv: str, entry: CacheSize, session_len: int) -> int:
         """Pages that there would be room for; 0 where one sequence does not fit."""
         page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=kv == "kv8")
         left = device.free_bytes - weight_bytes(config, recipe, dtype)
@@ -115,8 +118,6 @@ def _check_memory(
     if pages(dtype, recipe.kv, entry, session_len):
         return
     page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=recipe.kv == "kv8")
-    # An option that is no amount at all has a message of its own.
-    page_count(entry, page_bytes=page, free_bytes=1 << 62, page_len=page_len, session_len=1)
     runs = []
     if fitting := pages(dtype, recipe.kv, entry, 1):
         runs.append(f"session_len={fitting * page_len}")
@@ -127,9 +128,16 @@ def _check_memory(
     if dtype == torch.float32 and pages(torch.float16, recipe.kv, entry, session_len):
         runs.append("dtype=bfloat16" if config.dtype == "bfloat16" and device.bfloat16 else "dtype=float16")
     weights, sequence = weight_bytes(config, recipe, dtype), -(-session_len // page_len) * page
+    asked = num_pages(entry, page_bytes=page, free_bytes=max(device.free_bytes - weights, 0)) * page
+    if asked and weights + asked > device.free_bytes:
+        cache = f"and the KV cache {asked / MIB:.0f} MiB (cache_max_entry_count={entry}). "
+    else:
+        cache = (
+            f"and the KV cache of one sequence of session_len {session_len} takes {sequence / MIB:.0f} MiB out of what "
+            f"cache_max_entry_count={entry} gives it. "
+        )
     raise ValueError(
         f"{device.name} has {device.free_bytes / MIB:.0f} MiB free. The weights ({recipe.weights}, computed in "
-        f"{str(dtype).removeprefix('torch.')}) take {weights / MIB:.0f} MiB, and the KV cache of one sequence of "
-        f"session_len {session_len} takes {sequence / MIB:.0f} MiB out of what cache_max_entry_count={entry} gives it. "
+        f"{str(dtype).removeprefix('torch.')}) take {weights / MIB:.0f} MiB, {cache}"
         + (f"What would run: {', or '.join(runs)}." if runs else "No setting of this artifact would run here.")
     )

@@ -1,92 +1,107 @@
-"""Chat templates: Jinja text from a model's folder, rendered in a sandbox with the names that such templates expect."""
+"""Chat templates: Jinja text from a model's folder, rendered in a process with limits (`template_sandbox.py`)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from engine.runtime.template_sandbox import MEMORY_BYTES, SECONDS
+from engine.wording import cut, shown
 
-
-class GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks an answer for training; rendering shows its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+PACKAGES = str(Path(__file__).resolve().parents[2])
 
 
 def read_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """`chat_template.jinja` if there is one, else `chat_template` of tokenizer_config.json (of several, `default`)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error}): fetch it again") from error
     entry = tokenizer_config.get("chat_template")
     if isinstance(entry, list):
-        named = {row["name"]: row["template"] for row in entry}
+        named: dict[str, str] = {row["name"]: row["template"] for row in entry if _is_named(row)}
         if "default" not in named:
-            raise ValueError(f"{folder}: tokenizer_config.json names the chat templates {sorted(named)}, no 'default'")
+            raise ValueError(
+                f"{folder}: tokenizer_config.json names the chat templates {shown(sorted(named))}, no 'default'"
+            )
         entry = named["default"]
     if entry is not None and not isinstance(entry, str):
         raise ValueError(f"{folder}: chat_template of tokenizer_config.json is a {type(entry).__name__}, not a string")
     return entry
 
 
+def _is_named(row: object) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("template"), str)
+
+
 class ChatTemplate:
-    """A compiled template. Raises ValueError, naming the folder, where the text is not a valid template."""
+    """A template, compiled in a process that lives as long as this object. Calls from several threads take turns."""
 
     def __init__(self, text: str, *, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = strftime_now
+        """ValueError, naming `source`, where the text is not a valid template."""
         self._source = source
-        self._special_tokens = dict(special_tokens)
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{source}: the chat template is not valid: {error}") from error
+        self._first = {"template": text, "special_tokens": dict(special_tokens)}
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        with self._lock:
+            self._start()
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The prompt for `messages`. ValueError with the template's own words when it refuses them."""
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
+        """The prompt for `messages`. ValueError with the template's own words when it refuses them, and where it takes
+        more than SECONDS of computing or MEMORY_BYTES."""
+        asked = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            answer = self._answer(asked)
+        if "error" in answer:
+            raise ValueError(f"the model's chat template does not accept these messages: {cut(answer['error'], 1000)}")
+        return answer["text"]
+
+    def _start(self) -> None:
+        # -P and PYTHONPATH: the same package as here, whatever lies in the working directory.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([PACKAGES, os.environ.get("PYTHONPATH", "")])}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "engine.runtime.template_sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        answer = self._answer(self._first)
+        if "error" in answer:
+            raise ValueError(f"{self._source}: the chat template is not valid: {cut(answer['error'])}")
+
+    def _answer(self, asked: Mapping[str, Any]) -> dict[str, str]:
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which the answer that does not come says as well
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            self._end()
+            raise ValueError(
+                f"the model's chat template was ended: it may take {SECONDS} s of computing and "
+                f"{MEMORY_BYTES >> 20} MiB, and takes more for this"
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
-            # A template is code of the model's author: whatever it trips over says that these messages do not fit it.
-            raise ValueError(f"the model's chat template does not accept these messages: {error}") from error
+        answer: dict[str, str] = json.loads(line)
+        return answer
 
 
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own filter, without HTML escapes, as templates for models expect."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def raise_exception(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+            if stream is not None:
+                stream.close()

@@ -24,6 +24,8 @@ from engine.runtime.runner import Runner, free_memory
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
 from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
+from engine.storage.config_ini import engine_config_of
+from engine.storage.ini_keys import KV_INT8
 from engine.storage.workspace import Workspace
 
 
@@ -57,6 +59,7 @@ class Engine:
         self._vocab_size = model.config.vocab_size
         self._model_config = model.config
         self._tokenizer = tokenizer
+        config = config.complete()
         self._eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
         page_len = config.cache_block_seq_len
         num_pages = _num_pages(model, config, session_len=session_len, quantized=kv_scales is not None)
@@ -81,18 +84,16 @@ class Engine:
 
     @classmethod
     def from_workspace(cls, folder: Path, config: EngineConfig) -> Engine:
-        """The engine of a workspace; what `config` leaves open (session_len 0, quant_policy None) config.ini says."""
+        """The engine of a workspace; what `config` leaves open config.ini says."""
         workspace = Workspace(folder)
-        quant_policy = workspace.ini.quant_policy if config.quant_policy is None else config.quant_policy
-        if quant_policy not in (0, 4):
-            raise ValueError(f"quant_policy is {quant_policy}, but must be 0 (KV cache as computed) or 4 (int8).")
-        scales = workspace.kv_scales() if quant_policy == 4 else None
-        if quant_policy == 4 and scales is None:
+        config = config.over(engine_config_of(workspace.ini))
+        scales = workspace.kv_scales(unused=True) if config.quant_policy == KV_INT8 else None
+        if config.quant_policy == KV_INT8 and scales is None:
             raise ValueError(
                 f"quant_policy is 4 (int8 KV cache), but {folder} has no KV scales (layers.*.past_kv_scale.*.weight). "
                 "Set quant_policy to 0, or build the artifact with kv=kv8."
             )
-        session_len = config.session_len or workspace.ini.session_len
+        session_len = config.session_len
         recipe = replace(workspace.recipe, kv="kv8" if scales is not None else "kv16")
         check_capability(workspace.config, recipe, config, probe_device(config.device), session_len=session_len)
         dtype = computing_dtype(workspace.config, config)
@@ -243,8 +244,6 @@ def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, quanti
     """Pages for the engine. On a CPU a share of the memory ends where max_batch_size full sessions fit: the rest serves
     better as the system's page cache."""
     page_len = config.cache_block_seq_len
-    if page_len < 1:
-        raise ValueError(f"cache_block_seq_len (tokens in a page) is {page_len}, but must be at least 1.")
     full = config.max_batch_size * -(-session_len // page_len)
     return page_count(
         config.cache_max_entry_count,

@@ -17,6 +17,8 @@ from typing import Any
 
 import tiktoken
 
+from engine.runtime.added_tokens import AddedToken, read_added_tokens
+
 QWEN_FILE = "qwen.tiktoken"
 FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 # A million spaces in a row overflow the stack of tiktoken's pattern. Llama 3's own tokenizer cuts at this length too.
@@ -72,7 +74,7 @@ class RankVocabulary:
         self._model = QWEN if file.name == QWEN_FILE else LLAMA3
         ranks = read_ranks(file)
         special = dict(zip(self._model.special, itertools.count(len(ranks)), strict=False))
-        special = _renamed(special, settings.get("added_tokens_decoder", {}), file, count=len(ranks))
+        special = _renamed(special, read_added_tokens(settings, file.parent), file, count=len(ranks))
         self._special = special
         self.special_ids = frozenset(special.values())
         self.size = max(len(ranks) - 1, *special.values()) + 1
@@ -121,11 +123,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _renamed(
-    special: Mapping[str, int], entries: Mapping[str, Mapping[str, Any]], file: Path, *, count: int
-) -> dict[str, int]:
+def _renamed(special: Mapping[str, int], added: Mapping[int, AddedToken], file: Path, *, count: int) -> dict[str, int]:
     """`special` with what tokenizer_config.json says about them; ValueError where it names an id among the ranks."""
-    given = {int(key): str(entry["content"]) for key, entry in entries.items()}
+    given = {token_id: token.content for token_id, token in added.items()}
     if given and min(given) < count:
         raise ValueError(
             f"{file.parent}: tokenizer_config.json adds a token with id {min(given)}, which {file.name} has given away"

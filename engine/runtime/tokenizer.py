@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from engine.runtime.added_tokens import LARGEST_ID
 from engine.runtime.chat_template import ChatTemplate, read_chat_template
 from engine.runtime.rank_file import QWEN_FILE, RankVocabulary, is_rank_file
 from engine.runtime.vocabulary import JsonVocabulary, SentencePieceVocabulary
+from engine.storage.json_file import read_object
+from engine.wording import shown
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -96,6 +98,10 @@ class Tokenizer:
             entry = _read_json(self.folder / name).get("eos_token_id")
             if entry is not None:
                 found += entry if isinstance(entry, list) else [entry]
+                if not all(type(token_id) is int and -1 <= token_id <= LARGEST_ID for token_id in found):
+                    raise ValueError(
+                        f"{self.folder / name} has eos_token_id = {shown(entry)}: it takes an id or a list of ids"
+                    )
                 break
         own = self._token_id("eos_token")
         return found if own is None else [*found, own]
@@ -152,15 +158,7 @@ def _read_vocabulary(
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; empty when the file does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
+    return read_object(file) if file.is_file() else {}
 
 
 def _special_tokens(settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.config import Recipe
+from engine.wording import cut, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -20,6 +21,7 @@ SHORT = 12
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
 _SHOWN = 20
+LONGEST_PATH = 255
 
 
 class ArtifactError(ValueError):
@@ -67,11 +69,13 @@ def write_manifest(
     calibration: str | None,
     chat_template: str | None,
     tp: int,
+    written: Iterable[FileEntry] = (),
 ) -> str:
     """Hash every file under `folder`, write manifest.json beside them and return the id.
 
     `sources` maps file names of the checkpoint to their SHA-256; `calibration` and `chat_template` are digests.
-    Refuses links, empty folders and anything that is not a regular file, naming it.
+    `written` are files that were hashed while they were written, and are not read again.
+    Refuses links, empty folders and anything that is not a regular file, naming it, and what is not as it was written.
     """
     for what, digest in [*sources.items(), ("calibration", calibration), ("chat_template", chat_template)]:
         if digest is not None and not _DIGEST.fullmatch(digest):
@@ -80,7 +84,11 @@ def write_manifest(
     if refused:
         raise ArtifactError(f"{folder} cannot become an artifact: {_listed(refused)}")
     found.pop(MANIFEST, None)
-    digests = hash_files(folder, found)
+    known = {entry.path: entry for entry in written}
+    if changed := [path for path, entry in known.items() if found.get(path) != entry.size]:
+        raise ArtifactError(f"{folder / changed[0]} is not as it was written, {known[changed[0]].size} bytes long")
+    digests = {path: entry.sha256 for path, entry in known.items()}
+    digests |= {path: sha256 for path, (sha256, _) in hash_files(folder, found.keys() - known.keys()).items()}
     content = {
         "format": FORMAT,
         "recipe": asdict(recipe),
@@ -88,7 +96,7 @@ def write_manifest(
         "sources": dict(sources),
         "calibration": calibration,
         "chat_template": chat_template,
-        "files": [{"path": path, "size": found[path], "sha256": digests[path][0]} for path in sorted(found)],
+        "files": [{"path": path, "size": found[path], "sha256": digests[path]} for path in sorted(found)],
     }
     raw = canonical_json(content)
     _parse(raw, folder / MANIFEST)
@@ -205,8 +213,8 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str] | N
 
 def _path_problem(path: str) -> str | None:
     """Why a path may not be in a manifest; None when it may."""
-    if not path.isprintable() or "\\" in path:
-        return "has characters in its name that an artifact may not have"
+    if not path.isprintable() or "\\" in path or len(path) > LONGEST_PATH:
+        return "has a name that is too long, or characters in it that an artifact may not have"
     if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
         return "leads out of the artifact"
     return None
@@ -218,22 +226,49 @@ def _parse(raw: bytes, path: Path) -> Manifest:
         if canonical_json(content) != raw:
             raise ArtifactError(f"{path} is not in its canonical form: it was changed by hand or by another program")
         if content["format"] != FORMAT:
-            raise ArtifactError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}")
+            raise ArtifactError(f"{path} has format {shown(content['format'])}; this version reads format {FORMAT}")
         manifest = Manifest(
             id=hashlib.sha256(raw).hexdigest(),
-            recipe=Recipe(**content["recipe"]),
-            tp=int(content["tp"]),
-            sources=dict(content["sources"]),
-            calibration=content["calibration"],
-            chat_template=content["chat_template"],
-            files=tuple(FileEntry(**entry) for entry in content["files"]),
+            recipe=_recipe(**content["recipe"]),
+            tp=_whole(content["tp"], least=1),
+            sources={str(name): _digest(digest) for name, digest in dict(content["sources"]).items()},
+            calibration=None if content["calibration"] is None else _digest(content["calibration"]),
+            chat_template=None if content["chat_template"] is None else _digest(content["chat_template"]),
+            files=tuple(_entry(**entry) for entry in content["files"]),
         )
         _check_entries(manifest.files, path)
     except ArtifactError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a manifest that can be read: {type(error).__name__}: {error}") from error
+        said = cut(f"{type(error).__name__}: {error}")
+        raise ArtifactError(f"{path} is not a manifest that can be read: {said}") from error
     return manifest
+
+
+def _recipe(*, weights: object, kv: object, group_size: object) -> Recipe:
+    return Recipe(weights=_text(weights), kv=_text(kv), group_size=_whole(group_size, least=0))
+
+
+def _entry(*, path: object, size: object, sha256: object) -> FileEntry:
+    return FileEntry(path=_text(path), size=_whole(size, least=0), sha256=_digest(sha256))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value)} is not a text")
+    return value
+
+
+def _whole(value: object, *, least: int) -> int:
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{shown(value)} is not a whole number from {least} on")
+    return value
+
+
+def _digest(value: object) -> str:
+    if not _DIGEST.fullmatch(_text(value)):
+        raise ValueError(f"{shown(value)} is not a SHA-256")
+    return _text(value)
 
 
 def _check_entries(entries: tuple[FileEntry, ...], path: Path) -> None:
@@ -244,10 +279,8 @@ def _check_entries(entries: tuple[FileEntry, ...], path: Path) -> None:
         problem = _path_problem(entry.path)
         if entry.path == MANIFEST:
             problem = "is the manifest itself"
-        elif not _DIGEST.fullmatch(entry.sha256) or type(entry.size) is not int or entry.size < 0:
-            problem = "has a size or SHA-256 that is none"
         if problem:
-            raise ArtifactError(f"{path} names a file that it may not: {entry.path!r} {problem}")
+            raise ArtifactError(f"{path} names a file that it may not: {shown(entry.path)} {problem}")
 
 
 def _listed(problems: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,40 +17,59 @@ from engine.models.families import family_of, model_config
 from engine.models.layouts import META, Layout
 from engine.models.quantization import Quantization, read_quantization, unquantized
 from engine.storage.door import Source, sources
+from engine.storage.json_file import read_object
 from engine.storage.meta_checkpoint import PARAMS, open_meta
-from engine.storage.packed_weights import check_extras
-from engine.storage.weight_files import WeightFile, open_weights
+from engine.storage.packed_weights import check_extras, find_awq
+from engine.storage.weight_files import WeightFile, check_names, open_weights
+from engine.wording import shown
 
 CONFIG = "config.json"
 # The first that is there is read: one file, or the index of several.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 WORDS = "I32"
+UNSAID = (
+    "packed ones need a quantization_config in config.json (without it `ingot convert --model-format awq` reads HF-AWQ)"
+)
 OTHER_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 
 
 class Checkpoint:
     """A checkpoint on disk. All shapes and byte ranges are checked when it is opened; values are read on demand."""
 
-    def __init__(self, folder: Path, *, allow_bin: bool = False, allow_quantized: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        allow_bin: bool = False,
+        allow_quantized: bool = False,
+        described_in: Path | None = None,
+        unsaid_awq: bool = False,
+    ) -> None:
         """FileNotFoundError where there is no checkpoint, ValueError naming file and tensor for what does not fit.
 
         Pickled weights (.bin, .pth) are refused unless `allow_bin`, and then read as weights alone. Quantized ones are
-        refused unless `allow_quantized`; the linears of their layers then have qweight, qzeros and scales.
+        refused unless `allow_quantized`; the linears of their layers then have qweight, qzeros and scales. With
+        `unsaid_awq` they are taken for HF-AWQ where config.json says nothing, as LMDeploy v0.1.0 left them.
+        `described_in` is the folder of config.json where the weights lie in another.
         """
         self.folder = folder
+        self._described = described_in or folder
         self.quantization: Quantization | None = None
         self._allow_bin = allow_bin
         self._index: dict[str, str] = {}
-        if not (folder / CONFIG).exists() and (folder / PARAMS).exists():
-            self.hf_config, ranks = open_meta(folder, _read_json(folder / PARAMS, missing=""), allow_bin=allow_bin)
+        if not (self._described / CONFIG).exists() and (folder / PARAMS).exists():
+            self.hf_config, ranks = open_meta(folder, read_object(folder / PARAMS), allow_bin=allow_bin)
             self.config, layout = self._read_config(), META
             self._weight_files: list[WeightFile] = [ranks]
         else:
-            self.hf_config = _read_json(folder / CONFIG, missing=f"{folder} is not a checkpoint")
+            missing = f"{self._described} is not a checkpoint"
+            self.hf_config = _read_config_json(self._described / CONFIG, missing=missing)
             self.quantization = self._read_quantization(allow_quantized)
             self.config, layout = self._read_config(), family_of(self.hf_config).layout
             self._weight_files = self._open_weight_files()
+            if unsaid_awq and self.quantization is None:
+                self.quantization = find_awq(self._weight_files, folder)
         stored = sum(len(file.tensors) for file in self._weight_files)
         if self.config.num_layers > stored:
             raise ValueError(
@@ -115,18 +133,18 @@ class Checkpoint:
         return found
 
     def _read_config(self) -> ModelConfig:
-        generation = self.folder / "generation_config.json"
+        generation = self._described / "generation_config.json"
         try:
             hf_config = unquantized(self.hf_config)
-            return model_config(hf_config, _read_json(generation, missing="") if generation.exists() else None)
+            return model_config(hf_config, read_object(generation) if generation.exists() else None)
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from error
+            raise ValueError(f"{self._described}: {error}") from error
 
     def _read_quantization(self, allowed: bool) -> Quantization | None:
         try:
             quantization = read_quantization(self.hf_config)
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from error
+            raise ValueError(f"{self._described}: {error}") from error
         if quantization is not None and not allowed:
             raise ValueError(
                 f"{self.folder} is quantized already ({quantization}), and unquantized weights are needed here: a "
@@ -146,14 +164,10 @@ class Checkpoint:
         return [open_weights(path, allow_bin=self._allow_bin) for path in paths]
 
     def _shards(self, index: Path) -> list[Path]:
-        placed = _read_json(index, missing="").get("weight_map")
-        if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to files: fetch it again")
+        placed = read_placed(index)
         paths = sorted({self.folder / file for file in placed.values()})
         for path in paths:
-            if path.parent != self.folder:
-                raise ValueError(f"{index} names {path}, which is outside the checkpoint's folder")
-            if not path.exists():
+            if not path.is_file():
                 absent = min(name for name, file in placed.items() if self.folder / file == path)
                 raise ValueError(
                     f"{path} is missing: {index.name} says that it holds {absent} and others; fetch that shard again"
@@ -174,7 +188,10 @@ class Checkpoint:
                 kinds = (WORDS,) if name in words else tuple(FLOATS)
                 looked_at = name in used or (self.quantization is None and not name.endswith(layout.ignored))
                 if kind not in kinds and looked_at:
-                    raise ValueError(f"{file.path} holds {name} as {kind}; weights are read as {', '.join(kinds)}")
+                    unsaid = f"; {UNSAID}" if kind == WORDS and self.quantization is None else ""
+                    raise ValueError(
+                        f"{file.path} holds {name} as {kind}; weights are read as {', '.join(kinds)}{unsaid}"
+                    )
                 found[name] = file
         for source in self._sources.values():
             if source.stored not in found:
@@ -185,7 +202,7 @@ class Checkpoint:
             file = found[source.stored]
             if (actual := file.tensors[source.stored][1]) != source.shape:
                 raise ValueError(
-                    f"{file.path} holds {source.stored} with shape {actual}; config.json asks for {source.shape}"
+                    f"{file.path} holds {source.stored} with shape {shown(actual)}; config.json asks for {source.shape}"
                 )
         self._check_surplus(found, layout, extras)
         return {name: found[source.stored] for name, source in self._sources.items()}
@@ -243,13 +260,20 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
+def read_placed(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index of shards; ValueError for names that are none, or of another folder."""
+    placed = read_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to files: fetch it again")
+    check_names(placed, index)
+    for file in placed.values():
+        if file in ("", "..") or Path(file).name != file or len(file) > 255 or not file.isprintable():
+            raise ValueError(f"{index} names {shown(file)}, which is outside the checkpoint's folder or no file name")
+    return placed
+
+
+def _read_config_json(path: Path, *, missing: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{missing}: {path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: fetch it again")
-    return content

@@ -4,125 +4,19 @@ from __future__ import annotations
 
 import configparser
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
-from engine.config import ModelConfig, Recipe, RopeScaling
+from engine.config import EngineConfig, ModelConfig, Recipe, RopeScaling
+from engine.models.rope_scaling import check_rope
 from engine.storage import ingot_section
 from engine.storage.ingot_section import IngotSection
+from engine.storage.ini_keys import KEYS, KV_INT8, LARGEST, OF_THE_MODEL, RANGES, RUNTIME_KEYS, IniConfig, Value
+from engine.wording import cut, shown
 
-Value = int | float | str
 SECTION = "llama"
-WEIGHT_TYPES = ("fp16", "bf16", "int4")
-KV_INT8 = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IniConfig:
-    """One field per key of the section `[llama]`, in file order.
-
-    `start_id` and `end_id` are -1 where the model has none. The last three keys are read by the
-    reference's engine but written by no converter: None is "not in the file". `ingot` is the section of that name.
-    """
-
-    model_name: str
-    tensor_para_size: int
-    head_num: int
-    kv_head_num: int
-    vocab_size: int
-    num_layer: int
-    inter_size: int
-    norm_eps: float
-    attn_bias: int
-    start_id: int
-    end_id: int
-    session_len: int
-    weight_type: str
-    rotary_embedding: int
-    rope_theta: float
-    size_per_head: int
-    group_size: int = 0
-    max_batch_size: int = 64
-    max_context_token_num: int = 1
-    step_length: int = 1
-    cache_max_entry_count: float = 0.5
-    cache_block_seq_len: int = 128
-    cache_chunk_size: int = 1
-    use_context_fmha: int = 1
-    quant_policy: int = 0
-    max_position_embeddings: int = 0
-    rope_scaling_factor: float = 0.0
-    use_logn_attn: int = 0
-    num_tokens_per_iter: int | None = None
-    extra_tokens_per_iter: int | None = None
-    max_prefill_iters: int | None = None
-    ingot: IngotSection = field(default_factory=IngotSection)
-
-
-KEYS = tuple(key.name for key in fields(IniConfig) if key.name != "ingot")
-
-
-def _at_least(least: int) -> tuple[Callable[[Value], bool], str]:
-    return lambda value: isinstance(value, int | float) and value >= least, f"at least {least}"
-
-
-def _one_of(*allowed: Value) -> tuple[Callable[[Value], bool], str]:
-    return lambda value: value in allowed, " or ".join(str(value) for value in allowed)
-
-
-_POSITIVE = (lambda value: isinstance(value, int | float) and value > 0, "above 0")
-
-RANGES: Mapping[str, tuple[Callable[[Value], bool], str]] = {
-    "model_name": (
-        lambda value: isinstance(value, str) and value == value.strip() != "" and value.isprintable(),
-        "one line of printable text that neither starts nor ends with a space",
-    ),
-    "tensor_para_size": (
-        lambda value: isinstance(value, int) and value > 0 and value & (value - 1) == 0,
-        "a power of two",
-    ),
-    **dict.fromkeys(("head_num", "kv_head_num", "vocab_size", "num_layer", "inter_size", "session_len"), _at_least(1)),
-    **dict.fromkeys(("norm_eps", "rope_theta", "cache_max_entry_count"), _POSITIVE),
-    **dict.fromkeys(("attn_bias", "use_context_fmha", "use_logn_attn"), _one_of(0, 1)),
-    **dict.fromkeys(("start_id", "end_id", "cache_chunk_size"), _at_least(-1)),
-    "weight_type": _one_of(*WEIGHT_TYPES),
-    **dict.fromkeys(
-        ("rotary_embedding", "size_per_head"),
-        (lambda value: isinstance(value, int) and value > 0 and value % 2 == 0, "an even number above 0"),
-    ),
-    **dict.fromkeys(
-        (
-            "group_size",
-            "max_batch_size",
-            "max_context_token_num",
-            "max_position_embeddings",
-            "rope_scaling_factor",
-            "num_tokens_per_iter",
-            "extra_tokens_per_iter",
-            "max_prefill_iters",
-        ),
-        _at_least(0),
-    ),
-    "step_length": _one_of(1),
-    "cache_block_seq_len": _at_least(1),
-    "quant_policy": _one_of(0, KV_INT8),
-}
-
-# How the reference's engine runs a workspace; every other key describes the weight files.
-RUNTIME_KEYS = (
-    "max_batch_size",
-    "max_context_token_num",
-    "cache_max_entry_count",
-    "cache_block_seq_len",
-    "cache_chunk_size",
-    "use_context_fmha",
-    "rope_scaling_factor",
-    "use_logn_attn",
-    "num_tokens_per_iter",
-    "extra_tokens_per_iter",
-    "max_prefill_iters",
-)
 
 
 def weight_type_of(config: ModelConfig, recipe: Recipe) -> str:
@@ -143,14 +37,17 @@ def write_config_ini(
     weight_type: str,
     extra: Mapping[str, Value] | None = None,
 ) -> IniConfig:
-    """Write `config.ini` as the reference's converter prints it; `extra` sets runtime keys (`max_batch_size`, ...).
+    """Write `config.ini` as the reference's converter prints it; `extra` sets RUNTIME_KEYS.
 
     `model_name` is the chat template's name and `session_len` the longest sequence: the reference takes both from
-    its template table, here the caller says them. Raises ValueError naming the key for a value out of range.
+    its template table, here the caller says them. Raises ValueError naming the key for a value out of range, and for a
+    rope_scaling_factor beside a scaling of the model's own.
     """
     extra = dict(extra or {})
     if fixed := [key for key in extra if key not in RUNTIME_KEYS]:
         raise ValueError(f"config.ini: {', '.join(fixed)} cannot be set here. Keys that can: {', '.join(RUNTIME_KEYS)}")
+    options: dict[str, Any] = {name: extra[name] for name in OF_THE_MODEL if name in extra}
+    config = EngineConfig(**options).applied_to(config)
     values: dict[str, Value] = {
         "model_name": model_name,
         "tensor_para_size": tp,
@@ -185,6 +82,18 @@ def write_config_ini(
     return ini
 
 
+def engine_config_of(ini: IniConfig) -> EngineConfig:
+    """What a config.ini says about running the model; the rest it says about the model itself (`model_config_of`)."""
+    return EngineConfig(
+        session_len=ini.session_len,
+        max_batch_size=ini.max_batch_size,
+        num_tokens_per_iter=ini.num_tokens_per_iter or 0,
+        cache_max_entry_count=ini.cache_max_entry_count,
+        cache_block_seq_len=ini.cache_block_seq_len,
+        quant_policy=ini.quant_policy,
+    )
+
+
 def read_config_ini(path: Path) -> IniConfig:
     """Read and check `config.ini`; ValueError names the file and the key that is unknown, missing or out of range."""
     parser = configparser.ConfigParser(interpolation=None, default_section="")
@@ -192,18 +101,23 @@ def read_config_ini(path: Path) -> IniConfig:
     try:
         parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TurboMind config.ini: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a TurboMind config.ini: {cut(' '.join(str(error).split()))}") from error
     if parser.sections() not in ([SECTION], [SECTION, ingot_section.SECTION]):
-        found = ", ".join(f"[{name}]" for name in parser.sections()) or "none"
+        found = cut(", ".join(f"[{name}]" for name in parser.sections()) or "none")
         raise ValueError(
             f"{path} must have the section [{SECTION}], and may have [{ingot_section.SECTION}] after it; found: {found}"
         )
     ours = dict(parser[ingot_section.SECTION]) if parser.has_section(ingot_section.SECTION) else {}
-    return _typed(dict(parser[SECTION]), ingot_section.read_section(ours, path), path)
+    texts = dict(parser[SECTION])
+    if "cache_block_seq_len" not in texts:
+        # Of TurboMind 1, which had no pages: its cache_max_entry_count is a number of sequences, and is left out.
+        texts.pop("cache_max_entry_count", None)
+    return _typed(texts, ingot_section.read_section(ours, path), path)
 
 
 def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
-    """The model that a config.ini describes; ValueError for two scalings of the rotary embedding at once.
+    """The model that a config.ini describes; ValueError for two scalings of the rotary embedding at once, and for
+    one that cannot be computed.
 
     Below 1, `rope_scaling_factor` does nothing, as in the reference's engine.
     """
@@ -215,7 +129,7 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
                 f"rope_scaling of the section [{ingot_section.SECTION}]: set it to 0.0"
             )
         scaling = RopeScaling(kind="turbomind", factor=ini.rope_scaling_factor)
-    return ModelConfig(
+    config = ModelConfig(
         family="llama",
         vocab_size=ini.vocab_size,
         hidden_size=ini.ingot.hidden_size or ini.head_num * ini.size_per_head,
@@ -239,12 +153,17 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
         bos_token_id=ini.start_id if ini.start_id >= 0 else None,
         eos_token_ids=(ini.end_id,) if ini.end_id >= 0 else (),
     )
+    try:
+        check_rope(config)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return config
 
 
 def _typed(texts: Mapping[str, str], ingot: IngotSection, path: Path) -> IniConfig:
     known = {field.name: field for field in fields(IniConfig) if field.name in KEYS}
     if unknown := [key for key in texts if key not in known]:
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)}. Known keys: {', '.join(known)}")
+        raise ValueError(f"{path}: unknown key {cut(', '.join(unknown))}. Known keys: {', '.join(known)}")
     if missing := [name for name, field in known.items() if field.default is MISSING and name not in texts]:
         raise ValueError(f"{path}: key {', '.join(missing)} is missing")
     values = {key: _value(key, text, str(known[key].type), path) for key, text in texts.items()}
@@ -273,9 +192,11 @@ def _value(key: str, text: str, kind: str, path: Path) -> Value:
             value = float(text)
     except ValueError:
         raise ValueError(
-            f"{path}: {key} = {text!r} is not {'a whole number' if kind != 'float' else 'a number'}"
+            f"{path}: {key} = {shown(text)} is not {'a whole number' if kind != 'float' else 'a number'}"
         ) from None
     accepts, allowed = RANGES[key]
+    if isinstance(value, int) and value > LARGEST:
+        raise ValueError(f"{path}: {key} = {cut(text)} is out of range; no number is above {LARGEST}")
     if (isinstance(value, float) and not math.isfinite(value)) or not accepts(value):
-        raise ValueError(f"{path}: {key} = {text} is out of range; allowed: {allowed}")
+        raise ValueError(f"{path}: {key} = {cut(text)} is out of range; allowed: {allowed}")
     return value

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.config import ModelConfig, RopeKind, RopeScaling
+from engine.wording import cut, shown
 
 SECTION = "ingot"
 # Said by `rope_scaling_factor` of the section [llama].
 IN_LLAMA = "turbomind"
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +60,20 @@ def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
     values: dict[str, Any] = {}
     for key, text in texts.items():
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key} in [{SECTION}]. Known keys: {', '.join(sorted(known))}")
+            raise ValueError(f"{path}: unknown key {cut(key)} in [{SECTION}]. Known keys: {', '.join(sorted(known))}")
         try:
             values[key] = json.loads(text)
-        except ValueError:
-            raise ValueError(f"{path}: [{SECTION}] {key} = {text!r} is not JSON") from None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}: [{SECTION}] {key} = {shown(text)} is not JSON") from None
     for key in ("hidden_size", "sliding_window"):
-        if key in values and (type(values[key]) is not int or values[key] < 1):
-            raise ValueError(f"{path}: [{SECTION}] {key} = {texts[key]} must be a whole number from 1 on")
+        if key in values and (type(values[key]) is not int or not 1 <= values[key] <= LARGEST):
+            raise ValueError(
+                f"{path}: [{SECTION}] {key} = {cut(texts[key])} must be a whole number from 1 on, up to {LARGEST}"
+            )
     if type(values.get("qk_norm", True)) is not bool:
-        raise ValueError(f"{path}: [{SECTION}] qk_norm = {texts['qk_norm']} must be true or false")
+        raise ValueError(f"{path}: [{SECTION}] qk_norm = {cut(texts['qk_norm'])} must be true or false")
     if "rope_scaling" in values:
-        values["rope_scaling"] = _rope_scaling(values["rope_scaling"], path)
+        values["rope_scaling"] = _rope_scaling(values["rope_scaling"], texts["rope_scaling"], path)
     return IngotSection(**values)
 
 
@@ -79,19 +83,19 @@ def _changed(scaling: RopeScaling) -> dict[str, Any]:
     return {name: value for name, value in asdict(scaling).items() if value != defaults[name]}
 
 
-def _rope_scaling(value: object, path: Path) -> RopeScaling:
+def _rope_scaling(value: object, text: str, path: Path) -> RopeScaling:
     where = f"{path}: [{SECTION}] rope_scaling"
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a JSON object, not {value!r}")
+    if not isinstance(value, dict) or any(isinstance(one, dict | list) for one in value.values()):
+        raise ValueError(f"{where} must be a JSON object of numbers, not {cut(text)}")
     kinds = [kind for kind in get_args(RopeKind) if kind != IN_LLAMA]
     if value.get("kind") not in kinds:
-        raise ValueError(f"{where} has kind {value.get('kind')!r}; known kinds: {', '.join(kinds)}")
+        raise ValueError(f"{where} has kind {shown(value.get('kind'))}; known kinds: {', '.join(kinds)}")
     types = {field.name: str if field.default is MISSING else type(field.default) for field in fields(RopeScaling)}
     for name, number in value.items():
         if name not in types:
-            raise ValueError(f"{where} has an unknown number {name}; known: {', '.join(types)}")
+            raise ValueError(f"{where} has an unknown number {cut(name)}; known: {', '.join(types)}")
         fits = type(number) is types[name] or (types[name] is float and type(number) is int)
-        if not fits or (types[name] in (int, float) and not 0 < number < float("inf")):
-            raise ValueError(f"{where} has {name} = {number!r}, which must be a positive number or true or false")
+        if not fits or (types[name] in (int, float) and not 0 < number <= LARGEST):
+            raise ValueError(f"{where} has {name} = {shown(number)}, which must be a positive number or true or false")
     numbers: dict[str, Any] = {name: types[name](number) for name, number in value.items()}
     return RopeScaling(**numbers)

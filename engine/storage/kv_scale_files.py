@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.models.cache import KVScales
 
-Row = Sequence[float]
+Row = Sequence[float] | NDArray[np.float32]
 BYTES = 16
 # Half the distance from the lowest to the highest byte, in scales: what a pair can represent around its zero point.
 REACH = 127.5
@@ -65,7 +65,7 @@ def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, tp: int)
                     f"{path} has {path.stat().st_size} bytes: it must hold four float32 for each of equal runs of "
                     f"the {num_kv_heads} KV heads"
                 )
-            rows = np.fromfile(path, dtype="<f4").reshape(-1, 4)
+            rows = np.stack([_checked(row, str(path)) for row in np.fromfile(path, dtype="<f4").reshape(-1, 4)])
         else:
             rows = np.stack([_read_row(folder / rank_file(layer, rank)) for rank in range(tp)])
         heads = torch.from_numpy(rows.astype(np.float32)).repeat_interleave(num_kv_heads // len(rows), dim=0)
@@ -116,4 +116,4 @@ def _read_row(path: Path) -> NDArray[np.float32]:
         raise FileNotFoundError(f"{path} is missing; it should be there with {BYTES} bytes")
     if (found := path.stat().st_size) != BYTES:
         raise ValueError(f"{path} has {found} bytes where {BYTES} are expected: it is damaged or of another model")
-    return np.fromfile(path, dtype="<f4")
+    return _checked(np.fromfile(path, dtype="<f4"), str(path))

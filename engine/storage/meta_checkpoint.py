@@ -13,6 +13,7 @@ from engine.models import names
 from engine.models.layouts import META
 from engine.models.names import Shard
 from engine.storage.weight_files import Shapes, WeightFile, open_weights
+from engine.wording import cut, shown
 
 PARAMS = "params.json"
 PATTERNS = ("consolidated*.pth", "consolidated*.safetensors")
@@ -68,7 +69,7 @@ def open_meta(folder: Path, params: Mapping[str, Any], *, allow_bin: bool) -> tu
         raise FileNotFoundError(f"{folder} has {PARAMS} but none of {', '.join(PATTERNS)}: fetch the weights")
     dim = params.get("dim")
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"{folder / PARAMS} has dim = {dim!r}; it must be a whole number from 1 on")
+        raise ValueError(f"{folder / PARAMS} has dim = {shown(dim)}; it must be a whole number from 1 on")
     ranks = JoinedRanks([open_weights(path, allow_bin=allow_bin) for path in paths], hidden_size=dim)
     return _hf_config(params, ranks, folder / PARAMS), ranks
 
@@ -91,8 +92,8 @@ def _hf_config(params: Mapping[str, Any], ranks: JoinedRanks, path: Path) -> dic
     known = {*READ, *IGNORED, "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "sliding_window"}
     if unknown := sorted(params.keys() - known):
         raise ValueError(
-            f"{path} has {unknown[0]} = {params[unknown[0]]!r}, a field that this engine does not know: it may change "
-            "the numbers. Take it out if it does not"
+            f"{path} has {cut(unknown[0])} = {shown(params[unknown[0]])}, a field that this engine does not know: "
+            "it may change the numbers. Take it out if it does not"
         )
     gate = f"{META.layer_prefix}0.{META.modules[names.GATE_UP[0]]}.weight"
     for name in (META.embedding, gate):
@@ -102,7 +103,7 @@ def _hf_config(params: Mapping[str, Any], ranks: JoinedRanks, path: Path) -> dic
     for field, actual in (("vocab_size", rows), ("hidden_dim", inner)):
         # Llama 2 was published with vocab_size -1: the tokenizer's.
         if params.get(field, -1) not in (-1, actual):
-            raise ValueError(f"{path} has {field} = {params[field]!r}, but the weights have {actual}")
+            raise ValueError(f"{path} has {field} = {shown(params[field])}, but the weights have {actual}")
     window = {"sliding_window": params["sliding_window"]} if params.get("sliding_window") is not None else {}
     config = {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],

@@ -50,6 +50,19 @@ def stored_kinds(quantization: Quantization, outputs: int, inputs: int) -> dict[
     }
 
 
+def find_awq(files: Iterable[WeightFile], where: object) -> Quantization:
+    """HF-AWQ of the group size that the shapes of the first linear give; ValueError where there is none."""
+    shapes = {name: shape for file in files for name, (_, shape) in file.tensors.items()}
+    for name, shape in shapes.items():
+        scales = shapes.get(f"{name.removesuffix('qweight')}scales", ())
+        if name.endswith(".qweight") and len(shape) == 2 and len(scales) == 2 and 0 < scales[0] <= shape[0]:
+            return Quantization(method="awq", group_size=shape[0] // scales[0])
+    raise ValueError(
+        f"{where} holds no linear as qweight, qzeros and scales: it is no checkpoint in the HF-AWQ format, and its "
+        "config.json has no quantization_config"
+    )
+
+
 def reader(quantization: Quantization, kind: str, rows: Rows | None) -> Rows | None:
     """From a stored tensor to the canonical one of that kind; `rows` takes the rows of a module out of [out, ...]
     where several lie in one matrix. None: just as it is."""

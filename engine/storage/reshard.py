@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from engine.storage.artifacts import MANIFEST, list_files, read_manifest, write_manifest
+from engine.storage.artifacts import MANIFEST, FileEntry, list_files, read_manifest, write_manifest
 from engine.storage.ini_edit import write_with_value
 from engine.storage.kv_scale_files import heads_of, write_head_scales
 from engine.storage.workspace import CONFIG_INI, WEIGHTS, Workspace, write_weights
@@ -15,16 +16,16 @@ TRITON_CONFIG = "config.pbtxt"
 RANKS_FOR_TRITON = re.compile(r'(key:\s*"tensor_para_size"\s*value:?\s*\{\s*string_value:\s*)"\d+"')
 
 
-def reshard(source: Path, target: Path, tp: int) -> None:
+def reshard(source: Path, target: Path, tp: int) -> list[FileEntry]:
     """Write the workspace `source` for `tp` ranks into the new folder `target`, without a manifest.
 
-    Everything but weight files, KV scales and `tensor_para_size` (config.ini's and Triton's) is copied as it is.
-    Scales of merged ranks are all kept, so that every KV head has the same ones at any tp. ValueError where the heads
-    cannot be dealt to `tp` ranks.
+    Returns the weight files that it wrote. Everything but weight files, KV scales and `tensor_para_size` (config.ini's
+    and Triton's) is copied as it is. Scales of merged ranks are all kept, so that every KV head has the same ones at
+    any tp. ValueError where the heads cannot be dealt to `tp` ranks.
     """
     workspace = Workspace(source)
     weights, scales = target / WEIGHTS, workspace.kv_scales()
-    write_weights(weights, workspace.config, workspace.tensor, recipe=workspace.recipe, tp=tp)
+    written = write_weights(weights, workspace.config, workspace.tensor, recipe=workspace.recipe, tp=tp)
     write_with_value(source / WEIGHTS / CONFIG_INI, weights / CONFIG_INI, "tensor_para_size", tp)
     if scales is not None:
         for layer in range(workspace.config.num_layers):
@@ -36,6 +37,7 @@ def reshard(source: Path, target: Path, tp: int) -> None:
             if Path(name).name == TRITON_CONFIG:
                 text = (target / name).read_text(encoding="utf-8")
                 (target / name).write_text(RANKS_FOR_TRITON.sub(rf'\g<1>"{tp}"', text), encoding="utf-8")
+    return [replace(entry, path=(WEIGHTS / entry.path).as_posix()) for entry in written]
 
 
 def reshard_artifact(source: Path, target: Path, tp: int) -> str:
@@ -44,7 +46,7 @@ def reshard_artifact(source: Path, target: Path, tp: int) -> str:
     Recipe, sources, calibration and chat template are those of `source`.
     """
     manifest = read_manifest(source)
-    reshard(source, target, tp)
+    written = reshard(source, target, tp)
     return write_manifest(
         target,
         recipe=manifest.recipe,
@@ -52,4 +54,5 @@ def reshard_artifact(source: Path, target: Path, tp: int) -> str:
         calibration=manifest.calibration,
         chat_template=manifest.chat_template,
         tp=tp,
+        written=written,
     )

@@ -58,6 +58,8 @@ DENSE_PARTS = (
     DOWN,
 )
 INT4_PARTS = (QKV, OUTPUT, Part(stem="feed_forward.w13", modules=names.GATE_UP, join="interleave"), DOWN)
+# Beyond every group that is listed as one that fits.
+LARGEST_GROUP = 1 << 16
 FLOAT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
 
 
@@ -106,11 +108,20 @@ def matrix_shape(config: ModelConfig, recipe: Recipe, part: Part, tp: int) -> tu
 
 def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
     """Name and size in bytes of every weight file (KV scales apart), in the order in which they are written."""
+    return dict(each_file(config, recipe, tp))
+
+
+def each_file(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[tuple[str, int]]:
+    """`file_bytes` one by one: a config.ini may ask for more of them than there can be."""
     vocabulary = -(-config.vocab_size // tp) * tp
     norm = config.hidden_size * 2
-    sizes = {"tok_embeddings.weight": vocabulary * norm, "norm.weight": norm, "output.weight": vocabulary * norm}
+    yield from {
+        "tok_embeddings.weight": vocabulary * norm,
+        "norm.weight": norm,
+        "output.weight": vocabulary * norm,
+    }.items()
     for layer in range(config.num_layers):
-        sizes |= {layer_file(layer, name): values * 2 for name, (_, values) in norm_files(config).items()}
+        yield from ((layer_file(layer, name), values * 2) for name, (_, values) in norm_files(config).items())
         for part in parts_of(recipe):
             inputs, outputs = matrix_shape(config, recipe, part, tp)
             group_size = rank_cut(config, recipe, part.modules, tp).group_size
@@ -121,8 +132,7 @@ def file_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, int]:
                 "scales_zeros": inputs // max(group_size, 1) * outputs * 4,
             }
             for kind in kinds_of(config, recipe, part):
-                sizes |= {rank_file(layer, part, rank, kind): of_kind[kind] for rank in range(tp)}
-    return sizes
+                yield from ((rank_file(layer, part, rank, kind), of_kind[kind]) for rank in range(tp))
 
 
 def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
@@ -172,7 +182,11 @@ def _groups_that_fit(config: ModelConfig, recipe: Recipe, tp: int) -> list[int]:
     if next(_problems(config, Recipe(weights="fp16"), tp), None) is not None:
         return []
     shared = gcd(*(names.linear_shape(config, module)[1] for module in names.LINEARS))
-    fitting = [g for g in range(1, shared + 1) if shared % g == 0 and not list(_int4_problems(config, g, tp))]
+    fitting = [
+        g
+        for g in range(1, min(shared, LARGEST_GROUP) + 1)
+        if shared % g == 0 and not list(_int4_problems(config, g, tp))
+    ]
     return [group for group in fitting if group >= 16] or fitting
 
 

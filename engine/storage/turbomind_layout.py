@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,9 @@ Cut = Literal["columns", "rows", "copies"]
 def interleave_rotary(matrix: Tensor, head_dim: int) -> Tensor:
     """Turn half-split rotary columns (j, j + D/2) of every head into TurboMind's adjacent pairs (2j, 2j + 1)."""
     rows, columns = matrix.shape
+    if _is_transposed(matrix):
+        heads = matrix.t().reshape(columns // head_dim, 2, head_dim // 2, rows)
+        return heads.transpose(1, 2).reshape(columns, rows).t()
     heads = matrix.reshape(rows, columns // head_dim, 2, head_dim // 2)
     return heads.transpose(2, 3).reshape(rows, columns)
 
@@ -42,7 +46,7 @@ def separate_rotary(matrix: Tensor, head_dim: int) -> Tensor:
 def rank_piece(matrix: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
     """Run number `rank` of `size` rows (dim 0) or columns (dim 1); what lies beyond the matrix is zero."""
     first = min(rank * size, matrix.shape[dim])
-    return _widen(matrix.narrow(dim, first, min(size, matrix.shape[dim] - first)), size, dim=dim)
+    return widen(matrix.narrow(dim, first, min(size, matrix.shape[dim] - first)), size, dim=dim)
 
 
 def split_ranks(
@@ -59,8 +63,8 @@ def split_ranks(
     ranks = []
     for rank in range(tp):
         runs = [rank_piece(matrix, rank, size, dim=dim) for matrix, size in zip(matrices, pieces, strict=True)]
-        joined = torch.stack(runs, dim=-1).flatten(1) if join == "interleave" else torch.cat(runs, dim=dim)
-        ranks.append(_widen(joined, stored, dim=dim))
+        joined = torch.stack(runs, dim=-1).flatten(1) if join == "interleave" else _joined(runs, dim=dim)
+        ranks.append(widen(joined, stored, dim=dim))
     return ranks
 
 
@@ -101,12 +105,31 @@ def pad_rows(matrix: Tensor, multiple: int) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])]) if missing else matrix
 
 
-def _widen(matrix: Tensor, size: int, *, dim: int) -> Tensor:
+def widen(matrix: Tensor, size: int, *, dim: int) -> Tensor:
+    """The matrix with zero rows (dim 0) or columns (dim 1) after it, up to `size`."""
     missing = size - matrix.shape[dim]
     if not missing:
         return matrix
     shape = (missing, matrix.shape[1]) if dim == 0 else (matrix.shape[0], missing)
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """A 16-bit matrix that is a transposed one, made contiguous in two steps: four times as fast as in one."""
+    return matrix.t().contiguous().view(torch.int16).t().contiguous().view(matrix.dtype)
+
+
+def _joined(matrices: Sequence[Tensor], *, dim: int) -> Tensor:
+    """`torch.cat`, moving whole rows where the matrices are transposed ones: ten times as fast as by elements."""
+    if len(matrices) == 1:
+        return matrices[0]
+    if all(map(_is_transposed, matrices)):
+        return torch.cat([matrix.t() for matrix in matrices], dim=1 - dim).t()
+    return torch.cat(list(matrices), dim=dim)
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    return matrix.stride(0) == 1 and matrix.stride(1) > 1
 
 
 def pack_nibbles(nibbles: Tensor) -> Tensor:
@@ -130,16 +153,47 @@ def unpack_awq(words: Tensor) -> Tensor:
     return unpack_nibbles(words)[..., list(AWQ_INVERSE)].flatten(-2)
 
 
-def pack_tiles(values: Tensor) -> Tensor:
-    """uint8 [K, M] of values 0..15 -> int32 [K * M / 8] in 32 x 32 tiles; K and M are multiples of 32.
+def interleave_words(even: Tensor, odd: Tensor) -> Tensor:
+    """AWQ words [rows, M/8] of two matrices -> those [rows, M/4] of the one whose columns 2j and 2j + 1 are theirs."""
+    even, odd = _natural_words(even), _natural_words(odd)
+    # An AWQ word has its even columns in the low half: four neighbours of the one matrix, then of the other.
+    first, second = even & 0xFFFF | odd << 16, even >> 16 & 0xFFFF | odd & ~0xFFFF
+    return torch.stack([first, second], dim=-1).flatten(-2)
+
+
+def interleave_rotary_words(words: Tensor, head_dim: int) -> Tensor:
+    """`interleave_rotary` of a matrix in AWQ words."""
+    if head_dim % 16:
+        return pack_awq(interleave_rotary(unpack_awq(words), head_dim))
+    heads = words.reshape(words.shape[0], -1, 2, head_dim // 16)
+    return interleave_words(heads[:, :, 0], heads[:, :, 1]).flatten(1)
+
+
+def pack_tiles(words: Tensor) -> Tensor:
+    """AWQ words int32 [K, M/8] -> int32 [K * M / 8] in 32 x 32 tiles; K and M are multiples of 32.
 
     Tiles run along k, then n; a tile has 32 lanes of 4 words. lane = 4 * (n % 8) + (k % 8) // 2;
     word = 2 * k[bit 4] + n[bit 4]; nibble = 4 * k[bit 0] + 2 * k[bit 3] + n[bit 3].
+
+    Two neighbouring words have n[bit 3] 0 and 1: their nibbles pair up to bytes without being unpacked, and the bytes
+    of four rows to words, eight and four at a time. It is seven times as fast as from one code a byte.
     """
-    k, n = values.shape
-    #                    0: k tile   1: k4  2: k3  3: k2 k1  4: k0  5: n tile    6: n4  7: n3  8: n2 n1 n0
-    bits = values.reshape(k // TILE, 2, 2, 4, 2, n // TILE, 2, 2, 8)
-    return pack_nibbles(bits.permute(0, 5, 8, 3, 1, 6, 4, 2, 7).flatten(-3)).flatten()
+    k, n = words.shape[0], words.shape[1] * 8
+    wide = words.contiguous().view(torch.int64)
+    # Bytes in the order of nibbles in an AWQ word: columns 0, 4, 1, 5 in the low half, 2, 6, 3, 7 in the high one.
+    low = wide & 0x0F0F0F0F | wide >> 28 & 0xF0F0F0F0
+    high = wide >> 4 & 0x0F0F0F0F | wide >> 32 & 0xF0F0F0F0
+    #                                   0: k tile  1: k4  2: k3  3: k2 k1  4: k0  5: n tile, n4
+    rows = (low | high << 32).reshape(k // TILE, 2, 2, 4, 2, n // 16)
+    bytes_02, bytes_13 = _swap(rows[:, :, 0, :, 0], rows[:, :, 1, :, 0], 8, 0x00FF00FF00FF00FF)
+    above_02, above_13 = _swap(rows[:, :, 0, :, 1], rows[:, :, 1, :, 1], 8, 0x00FF00FF00FF00FF)
+    byte_0, byte_2 = _swap(bytes_02, above_02, 16, 0x0000FFFF0000FFFF)
+    byte_1, byte_3 = _swap(bytes_13, above_13, 16, 0x0000FFFF0000FFFF)
+    #                                0: n0  1: n2  2: k tile  3: k4  4: k2 k1  5: n tile  6: n4  7: n1
+    halves = torch.stack([byte_0, byte_1, byte_2, byte_3]).view(torch.int32)
+    halves = halves.view(2, 2, k // TILE, 2, 4, n // TILE, 2, 2)
+    # Where numpy and torch do the same, numpy is twice as fast.
+    return torch.from_numpy(np.ascontiguousarray(halves.numpy().transpose(2, 5, 1, 7, 0, 4, 3, 6)).reshape(-1))
 
 
 def unpack_tiles(words: Tensor, k: int, n: int) -> Tensor:
@@ -147,6 +201,19 @@ def unpack_tiles(words: Tensor, k: int, n: int) -> Tensor:
     bits = unpack_nibbles(words).reshape(k // TILE, n // TILE, 8, 4, 2, 2, 2, 2, 2)
     #                    0: k tile  1: n tile  2: n2 n1 n0  3: k2 k1  4: k4  5: n4  6: k0  7: k3  8: n3
     return bits.permute(0, 4, 7, 3, 6, 1, 5, 8, 2).reshape(k, n)
+
+
+def _natural_words(words: Tensor) -> Tensor:
+    """AWQ words with their nibbles in the order of the columns."""
+    middle = (words ^ words >> 8) & 0x0000FF00
+    words = words ^ middle ^ middle << 8
+    middle = (words ^ words >> 4) & 0x00F000F0
+    return words ^ middle ^ middle << 4
+
+
+def _swap(first: Tensor, second: Tensor, bits: int, mask: int) -> tuple[Tensor, Tensor]:
+    """What `mask` leaves of both, beside each other, and what it takes: a transposition of fields of `bits` bits."""
+    return first & mask | (second & mask) << bits, first >> bits & mask | second & ~mask
 
 
 def pack_scales_zeros(scales: Tensor, zeros: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +14,12 @@ from engine.models.cache import KVScales
 from engine.models.decoder import Decoder
 from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
-from engine.storage.config_ini import KV_INT8, model_config_of, read_config_ini, weight_type_of
+from engine.storage.artifacts import FileEntry
+from engine.storage.config_ini import model_config_of, read_config_ini, weight_type_of
+from engine.storage.file_writer import BLOCK_BYTES, FileWriter
+from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import read_kv_scales
-from engine.storage.parts import join_part, split_part
+from engine.storage.parts import cast, join_part, split_part
 from engine.storage.rank_weights import RankWeights, rank_scales
 from engine.storage.turbomind_files import Part
 
@@ -27,50 +29,60 @@ CONFIG_INI = "config.ini"
 
 
 def write_weights(
-    folder: Path, config: ModelConfig, tensor: Callable[[str], Tensor], *, recipe: Recipe, tp: int
-) -> dict[str, int]:
-    """Write every weight file (not config.ini, not KV scales) into `folder`; returns names and sizes in bytes.
+    folder: Path,
+    config: ModelConfig,
+    tensor: Callable[[str], Tensor],
+    *,
+    recipe: Recipe,
+    tp: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[FileEntry]:
+    """Write every weight file (not config.ini, not KV scales) into `folder`; returns name, size and SHA-256 of each.
 
-    `tensor` answers with the tensor of a canonical name, [out, in] or in the HF-AWQ layout. It is asked part by part,
-    so no more than one part of one layer is in memory. float32 sources are stored as fp16, w4a16 as int4 and fp16.
+    `tensor` answers with the tensor of a canonical name, [out, in] or in the HF-AWQ layout. It is asked file by file
+    and what it answers is cut, turned and written block by block, so that memory is what one file is made of and a few
+    blocks. float32 sources are stored as fp16, w4a16 as int4 and fp16. `progress` is told the bytes written.
     Raises ValueError before the first byte when the model does not fit, and for a tensor of a wrong shape or one that
     overflows fp16.
     """
     files.check_fits(config, recipe, tp)
-    sizes = files.file_bytes(config, recipe, tp)
     dtype = files.FLOAT_TYPES[weight_type_of(config, recipe)]
+    shapes = names.model_tensors(config)
     folder.mkdir(parents=True, exist_ok=True)
 
     def ask(name: str, shape: tuple[int, ...]) -> Tensor:
         found = tensor(name)
         if tuple(found.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(found.shape)}; the model needs {shape}")
-        return found if not found.is_floating_point() else _cast(found, dtype, name)
+        return found
 
-    def ask_in(layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        return ask(names.layer_name(layer, name), shape)
+    with FileWriter(folder, files.file_bytes(config, recipe, tp), progress=progress) as writer:
+        for name, canonical in files.OUTER_FILES.items():
+            source = names.EMBEDDING if config.tie_word_embeddings and canonical == names.HEAD else canonical
+            rows = ask(source, shapes[source])
+            for some in torch.split(rows, max(BLOCK_BYTES // (dtype.itemsize * rows[0].numel()), 1)):
+                writer.append(name, _data(cast(some, dtype, source)))
+            if canonical != names.FINAL_NORM and (missing := -rows.shape[0] % tp):
+                writer.append(name, _data(torch.zeros(missing, config.hidden_size, dtype=dtype)))
+            del rows, some  # mapped, or made, until here: the next one would come on top
+        for layer in range(config.num_layers):
+            for name, (within, values) in files.norm_files(config).items():
+                canonical = names.layer_name(layer, within)
+                norm = cast(ask(canonical, (values,)), dtype, canonical)
+                if name in files.HEAD_NORM_FILES:
+                    norm = layout.interleave_rotary(norm[None], config.head_dim)[0]
+                writer.append(files.layer_file(layer, name), _data(norm))
+            for part in files.parts_of(recipe):
+                for kind in files.kinds_of(config, recipe, part):
+                    for rank, block in split_part(config, recipe, part, kind, layer, ask, tp=tp):
+                        writer.append(files.rank_file(layer, part, rank, kind), _data(block))
+    return writer.entries
 
-    def write(name: str, stored: Tensor) -> None:
-        path = folder / name
-        stored.contiguous().view(torch.uint8).numpy().tofile(path)
-        _check_size(path, sizes[name])
 
-    shapes = names.model_tensors(config)
-    for name, canonical in files.OUTER_FILES.items():
-        source = names.EMBEDDING if config.tie_word_embeddings and canonical == names.HEAD else canonical
-        whole = ask(source, shapes[source])
-        write(name, layout.pad_rows(whole, tp) if canonical != names.FINAL_NORM else whole)
-    for layer in range(config.num_layers):
-        for name, (within, values) in files.norm_files(config).items():
-            norm = ask(names.layer_name(layer, within), (values,))
-            if name in files.HEAD_NORM_FILES:
-                norm = layout.interleave_rotary(norm[None], config.head_dim)[0]
-            write(files.layer_file(layer, name), norm)
-        for part in files.parts_of(recipe):
-            for kind in files.kinds_of(config, recipe, part):
-                for rank, stored in enumerate(split_part(config, recipe, part, kind, partial(ask_in, layer), tp=tp)):
-                    write(files.rank_file(layer, part, rank, kind), stored)
-    return sizes
+def weight_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> int:
+    """What `write_weights` writes; ValueError when the model does not fit."""
+    files.check_fits(config, recipe, tp)
+    return sum(files.file_bytes(config, recipe, tp).values())
 
 
 class Workspace:
@@ -94,8 +106,11 @@ class Workspace:
             kv="kv8" if self.ini.quant_policy == KV_INT8 else "kv16",
             group_size=self.ini.group_size,
         )
-        files.check_fits(self.config, self.recipe, self.tp)
-        for name, size in files.file_bytes(self.config, self.recipe, self.tp).items():
+        try:
+            files.check_fits(self.config, self.recipe, self.tp)
+        except ValueError as error:
+            raise ValueError(f"{self._weights / CONFIG_INI}: {error}") from error
+        for name, size in files.each_file(self.config, self.recipe, self.tp):
             _check_size(self._weights / name, size)
         self._last: tuple[int, Part, dict[str, Tensor]] | None = None
 
@@ -134,9 +149,12 @@ class Workspace:
         """All tensors by canonical name, read when asked for."""
         return _Weights(self)
 
-    def kv_scales(self) -> KVScales | None:
-        """Scale and zero point per layer and KV head (a rank's pair repeated); None for a kv16 workspace."""
-        if self.recipe.kv == "kv16":
+    def kv_scales(self, *, unused: bool = False) -> KVScales | None:
+        """Scale and zero point per layer and KV head (a rank's pair repeated); None for a kv16 workspace.
+
+        With `unused`, what lies in a workspace whose config.ini does not use it (quant_policy 0), None if nothing does.
+        """
+        if self.recipe.kv == "kv16" and not (unused and any(self._weights.glob("layers.*.past_kv_scale.*"))):
             return None
         config = self.config
         return read_kv_scales(self._weights, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, tp=self.tp)
@@ -207,13 +225,8 @@ def load_workspace(folder: Path, *, device: torch.device | str, dtype: torch.dty
     return Decoder(workspace.config, workspace.weights(), device=device, dtype=dtype)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if tensor.dtype == dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    if not bool(cast.isfinite().all()):
-        raise ValueError(f"{name} holds values that {dtype} cannot (largest {tensor.abs().max().item():g})")
-    return cast
+def _data(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _check_size(path: Path, expected: int) -> None:

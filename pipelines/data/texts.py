@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,25 @@ def read_documents(record: Mapping[str, Any], *, locate: Callable[[Mapping[str, 
     return _filled((text for file in files for text in read_file(file, column)), str(files[0].parent))
 
 
+def read_rows(record: Mapping[str, Any], *, locate: Callable[[Mapping[str, Any]], Path] = locate) -> list[str]:
+    """The rows of a data set as the hub counts them, empty ones too; of a copy in plain text, as the hub made them."""
+    if record.get("digest"):
+        files = copy_files(locate(record), record.get("split"))
+        rows = [row for file in files for row in _rows_of(file, record)]
+    else:
+        rows = list(_from_hub(record))
+    _filled(iter(rows), f"the data set {record['name']}")
+    return rows
+
+
 def read_file(path: Path, column: str) -> Iterator[str]:
     """The documents of one file: rows of .jsonl or .parquet by their `column`, or a text cut at DOCUMENT_END lines."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, column)
     elif path.name.endswith(ROW_SUFFIXES):
-        yield from _json_rows(path, column)
+        yield from (_field(row, column, where) for where, row in json_rows(path))
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-        yield from _cut_documents(text)
+        yield from _cut_documents(_read_text(path))
 
 
 def copy_files(path: Path, split: str | None) -> list[Path]:
@@ -83,16 +92,47 @@ def _cut_documents(text: str) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _json_rows(path: Path, column: str) -> Iterator[str]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a file of JSON lines stands, in words, and its value. ValueError names one that is none."""
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_whole(lines, path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+                if b"\\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{path}, line {number} has half of a surrogate pair, which is no text") from error
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON ({error}): give one object a line") from error
-            yield _field(row, column, f"{path}, line {number}")
+            yield f"{path}, line {number}", row
+
+
+def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+
+
+def _rows_of(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    """A row for each line of a plain copy of wikitext2 or ptb, as the builders of those data sets make them."""
+    if not path.name.endswith(TEXT_SUFFIXES) or record["name"] not in ("wikitext2", "ptb"):
+        yield from read_file(path, record["column"])
+        return
+    for line in io.StringIO(_read_text(path)):
+        if record["name"] == "ptb":
+            yield line.strip()
+        else:
+            yield line if line.strip() else ""
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[str]:

@@ -16,7 +16,6 @@ Statistics = dict[str, Tensor]
 
 KEY: Final = "self_attn.k"
 VALUE: Final = "self_attn.v"
-SMALLEST_SQUARE: Final = 1e-20  # a token of zeros stays one
 _JOIN: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "min": torch.minimum,
     "max": torch.maximum,
@@ -25,6 +24,7 @@ _JOIN: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "abssum": torch.add,
     "tokens": torch.add,
     "gram": torch.add,
+    "drift": torch.add,
 }
 
 
@@ -50,14 +50,21 @@ def head_statistics(x: Tensor) -> Statistics:
 
 
 def gram(x: Tensor) -> Statistics:
-    """X^T X of [T, channels] and the number of tokens: the squared error of W' is the trace of (W'-W) G (W'-W)^T.
+    """X^T X float32 of [T, channels] and the number of tokens: the trace of d (X^T X) d^T is the squared error that a
+    difference d of the weights makes. Sums are taken in float32 whatever the type of X."""
+    return {"gram": _product(x, x), "tokens": torch.tensor(float(len(x)))}
 
-    Every token is first scaled to a mean square of 1, so that the few whose activations are a thousand times larger
-    do not decide alone: without it minimind2 at g128 is no better than rounding (docs/recipes.md has both).
-    """
-    wide = x.float()
-    wide = wide / wide.square().mean(dim=1, keepdim=True).clamp(min=SMALLEST_SQUARE).sqrt()
-    return {"gram": wide.t() @ wide, "tokens": torch.tensor(float(len(x)))}
+
+def gram_and_drift(x: Tensor, wanted: Tensor) -> Statistics:
+    """`gram(x)` and `drift` (wanted - X)^T X: how far the inputs are from those of the unquantized model, as a linear
+    layer can see it."""
+    return gram(x) | {"drift": _product(wanted - x, x)}
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x.t(), y, out_dtype=torch.float32)
+    return x.float().t() @ y.float()
 
 
 def join(left: Statistics, right: Statistics) -> Statistics:

@@ -41,9 +41,9 @@ class Workers:
 
 
 @contextmanager
-def side_by_side(count: int | None = None) -> Iterator[Workers]:
-    """`count` workers (None: one per usable processor). In here, too, an operation has one thread."""
-    count = count or len(os.sched_getaffinity(0))
+def side_by_side(count: int | None = None, *, device: str = "cpu") -> Iterator[Workers]:
+    """`count` workers (None: one per usable processor, or one for a GPU). In here, too, an operation has one thread."""
+    count = count or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
     _give_memory_back()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,12 +77,13 @@ class LayerTensors(Mapping[str, Tensor]):
     So no more of the file is in memory than what is being looked at. ValueError names a tensor with NaN or Inf values.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> None:
         self._checkpoint = checkpoint
+        self._device = device
         self._places = checkpoint.layer_names(layer)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._checkpoint.tensor(self._places[name])
+        tensor = self._checkpoint.tensor(self._places[name]).to(self._device)
         if not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):
             raise ValueError(
                 f"{self._places[name]} of {self._checkpoint.folder} has NaN or Inf values: the checkpoint is damaged. "
@@ -101,9 +102,14 @@ class LayerTensors(Mapping[str, Tensor]):
 
 
 class Stream:
-    """The hidden states of all blocks before the layer that comes next: `hidden`, a float32 [T, hidden] per block."""
+    """The hidden states of all blocks before the layer that comes next: `hidden`, [T, hidden] per block.
 
-    def __init__(self, checkpoint: Checkpoint, blocks: Tensor, workers: Workers) -> None:
+    They are float32 on a CPU, and of the checkpoint's own type on a GPU.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, blocks: Tensor, workers: Workers, *, device: torch.device | str = "cpu"
+    ) -> None:
         """`blocks` are token ids [samples, T]; ValueError for an id outside the model's vocabulary."""
         config = checkpoint.config
         if int(blocks.max()) >= config.vocab_size or int(blocks.min()) < 0:
@@ -112,15 +118,17 @@ class Stream:
                 f"{config.vocab_size} tokens: its tokenizer does not belong to its weights."
             )
         self.config = config
-        self._workers = workers
-        self._batch = packed([blocks[0].tolist()])
-        self._rope = rope_tables(config, self._batch)
+        self.workers = workers
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, config.dtype)
+        self.batch = packed([blocks[0].tolist()], device=self.device)
+        self.rope = rope_tables(config, self.batch)
         embedding = checkpoint.tensor(names.EMBEDDING)
-        self.hidden = [embedding[block.long()].float() for block in blocks]
+        self.hidden = [embedding[block.long()].to(self.device, self.dtype) for block in blocks]
 
     def dense(self, tensors: Mapping[str, Tensor]) -> DecoderLayer:
-        """A layer of these tensors that computes in float32."""
-        return DecoderLayer(self.config, tensors, device="cpu", dtype=torch.float32)
+        """A layer of these tensors that computes where the hidden states are and in their type."""
+        return DecoderLayer(self.config, tensors, device=self.device, dtype=self.dtype)
 
     def observe(
         self, layer: DecoderLayer, number: int, observer: Callable[[], Observer], *, advance: bool
@@ -132,33 +140,51 @@ class Stream:
 
         def one(sample: int) -> tuple[Tensor, dict[str, Statistics]]:
             watching = observer()
-            out = layer(self.hidden[sample], self._batch, None, self._rope, observe=watching)
+            out = layer(self.hidden[sample], self.batch, None, self.rope, observe=watching)
             return out, watching.seen
 
-        joined: dict[str, Statistics] = {}
-        for sample, (out, seen) in enumerate(self._workers.in_order(one, len(self.hidden))):
+        joined: dict[str, Joined] = {}
+        for sample, (out, seen) in enumerate(self.workers.in_order(one, len(self.hidden))):
             for module, statistics in seen.items():
-                _check_finite(number, module, statistics, sample)
-                joined[module] = join(joined[module], statistics) if module in joined else statistics
+                joined.setdefault(module, Joined()).add(statistics)
             if advance:
                 self.hidden[sample] = out
-        return joined
+        return {module: sums.checked(number, module) for module, sums in joined.items()}
 
     def advance(self, layer: DecoderLayer) -> None:
         """Move every hidden state through the layer."""
 
         def one(sample: int) -> Tensor:
-            return layer(self.hidden[sample], self._batch, None, self._rope)
+            return layer(self.hidden[sample], self.batch, None, self.rope)
 
-        for sample, out in enumerate(self._workers.in_order(one, len(self.hidden))):
+        for sample, out in enumerate(self.workers.in_order(one, len(self.hidden))):
             self.hidden[sample] = out
 
 
-def _check_finite(layer: int, module: str, statistics: Statistics, sample: int) -> None:
-    if all(bool(torch.isfinite(values).all()) for values in statistics.values()):
-        return
-    what = {KEY: "the keys of self_attn", VALUE: "the values of self_attn"}.get(module, f"the input of {module}")
-    raise ValueError(
-        f"Layer {layer}: {what} has NaN or Inf values in calibration sample {sample}. The weights up to there overflow "
-        "on this text: check the checkpoint, or calibrate on other text."
-    )
+class Joined:
+    """Statistics of samples, joined as they come; whether they are finite is asked once, at the end.
+
+    A question a sample would make a GPU wait for its answers.
+    """
+
+    def __init__(self) -> None:
+        self._statistics: Statistics | None = None
+        self._finite: list[Tensor] = []
+
+    def add(self, statistics: Statistics) -> None:
+        """Join what was seen in the next sample."""
+        sums = [values.sum() for name, values in statistics.items() if name != "tokens"]
+        self._finite.append(torch.stack(sums).isfinite().all())
+        self._statistics = statistics if self._statistics is None else join(self._statistics, statistics)
+
+    def checked(self, layer: int, module: str) -> Statistics:
+        """Everything joined. ValueError that names layer, module and sample where NaN or Inf was seen."""
+        assert self._statistics is not None
+        finite = torch.stack(self._finite).tolist()
+        if all(finite):
+            return self._statistics
+        what = {KEY: "the keys of self_attn", VALUE: "the values of self_attn"}.get(module, f"the input of {module}")
+        raise ValueError(
+            f"Layer {layer}: {what} has NaN or Inf values in calibration sample {finite.index(False)}. The weights up "
+            "to there overflow on this text: check the checkpoint, or calibrate on other text."
+        )

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from cli.overrides import compose_serve, quote
+from engine.config import EngineConfig
+from engine.storage.ini_keys import KEYS
+from server.config import IMMUTABLE, MEANINGLESS, ServeConfig
 
 
 def through_hydra(parser: OverridesParser, override: str) -> object:
@@ -43,11 +46,54 @@ def test_what_the_user_has_quoted_is_left_alone() -> None:
 
 def test_options_reach_the_engine() -> None:
     command = compose_serve(
-        ["folder=/x y/z", "serve.session_len=77", "serve.cache_max_entry_count=12", "serve.dtype=bfloat16"]
+        [
+            "folder=/x y/z",
+            "serve.session_len=77",
+            "serve.max_batch_size=5",
+            "serve.num_tokens_per_iter=99",
+            "serve.cache_block_seq_len=32",
+            "serve.cache_max_entry_count=12",
+            "serve.dtype=bfloat16",
+            "serve.prefix_caching=false",
+            "serve.quant_policy=0",
+            "serve.rope_scaling_factor=2",
+            "serve.use_logn_attn=1",
+            "serve.max_position_embeddings=4096",
+        ]
     )
     assert command.folder == "/x y/z"
-    config = command.serve.engine_config()
-    assert (config.session_len, config.cache_max_entry_count, config.dtype) == (77, 12.0, "bfloat16")
+    assert command.serve.engine_config() == EngineConfig(
+        session_len=77,
+        max_batch_size=5,
+        num_tokens_per_iter=99,
+        cache_block_seq_len=32,
+        cache_max_entry_count=12,
+        dtype="bfloat16",
+        prefix_caching=False,
+        quant_policy=0,
+        rope_scaling_factor=2.0,
+        use_logn_attn=True,
+        max_position_embeddings=4096,
+    )
+    assert command.serve.unmeasured == [
+        "quant_policy",
+        "rope_scaling_factor",
+        "use_logn_attn",
+        "max_position_embeddings",
+    ]
+
+
+def test_what_is_not_said_is_left_to_the_artifact() -> None:
+    command = compose_serve(["artifact=abcd"])
+    assert command.serve.engine_config() == EngineConfig()
+    assert command.serve == ServeConfig(), "conf/serve/default.yaml has the defaults of the code"
+    assert command.serve.unmeasured == []
+
+
+@pytest.mark.parametrize("size", ["64MB", "4GB", "1.5GiB", "512 MiB", "0.25"])
+def test_the_cache_can_be_an_amount_of_memory(size: str) -> None:
+    command = compose_serve(["artifact=abcd", f"serve.cache_max_entry_count={size}"])
+    assert str(command.serve.engine_config().cache_max_entry_count) == size
 
 
 @pytest.mark.parametrize(
@@ -59,11 +105,24 @@ def test_options_reach_the_engine() -> None:
         ("+serve.x=1", "given as key=value"),
         ("serve.port=abc", "'abc' .* could not be converted to Integer"),
         ("serve.port=70000", r"serve\.port is 70000"),
-        ("serve.cache_max_entry_count=0", "share of free memory"),
+        ("serve.cache_max_entry_count=0", r"serve\.cache_max_entry_count is 0, .* share of the free memory"),
+        ("serve.cache_max_entry_count=-4", r"share .* pages .* 512MB or 4GB"),
+        ("serve.cache_max_entry_count=1.5", "a whole number of pages"),
+        ("serve.cache_max_entry_count=4gb", "'4gb', but must be .* 4GB"),
+        ("serve.cache_max_entry_count=0GB", "'0GB', but must be"),
+        ("serve.cache_max_entry_count=", "'', but must be"),
+        ("serve.cache_max_entry_count=true", "incompatible with type"),
+        ("serve.session_len=0", r"serve\.session_len is 0, but must be null"),
         ("serve.max_batch_size=0", "at least 1"),
+        ("serve.cache_block_seq_len=-1", "at least 1"),
         ("serve.dtype=int4", "one of auto"),
-        ("serve.quant_policy=4", "belongs to the artifact .* recipe that was measured"),
+        ("serve.quant_policy=8", r"serve\.quant_policy is 8, but must be 0 .* or 4"),
+        ("serve.rope_scaling_factor=0.5", r"serve\.rope_scaling_factor is 0\.5, but must be 0 \(off\) or at least 1"),
+        ("serve.use_logn_attn=2", r"serve\.use_logn_attn is 2, but must be true or false"),
+        ("serve.max_position_embeddings=0", r"serve\.max_position_embeddings is 0, but must be at least 1"),
+        ("serve.weight_type=fp16", "belongs to the artifact .* recipe that was measured"),
         ("serve.rope_theta=1e6", "attribute of the model"),
+        ("serve.step_length=1", r"TurboMind's own engine.*ini\.step_length=\.\.\."),
         ("serve=nope", r"Could not find 'serve/nope' Available options in 'serve': default$"),
         ("serve.port=[", r"'serve\.port=\[' is not understood"),
     ],
@@ -72,3 +131,9 @@ def test_a_wrong_option_is_one_paragraph(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         compose_serve(["artifact=abcd", override])
     assert "\n" not in str(caught.value)
+
+
+def test_every_key_of_config_ini_can_be_set_or_says_why_not() -> None:
+    options = set(ServeConfig.__dataclass_fields__)
+    assert set(KEYS) <= options | IMMUTABLE.keys() | set(MEANINGLESS)
+    assert not options & (IMMUTABLE.keys() | set(MEANINGLESS))

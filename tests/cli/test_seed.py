@@ -219,7 +219,7 @@ def test_only_a_workspace_is_overwritten_and_it_is_replaced_as_a_whole(tmp_path,
     assert main(convert) == 1
     assert main([*convert, "--overwrite"]) == 0
     assert not (target / WEIGHTS / "layers.0.past_kv_scale.0.weight").exists()
-    assert "session_len is the model's own" in capsys.readouterr().err
+    assert "session_len and chat template are the model's own" in capsys.readouterr().err
     assert Workspace(target).ini.session_len == 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "workspace"]
 
@@ -246,7 +246,7 @@ def test_another_tokenizer_and_other_places_of_quantized_weights(tmp_path):
     assert main(["convert", "llama2", str(described), *flags, "--tokenizer-path", tokenizer]) == 0
     assert digests(tmp_path / "out") == expected_digests("awq.tp1")
     kept = sorted(path.name for path in (tmp_path / "out/triton_models/tokenizer").iterdir())
-    assert kept == ["config.json", "tokenizer.model"]
+    assert kept == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.model"]
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,7 @@ def test_another_tokenizer_and_other_places_of_quantized_weights(tmp_path):
         ({"quant_method": "gptq"}, "quant_method = 'gptq'"),
         ({"bits": 8}, "bits = 8"),
         ({"version": "gemv"}, "version = 'gemv'"),
-        ({"group_size": 64}, "says group_size 64, but its tensors have groups of 128"),
-        ({"modules_to_not_convert": ["lm_head", "visual"]}, "leaves visual unquantized"),
+        ({"group_size": 64}, "qzeros with shape (4, 64); config.json asks for (8, 64)"),
     ],
 )
 def test_quantized_checkpoints_of_another_kind_are_refused_by_field_and_value(tmp_path, change, message, capsys):

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from cli.main import main
-from cli.serve import read_key
-from server.config import ServeConfig, check_exposure
+from cli.serve import read_key, warn_unmeasured
+from cli.target import Target
+from server.config import ServeConfig, ServedModel, check_exposure
 from tests.tiny_artifact import write_tiny_artifact
 
 
@@ -117,6 +118,26 @@ def test_mistakes_are_said_before_anything_is_loaded(
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
+
+
+def test_options_that_nobody_measured_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = Target(folder=Path("x"), model=ServedModel(name="x", artifact_id="a" * 64))
+    plain = Target(folder=Path("x"), model=ServedModel(name="x"))
+    changed = ServeConfig(quant_policy=0, rope_scaling_factor=2.0)
+    warn_unmeasured(plain, changed)
+    warn_unmeasured(artifact, ServeConfig(max_batch_size=3, cache_max_entry_count="1GB"))
+    assert not capsys.readouterr().err
+    warn_unmeasured(artifact, changed)
+    said = capsys.readouterr().err
+    assert said == "UNMEASURED serve.quant_policy, serve.rope_scaling_factor: the artifact was evaluated without\n"
+
+
+def test_help_lists_every_option_with_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ServeConfig.__dataclass_fields__.keys() - {"api_key"}:
+        assert f"\nserve.{name}: " in shown
+    assert "of the memory that is FREE once the weights are loaded (LMDeploy v0.1.0: of\n" in shown
 
 
 def test_cfg_job_hides_the_key(capsys: pytest.CaptureFixture[str]) -> None:

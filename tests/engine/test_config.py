@@ -23,8 +23,40 @@ def test_a_models_own_scaling_stays():
 
 @pytest.mark.parametrize(
     "options",
-    [{"rope_scaling_factor": 0.5}, {"rope_scaling_factor": float("inf")}, {"max_position_embeddings": 0}],
+    [
+        {"rope_scaling_factor": 0.5},
+        {"rope_scaling_factor": float("inf")},
+        {"rope_scaling_factor": "2"},
+        {"max_position_embeddings": 0},
+        {"use_logn_attn": 2},
+        {"quant_policy": 8},
+        {"dtype": "int4"},
+        {"device": 3},
+        {"prefix_caching": 1},
+        {"session_len": -1},
+        {"max_batch_size": 2.0},
+        {"num_tokens_per_iter": True},
+        {"cache_block_seq_len": "64"},
+        {"cache_max_entry_count": -0.5},
+        {"cache_max_entry_count": 2.5},
+        {"cache_max_entry_count": "2"},
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is .* must be"):
-        EngineConfig(**options).applied_to(tiny_config())
+        EngineConfig(**options)
+
+
+def test_what_is_left_open_is_taken_and_what_is_said_stays():
+    said = EngineConfig(
+        session_len=9, max_batch_size=8, cache_max_entry_count=0.25, quant_policy=4, rope_scaling_factor=2
+    )
+    assert EngineConfig().over(said) == said
+    mine = EngineConfig(session_len=5, cache_max_entry_count="1GB", quant_policy=0, rope_scaling_factor=0)
+    assert mine.over(said) == EngineConfig(
+        session_len=5, max_batch_size=8, cache_max_entry_count="1GB", quant_policy=0, rope_scaling_factor=0
+    )
+    assert EngineConfig(use_logn_attn=False).over(EngineConfig(use_logn_attn=True)).use_logn_attn is False
+    complete = EngineConfig(max_batch_size=3).complete()
+    assert complete.max_batch_size == 3
+    assert min(complete.num_tokens_per_iter, complete.cache_max_entry_count, complete.cache_block_seq_len) > 0

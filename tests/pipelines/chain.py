@@ -69,7 +69,7 @@ def tiny_rows(
         config = Config(
             model=Model(name="tiny", path=str(checkpoint)),
             calibration=Calibration(name="c", path=str(text), samples=4, sequence_length=16, sampling="first"),
-            weights=Weights(name=weights, group_size=32, activation_steps=2, weight_steps=1),
+            weights=Weights(name=weights, group_size=32, activation_exponents=[0.0, 0.4], weight_exponents=[0.0]),
             kv=KV(name=kv),
             evaluation=Evaluation(
                 name="e",

@@ -7,7 +7,17 @@ from pipelines import calibrate, export, quantize, shard, sources
 from pipelines.slices import Call
 
 CALIBRATION = {"samples": 6, "sequence_length": 32, "sampling": "random", "seed": 1}
-W4A16 = {"name": "w4a16", "group_size": 32, "search": "grid", "activation_steps": 3, "weight_steps": 2}
+W4A16 = {
+    "name": "w4a16",
+    "group_size": 32,
+    "search": "grid",
+    "method": "awq+gptq",
+    "symmetric": False,
+    "clip": True,
+    "correction": 0.5,
+    "activation_exponents": [0.0, 0.4],
+    "weight_exponents": [0.0, 1.0],
+}
 FORMULA = {"name": "w4a16", "group_size": 32, "search": "none", "alpha": 0.5}
 FP16 = {"name": "fp16"}
 
@@ -19,9 +29,16 @@ class Build:
     """
 
     def __init__(
-        self, root: Path, checkpoint: Path, text: Path, *, allow_bin: bool = False, template: str | None = None
+        self,
+        root: Path,
+        checkpoint: Path,
+        text: Path,
+        *,
+        allow_bin: bool = False,
+        template: str | None = None,
+        ini: dict[str, int | float] | None = None,
     ) -> None:
-        self.root, self.template = root, template
+        self.root, self.template, self.ini = root, template, ini
         self.model = {"kind": "folder", "digest": sources.folder_digest(checkpoint, allow_bin=allow_bin)}
         if allow_bin:
             self.model["allow_bin"] = True
@@ -59,6 +76,8 @@ class Build:
         }
         if self.template:
             content["template"] = self.template
+        if self.ini:
+            content["ini"] = self.ini
         return self._run(export, f"export-{weights['name']}-{tp}-{kv}", content, **inputs)
 
     def artifact(self, weights, kv: str, *, tp: int = 1, symmetric: bool = False) -> Path:

@@ -5,11 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from engine.config import Recipe
+from engine.models.cache import page_bytes
+from engine.runtime import capability
+from engine.runtime.capability import Device
+from engine.storage.checkpoint import Checkpoint
 from pipelines import build
 from pipelines.schema import Config, Model, Weights
 from tests.pipelines.built import write_built
+from tests.pipelines.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,9 +27,8 @@ def project(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     (tmp_path / "params.yaml").write_text("untouched: true\n")
-    (tmp_path / "demo/model").mkdir(parents=True)
-    (tmp_path / "demo/model/config.json").write_text("{}")
-    (tmp_path / "demo/model/model.safetensors").write_bytes(bytes(1_000_000))
+    (tmp_path / "demo").mkdir()
+    write_tiny_checkpoint(tmp_path / "demo/model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path
@@ -102,6 +108,43 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(project,
     assert "has 1.0 MB free. Free some room" in capsys.readouterr().err
 
 
+def test_a_machine_that_is_too_small_is_told_so_before_anything_is_written(project, repro, monkeypatch, capsys):
+    small = Device(name="cpu", bfloat16=True, int8=True, free_bytes=100_000)
+    monkeypatch.setattr(capability, "probe_device", lambda text: small)
+    assert build.main(["weights=w4a16", "kv=kv8"]) == 1
+    assert not repro.seen
+    assert "ingot build: cpu has 0 MiB free. The weights (fp16, computed in float32) take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", ["w4a16", "fp16"])
+def test_what_is_built_has_to_fit_beside_what_it_is_compared_with(project, monkeypatch, weights):
+    config = Config(model=Model(name="m", path="demo/model"), weights=Weights(name=weights, group_size=32))
+    model, recipe = Checkpoint(project / "demo/model").config, Recipe(weights=weights, group_size=32)
+    page = page_bytes(model, page_len=64, dtype=torch.float32, quantized=False)
+    # One page holds the model's 64 positions, and half of what is free is the cache.
+    enough = capability.weight_bytes(model, recipe, torch.float32) + 2 * page
+    free = [enough]
+    probed = lambda text: Device(name="cpu", bfloat16=True, int8=True, free_bytes=free[0])  # noqa: E731
+    monkeypatch.setattr(capability, "probe_device", probed)
+    build.check_device(project, config)
+    free[0] = enough - 2
+    with pytest.raises(ValueError, match=rf"The weights \({weights}, computed in float32\)"):
+        build.check_device(project, config)
+
+
+def test_a_checkpoint_that_is_not_here_is_not_asked(project):
+    build.check_device(project, Config(model=Model(name="m", path="elsewhere", digest="0" * 64)))
+    build.check_device(project, Config(model=Model(name="m", digest="0" * 64)))
+
+
+def test_a_model_that_is_not_known_is_said_before_anything_is_written(project, repro, capsys):
+    config = project / "demo/model/config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    assert build.main([]) == 1
+    assert not repro.seen
+    assert "config.json has architectures = ['MambaForCausalLM']" in capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_found_after_the_build(project, repro, monkeypatch, capsys):
     monkeypatch.setattr(build, "broken", lambda cache, entries: ["build/export/k/a: absent"])
     assert build.main([]) == 1
@@ -113,6 +156,7 @@ def test_a_damaged_cache_is_found_after_the_build(project, repro, monkeypatch, c
     [
         (["weights=w9"], "Could not find 'weights/w9'"),
         (["weights.bit=3"], "Key 'bit' not in 'Weights'"),
+        (["ini.weight_type=fp16"], "ini.weight_type cannot be set: it follows from"),
         (["tp=four"], "could not be converted to Integer"),
         (["nonsense"], "nonsense"),
     ],
@@ -130,6 +174,7 @@ def test_a_typo_is_named_in_one_paragraph(project, arguments, message):
     ("arguments", "message"),
     [
         (["weights.alpha=3"], "weights.alpha=3.0 must be from 0 to 1"),
+        (["ini.cache_max_entry_count=4GB"], "must be a share of memory below 1, or a whole number of pages"),
         (["model=local"], "model.path"),
         (["model=hub", "model.repo=a/b", "model.revision=main"], "model.revision=main must be a commit"),
     ],
@@ -157,12 +202,24 @@ def test_folders_of_killed_jobs_are_swept(project):
 
 
 def test_the_estimate_counts_weights_once_and_quantized_ones_besides(project):
+    (project / "demo/model/model.safetensors").write_bytes(bytes(1_000_000))
     model = Model(name="demo", path="demo/model")
     fp16 = build.estimate(project, Config(model=model))
     w4a16 = build.estimate(project, Config(model=model, weights=Weights(name="w4a16")))
     assert w4a16 - fp16 == 300_000
     assert fp16 > 1_000_000 + build.SPARE_BYTES
     assert build.estimate(project, Config(model=Model(name="h", repo="a/b"))) == build.SPARE_BYTES
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_the_estimate_counts_pickled_weights_where_they_are_read(project, name):
+    (project / "pickled").mkdir()
+    (project / "pickled/params.json").write_text("{}")
+    (project / "pickled" / name).write_bytes(bytes(1_000_000))
+    config = Config(model=Model(name="pickled", path="pickled", allow_bin=True))
+    less = build.estimate(project, config)
+    (project / "pickled" / name).write_bytes(bytes(6_000_000))
+    assert build.estimate(project, config) - less == 5_000_000
 
 
 def test_paths_with_quotes_arrive_unchanged(project):

@@ -1,6 +1,7 @@
 """Renderings are compared with golden texts, and with those of the checkpoints' own templates where these are here."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,13 @@ DIALOGUES = {
 MARKED = ("chatml", "internlm2", "llama3", "qwen")
 
 
+@cache
+def compiled(text):
+    return ChatTemplate(text, source="test", special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+
+
 def render(text, messages, *, add_generation_prompt=True):
-    template = ChatTemplate(text, source="test", special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
-    return template.render(messages, add_generation_prompt=add_generation_prompt)
+    return compiled(text).render(messages, add_generation_prompt=add_generation_prompt)
 
 
 @pytest.mark.parametrize("name", NAMES)

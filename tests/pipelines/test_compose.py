@@ -89,7 +89,17 @@ def test_a_slice_holds_what_its_stage_needs_and_no_path(project):
     assert found["quantize/one-demo_text-fp16"] == {"model": model, "weights": {"name": "fp16"}}
     assert found["quantize/one-demo_text-w4a16"] == {
         "model": model,
-        "weights": {"name": "w4a16", "group_size": 128, "search": "grid", "activation_steps": 20, "weight_steps": 3},
+        "weights": {
+            "name": "w4a16",
+            "group_size": 128,
+            "search": "grid",
+            "method": "awq+gptq",
+            "symmetric": False,
+            "clip": True,
+            "correction": 0.5,
+            "activation_exponents": [0.0, 0.2, 0.4, 0.6],
+            "weight_exponents": [0.0, 0.5, 1.0],
+        },
         "toolchain": tools,
     }
     assert found["shard/one-demo_text-w4a16-1"] == {
@@ -146,6 +156,13 @@ def test_a_template_changes_what_is_said_and_not_what_is_computed(project):
     assert {name.split("/")[0] for name in names} == {"export", "baseline"}
     slices_of_one = project / "build/slices/export/one-demo_text-fp16-1-kv8.json"
     assert json.loads(slices_of_one.read_text())["template"] == "chatml"
+
+
+def test_a_key_of_config_ini_changes_what_is_exported_and_nothing_else(project):
+    names = changed(project, lambda: None, overrides=["ini.max_batch_size=8", "ini.cache_max_entry_count=100"])
+    assert {name.split("/")[0] for name in names} == {"export"}
+    exported = json.loads((project / "build/slices/export/one-demo_text-fp16-1-kv8.json").read_text())
+    assert exported["ini"] == {"max_batch_size": 8, "cache_max_entry_count": 100.0}
 
 
 def test_pickled_weights_are_part_of_the_source_where_they_may_be_read(project):
@@ -265,6 +282,10 @@ def test_a_hub_repository_is_its_commit_whether_it_is_here_or_not(project, monke
     ("changes", "message"),
     [
         ({"overrides": ["weights.bit=3"]}, "Key 'bit' not in 'Weights'"),
+        ({"overrides": ["ini.head_num=3"]}, "ini.head_num cannot be set: it is an attribute of the model"),
+        ({"overrides": ["+ini.quant_policy=4"]}, "ini.quant_policy cannot be set: kv says it"),
+        ({"overrides": ["ini.max_batch_size=many"]}, "'many'.*could not be converted to Integer"),
+        ({"overrides": ["ini.step_length=2"]}, "ini.step_length=2 must be 1"),
         ({"overrides": ["weights.group_size=four"]}, "'four'.*could not be converted to Integer"),
         ({"weights": ["w5"]}, "Could not find 'weights/w5'"),
         ({"models": ["local"]}, "path"),

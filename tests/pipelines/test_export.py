@@ -10,7 +10,8 @@ from engine.config import EngineConfig, Sampling
 from engine.models.batch import packed
 from engine.runtime.engine import Engine
 from engine.runtime.tokenizer import Tokenizer
-from engine.storage.artifacts import read_manifest, verify
+from engine.storage import artifacts
+from engine.storage.artifacts import ArtifactError, read_manifest, verify
 from engine.storage.checkpoint import Checkpoint, load_checkpoint
 from engine.storage.triton_repository import repository_files, verify_deployed
 from engine.storage.workspace import TOKENIZER, WEIGHTS, Workspace, load_workspace
@@ -18,6 +19,8 @@ from pipelines.calibrate import calibrate
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.template_files import read_template
+from pipelines.written_weights import DIGESTS
+from tests.cli.test_seed_checkpoints import meta_folder
 from tests.pipelines.stage import FP16, W4A16, Build
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
@@ -59,9 +62,28 @@ def test_weight_files_are_links_so_that_kv_costs_no_bytes(build):
     sharded = build.shard(FP16, quantized)
     inputs = {"shard": sharded, "quantize": quantized, "calibrate": calibrated}
     folders = [build.export(FP16, kv, **inputs) / WEIGHTS for kv in ("kv16", "kv8")]
-    for path in sharded.iterdir():
+    for path in (path for path in sharded.iterdir() if path.name != DIGESTS):
         assert {(folder / path.name).stat().st_ino for folder in folders} == {path.stat().st_ino}
     assert (folders[1] / "layers.1.past_kv_scale.0.weight").stat().st_size == 16
+
+
+def test_weight_files_are_not_read_again_and_one_that_changed_since_is_found(build, monkeypatch):
+    calibrated = build.calibrate()
+    quantized = build.quantize(FP16, calibrated)
+    sharded = build.shard(FP16, quantized)
+    hashed = []
+    inputs = {"shard": sharded, "quantize": quantized, "calibrate": calibrated}
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "hash_file", lambda path, **_: hashed.append(path.name) or ("0" * 64, ""))
+        build.export(FP16, "kv16", **inputs)
+    assert "config.ini" in hashed and not {path.name for path in sharded.iterdir()} & set(hashed)
+    changed = sharded / "layers.1.feed_forward.w2.0.weight"
+    changed.write_bytes(bytes(changed.stat().st_size))
+    with pytest.raises(ArtifactError, match=r"layers\.1\.feed_forward\.w2\.0\.weight has changed"):
+        verify(build.export(FP16, "kv16", **inputs))
+    changed.write_bytes(b"short")
+    with pytest.raises(ArtifactError, match=r"w2\.0\.weight is not as it was written, 12288 bytes long"):
+        build.export(FP16, "kv16", **inputs)
 
 
 def test_what_was_calibrated_names_its_calibration(build):
@@ -100,7 +122,7 @@ def test_symmetric_scales_are_written_with_zero_points_and_the_engine_runs_on_th
 
 def test_scales_of_the_smoothed_model_match_a_fresh_calibration_of_it(build, tmp_path):
     """w4a16-kv8 divides V's recorded range; calibrating the model whose v_proj is divided finds the same scales."""
-    artifact = build.artifact(W4A16 | {"activation_steps": 5}, "kv8")
+    artifact = build.artifact(W4A16 | {"activation_exponents": [0.0, 0.6]}, "kv8")
     smoothing = load_file(build.root / "quantize-w4a16/smoothing.safetensors")
     source = Checkpoint(tmp_path / "model")
     divided = {}
@@ -183,8 +205,43 @@ def test_pickled_weights_give_the_same_artifact_where_they_may_be_read(build, tm
         refused.calibrate()
 
 
+def test_keys_of_config_ini_are_written_and_nothing_else_changes(build, tmp_path):
+    plain = build.artifact(FP16, "kv8")
+    said = {"max_batch_size": 3, "cache_max_entry_count": 20.0, "use_context_fmha": 0, "step_length": 1}
+    of_the_model = {"rope_scaling_factor": 2.0, "use_logn_attn": 1, "max_position_embeddings": 32}
+    ini = {**said, **of_the_model}
+    artifact = Build(tmp_path / "set", tmp_path / "model", tmp_path / "text.txt", ini=ini).artifact(FP16, "kv8")
+    before, after = ({x.path: x.sha256 for x in read_manifest(folder).files} for folder in (plain, artifact))
+    assert {path for path in before if before[path] != after[path]} == {f"{WEIGHTS}/config.ini"}
+    lines = [(folder / WEIGHTS / "config.ini").read_text().splitlines() for folder in (plain, artifact)]
+    differ = {line.partition(" = ")[0] for line in set(lines[0]) ^ set(lines[1])}
+    assert differ == ini.keys() - {"step_length"}, "session_len stays the checkpoint's"
+    workspace = Workspace(artifact)
+    assert {key: getattr(workspace.ini, key) for key in ini} == ini
+    assert (workspace.config.logn, workspace.config.rope_scaling.factor) == (True, 2.0)
+
+
+def test_a_scaling_beside_the_models_own_is_refused(build, tmp_path):
+    write_tiny_checkpoint(tmp_path / "scaled", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    scaled = Build(tmp_path / "set", tmp_path / "scaled", tmp_path / "text.txt", ini={"rope_scaling_factor": 2.0})
+    with pytest.raises(ValueError, match=r"rope_scaling_factor is 2\.0, but the model has a scaling of its own"):
+        scaled.artifact(FP16, "kv16")
+    assert not (tmp_path / "set/export-fp16-1-kv16").exists()
+
+
 def test_code_of_the_checkpoint_is_never_copied(build, tmp_path):
     (tmp_path / "model" / "modeling_tiny.py").write_text("raise SystemExit")
     artifact = build.artifact(FP16, "kv16")
     assert {path.name for path in artifact.rglob("*.py")} == {"model.py"}  # Triton's, ours
     assert json.loads((artifact / TOKENIZER / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_a_meta_checkpoint_is_built_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder = meta_folder(tmp_path / "meta")
+    artifact = Build(tmp_path / "out", folder, tmp_path / "text.txt", allow_bin=True).artifact(FP16, "kv16")
+    manifest = verify(artifact)
+    assert set(manifest.sources) == {"consolidated.00.pth", "params.json", "tokenizer.model"}
+    assert [path.name for path in (artifact / TOKENIZER).iterdir()] == ["tokenizer.model"]
+    assert Workspace(artifact).ini.end_id == 2

@@ -32,8 +32,8 @@ overrides: {overrides}
 SMALL = [
     "calibration.samples=4",
     "calibration.sequence_length=64",
-    "weights.activation_steps=2",
-    "weights.weight_steps=1",
+    "weights.activation_exponents=[0.4]",
+    "weights.weight_exponents=[0.0]",
     "evaluation.sequence_length=64",
     "evaluation.max_tokens=576",
     "evaluation.questions=null",

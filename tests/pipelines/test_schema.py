@@ -1,5 +1,6 @@
 import pytest
 
+from pipelines.ini_options import Ini
 from pipelines.schema import KV, Calibration, Config, Evaluation, Gates, Model, Text, Weights, check
 
 
@@ -45,8 +46,10 @@ def test_a_valid_configuration_passes():
         ({"weights": Weights(search="all")}, "weights.search=all must be one of grid, none"),
         ({"weights": Weights(group_size=4)}, "weights.group_size=4 must be at least 8"),
         ({"weights": Weights(alpha=1.5)}, "weights.alpha=1.5 must be from 0 to 1"),
-        ({"weights": Weights(activation_steps=0)}, "weights.activation_steps=0"),
+        ({"weights": Weights(activation_exponents=[2.0])}, "weights.activation_exponents=2.0 must be from 0 to 1"),
         ({"kv": KV(name="kv4")}, "kv.name=kv4 must be one of kv16, kv8"),
+        ({"ini": Ini(max_batch_size=-1)}, "ini.max_batch_size=-1 must be at least 0"),
+        ({"ini": Ini(rope_scaling_factor=0.5)}, "ini.rope_scaling_factor is 0.5, but must be 0 (off) or at least 1."),
         ({"evaluation": Evaluation(text=Text(path="e"), confidence=1.0)}, "evaluation.confidence=1.0"),
         ({"evaluation": Evaluation(text=Text(path="e"), max_tokens=1)}, "evaluation.max_tokens=1"),
         ({"evaluation": Evaluation(text=Text(path="e"), gates=Gates(top1_agreement_min=2))}, "top1_agreement_min=2"),

@@ -1,9 +1,11 @@
 import hashlib
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.written_weights import DIGESTS
 from tests.pipelines.stage import FP16, W4A16, Build, bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 from tests.shared_data import shared
@@ -19,7 +21,14 @@ def build(tmp_path, monkeypatch):
 def test_weight_files_and_nothing_else(build):
     names = set(bytes_of(build.shard(FP16, build.quantize(FP16, build.calibrate()), tp=2)))
     assert "layers.1.attention.w_qkv.1.weight" in names and "tok_embeddings.weight" in names
+    names.remove(DIGESTS)
     assert all(name.endswith((".weight", ".bias")) for name in names) and not any("past_kv" in name for name in names)
+
+
+def test_digests_are_those_of_the_bytes_on_disk(build):
+    written = bytes_of(build.shard(W4A16, build.quantize(W4A16, build.calibrate()), tp=2))
+    kept = {entry["path"]: (entry["size"], entry["sha256"]) for entry in json.loads(written.pop(DIGESTS))}
+    assert kept == {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in written.items()}
 
 
 def test_quantized_tensors_take_the_place_of_the_source(build):
@@ -57,4 +66,5 @@ def test_golden_files(tmp_path, monkeypatch, weights, tp):
     lines = (golden / f"expected.{weights}.tp{tp}.sha256").read_text().splitlines()
     expected = {line.split()[-1]: line.split()[0] for line in lines}
     expected.pop("config.ini", None)
+    del written[DIGESTS]
     assert {name: hashlib.sha256(content).hexdigest() for name, content in written.items()} == expected

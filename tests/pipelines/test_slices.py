@@ -79,9 +79,11 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path):
     process.wait()
     (tmp_path / f"out.tmp-{process.pid}").mkdir()
     (tmp_path / f"out.tmp-{os.getppid()}").mkdir()
+    (tmp_path / "out.tmp-of-a-user").mkdir()
     with output(tmp_path / "out"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", f"out.tmp-{os.getppid()}"]
+    kept = ["out", f"out.tmp-{os.getppid()}", "out.tmp-of-a-user"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_write_json_is_sorted_and_whole(tmp_path):

@@ -14,11 +14,11 @@ from engine.models import names
 from engine.storage.artifacts import read_manifest, write_manifest
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.workspace import WEIGHTS, write_weights
-from pipelines.quant.observers import Observer, gram
-from pipelines.quant.stream import LayerTensors, Stream, side_by_side
-from pipelines.quant.w4a16 import exponent_grid
-from pipelines.quant.w4a16 import layer as w4a16_layer
-from pipelines.quant.w4a16.rounding import GroupCodes, quantize_groups
+from pipelines.quant.stream import LayerTensors, side_by_side
+from pipelines.quant.w4a16 import feedback, method
+from pipelines.quant.w4a16.feedback import round_block
+from pipelines.quant.w4a16.layer import quantize_by_search
+from pipelines.quant.walk import Walk
 from pipelines.toolchain import device_class
 from tests.pipelines.chain import Chain
 from tests.regression.ladder import (
@@ -106,11 +106,8 @@ def test_swapped_gate_and_up_of_one_layer_on_disk_are_named(
 def test_a_changed_rounding_is_named(
     chain: Chain, goldens: tuple[dict[str, Any], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounded_down(weight: Tensor, group_size: int) -> GroupCodes:
-        nearest = quantize_groups(weight, group_size)
-        steps = weight.float().view(len(weight), -1, group_size) / nearest.scales.unsqueeze(-1)
-        codes = (steps.floor() + nearest.zeros.unsqueeze(-1)).clamp(0, 15)
-        return GroupCodes(codes=codes.view(weight.shape).to(torch.uint8), zeros=nearest.zeros, scales=nearest.scales)
+    def rounded_down(block: Tensor, corner: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        return round_block(block - scales / 2, corner, scales, zeros)
 
     recorded = {
         name: sketch
@@ -119,7 +116,7 @@ def test_a_changed_rounding_is_named(
     }
     # The first layer is enough: building all of them again would take as long as everything else here. That it is what
     # was recorded when rounded right, the rung's own test says.
-    monkeypatch.setattr(w4a16_layer, "quantize_groups", rounded_down)
+    monkeypatch.setattr(feedback, "round_block", rounded_down)
     found = compare_tensors(recorded, sketches(_first_layer(chain)))
     named = {message.split(" deviates by ")[0] for message in found}
     assert named == {f"model.layers.0.{module}.weight" for module in names.LINEARS}
@@ -146,16 +143,8 @@ def _first_layer(chain: Chain) -> dict[str, Tensor]:
     blocks = load_file(chain.root / "build/calibrate/demo-demo_text/blocks.safetensors")["tokens"]
     tensors = LayerTensors(checkpoint, 0)
     with side_by_side() as workers:
-        stream = Stream(checkpoint, blocks, workers)
-        grams = stream.observe(stream.dense(tensors), 0, lambda: Observer(of_input=gram, of_kv=None), advance=False)
-        quantized = w4a16_layer.quantize_by_search(
-            tensors,
-            grams,
-            checkpoint.config,
-            group_size=wanted["group_size"],
-            exponents=exponent_grid(wanted),
-            workers=workers,
-        )
+        here = Walk(checkpoint, blocks, workers, drift=True, device="cpu").layer(0, tensors)
+        quantized = quantize_by_search(tensors, here.inputs, checkpoint.config, method(wanted), workers)
     return {names.layer_name(0, name): tensor for name, tensor in quantized.dense().items()}
 
 

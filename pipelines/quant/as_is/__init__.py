@@ -14,7 +14,13 @@ from pipelines.slices import write_json
 
 
 def quantize(
-    weights: Mapping[str, Any], source: Path, calibration: Path, out: Path, *, allow_bin: bool = False
+    weights: Mapping[str, Any],
+    source: Path,
+    calibration: Path,
+    out: Path,
+    *,
+    allow_bin: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Look at everything that `shard` will take from the checkpoint `source`, and write `report.json` into `out`.
 

@@ -8,6 +8,12 @@ from typing import Any
 
 
 def quantize(
-    weights: Mapping[str, Any], source: Path, calibration: Path, out: Path, *, allow_bin: bool = False
+    weights: Mapping[str, Any],
+    source: Path,
+    calibration: Path,
+    out: Path,
+    *,
+    allow_bin: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Nothing to write: whatever reads the quantized model reads the checkpoint's own tensors."""

@@ -1,4 +1,4 @@
-"""W4A16: linear layers as 4-bit groups with activation-aware scales; everything else stays in 16 bits."""
+"""W4A16: linear layers as 4-bit groups; everything else stays in 16 bits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.turbomind_files import check_fits
-from pipelines.quant.observers import Observer, gram
-from pipelines.quant.stream import LayerTensors, Stream, Workers, side_by_side
+from pipelines.quant.stream import LayerTensors, Workers, side_by_side
 from pipelines.quant.tensor_file import TensorFile
-from pipelines.quant.w4a16.layer import QuantizedLayer, quantize_as_reference, quantize_by_search
+from pipelines.quant.w4a16.layer import QuantizedLayer, quantize_as_reference, quantize_by_search, round_layer
+from pipelines.quant.w4a16.search import Method
+from pipelines.quant.walk import Walk
 from pipelines.slices import write_json
 
 
 @torch.inference_mode()
 def quantize(
-    weights: Mapping[str, Any], source: Path, calibration: Path, out: Path, *, allow_bin: bool = False
+    weights: Mapping[str, Any],
+    source: Path,
+    calibration: Path,
+    out: Path,
+    *,
+    allow_bin: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Write the quantized layers of the checkpoint `source` into the folder `out`.
 
@@ -34,21 +41,39 @@ def quantize(
 
     `weights.safetensors`: every tensor of every decoder layer, linears in the HF-AWQ layout, norms and biases in
     float16. `smoothing.safetensors`: float32 [channels] that the outputs of a linear were divided by, by its name.
-    `report.json`: a row per layer and pair. With `search: grid` a layer sees the outputs of the quantized ones before
+    `report.json`: a row per layer and pair. With `search: grid` a linear sees the outputs of the quantized ones before
     it, and the errors reported are parts of the power of the outputs.
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config, group_size = checkpoint.config, int(weights["group_size"])
     check_fits(config, Recipe(weights="w4a16", group_size=group_size), tp=1)  # before any work
-    with side_by_side() as workers:
-        if weights["search"] == "grid":
-            blocks = load_file(calibration / "blocks.safetensors")["tokens"]
-            layers = _searched(checkpoint, blocks, group_size, exponent_grid(weights), workers)
-        else:
+    with side_by_side(device=device) as workers:
+        if weights["search"] == "none":
             layers = _by_formula(checkpoint, calibration / "stats.safetensors", group_size, float(weights["alpha"]))
+        elif weights["method"] == "rtn":
+            layers = _rounded(checkpoint, weights, device)
+        else:
+            blocks = load_file(calibration / "blocks.safetensors")["tokens"]
+            layers = _searched(checkpoint, blocks, method(weights), workers, device)
         smoothing, report = _write_layers(layers, config, group_size, out / "weights.safetensors")
-    save_file({name: scale.contiguous() for name, scale in smoothing.items()}, out / "smoothing.safetensors")
-    write_json(out / "report.json", {"group_size": group_size, "search": weights["search"], "pairs": report})
+    save_file({name: scale.cpu().contiguous() for name, scale in smoothing.items()}, out / "smoothing.safetensors")
+    write_json(out / "report.json", {"weights": dict(weights), "pairs": report})
+
+
+def method(weights: Mapping[str, Any]) -> Method:
+    """What a slice with `search: grid` asks for; a field that its method does not have is not in it."""
+    return Method(
+        group_size=int(weights["group_size"]),
+        symmetric=bool(weights["symmetric"]),
+        feedback="gptq" in weights["method"],
+        clip=bool(weights["clip"]),
+        correction=float(weights.get("correction", 0.0)),
+        exponents=tuple(
+            (float(x), float(y))
+            for x in weights.get("activation_exponents", ())
+            for y in weights.get("weight_exponents", ())
+        ),
+    )
 
 
 def _write_layers(
@@ -61,36 +86,28 @@ def _write_layers(
         progress = tqdm(layers, total=config.num_layers, desc="quantize", unit="layer", file=sys.stderr, disable=None)
         for number, layer in enumerate(progress):
             for name, tensor in layer.packed().items():
-                file.write(names.layer_name(number, name), tensor)
+                file.write(names.layer_name(number, name), tensor.cpu())
             smoothing |= {names.layer_name(number, module): scale for module, scale in layer.smoothing.items()}
             report += [{"layer": number, **row} for row in layer.report]
     return smoothing, report
 
 
-def exponent_grid(weights: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """The exponents (of the activation, of the weight) that a slice asks to try: x in [0, 1), y in [0, 1]."""
-    steps, weight_steps = int(weights["activation_steps"]), int(weights["weight_steps"])
-    return [(x / steps, y / max(weight_steps - 1, 1)) for x in range(steps) for y in range(weight_steps)]
-
-
 def _searched(
-    checkpoint: Checkpoint,
-    blocks: Tensor,
-    group_size: int,
-    exponents: list[tuple[float, float]],
-    workers: Workers,
+    checkpoint: Checkpoint, blocks: Tensor, method: Method, workers: Workers, device: str
 ) -> Iterator[QuantizedLayer]:
-    stream = Stream(checkpoint, blocks, workers)
+    walk = Walk(checkpoint, blocks, workers, drift=method.correction > 0, device=device)
     for number in range(checkpoint.config.num_layers):
-        tensors = LayerTensors(checkpoint, number)
-        grams = stream.observe(
-            stream.dense(tensors), number, lambda: Observer(of_input=gram, of_kv=None), advance=False
-        )
-        quantized = quantize_by_search(
-            tensors, grams, checkpoint.config, group_size=group_size, exponents=exponents, workers=workers
-        )
-        stream.advance(stream.dense(quantized.dense()))
+        tensors = dict(LayerTensors(checkpoint, number, device))
+        here = walk.layer(number, tensors)
+        quantized = quantize_by_search(tensors, here.inputs, checkpoint.config, method, workers)
+        here.finish(quantized.dense())
         yield quantized
+
+
+def _rounded(checkpoint: Checkpoint, weights: Mapping[str, Any], device: str) -> Iterator[QuantizedLayer]:
+    for number in range(checkpoint.config.num_layers):
+        tensors = LayerTensors(checkpoint, number, device)
+        yield round_layer(tensors, group_size=int(weights["group_size"]), symmetric=bool(weights["symmetric"]))
 
 
 def _by_formula(checkpoint: Checkpoint, statistics: Path, group_size: int, alpha: float) -> Iterator[QuantizedLayer]:

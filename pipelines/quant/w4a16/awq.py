@@ -1,8 +1,7 @@
 """Activation-aware scales (Lin et al. 2023): input channels that matter are made large before weights are rounded.
 
 A scale s multiplies the input channels of the weights of a pair and divides what feeds them. `reference_scale` is
-the fixed formula of LMDeploy v0.1.0; `search_scale` tries s = a^x / w^y over exponents and keeps the one with the
-smallest output error, measured by the Gram matrix of the inputs, whose cost does not depend on the number of tokens.
+the fixed formula of LMDeploy v0.1.0; `candidates` are s = a^x / w^y over exponents, for a search to choose from.
 """
 
 from __future__ import annotations
@@ -13,21 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.quant.stream import Workers
-from pipelines.quant.w4a16.rounding import round_groups
-
-LARGEST = 1e4  # of a scale, and its inverse the smallest: keeps scaled weights and norms far from float16's ends
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """A searched scale, float32 [in], and the relative output errors without scaling and with it."""
+class Candidate:
+    """A scale float32 [in] of a pair, and the exponents of activation and weight that it came from."""
 
-    activation_exponent: float
-    weight_exponent: float
+    x: float
+    y: float
     scale: Tensor
-    unscaled_error: float
-    error: float
+
+
+LARGEST = 1e4  # of a scale, and its inverse the smallest: keeps scaled weights and norms far from float16's ends
 
 
 def reference_scale(weights: Sequence[Tensor], absmax: Tensor, *, group_size: int, alpha: float) -> Tensor:
@@ -68,49 +63,13 @@ def grid_scale(activation: Tensor, weight: Tensor, x: float, y: float) -> Tensor
     return torch.where(alive, scale.clamp(1 / LARGEST, LARGEST), one)
 
 
-def output_error(weights: Sequence[Tensor], scale: Tensor, gram: Tensor, group_size: int) -> float:
-    """Sum over the outputs of the squared error that rounding `weight * scale` makes: trace(dW G dW^T)."""
-    total = 0.0
-    for weight in weights:
-        difference = round_groups(weight * scale, group_size).div_(scale).sub_(weight)
-        total += float(((difference @ gram) * difference).sum())
-    return total
+def candidates(
+    activation: Tensor, weight: Tensor, exponents: Sequence[tuple[float, float]], storable: Callable[[Tensor], Tensor]
+) -> list[Candidate]:
+    """No scaling, then the scale of each of `exponents` (x, y) as `storable` makes it: one that can be had exactly.
 
-
-def output_power(weights: Sequence[Tensor], gram: Tensor) -> float:
-    """Sum of the squared outputs themselves, which errors are given in parts of."""
-    return sum(float(((weight @ gram) * weight).sum()) for weight in weights)
-
-
-def search_scale(
-    weights: Sequence[Tensor],
-    gram: Tensor,
-    *,
-    group_size: int,
-    activation: Tensor,
-    channel_weight: Tensor,
-    exponents: Sequence[tuple[float, float]],
-    storable: Callable[[Tensor], Tensor],
-    workers: Workers,
-) -> Choice:
-    """The best of `exponents` (pairs x, y) and of no scaling, for float32 weights [out, in] that share an input.
-
-    `storable` turns a wished-for scale [channels] into the float32 one [in] that can be had exactly, such as the
-    quotient of a norm's weight before and after it is rounded. Among equals the first wins, no scaling before all.
+    `activation` and `weight` are [channels]; `storable` turns a wished-for scale [channels] into the float32 one [in],
+    such as the quotient of a norm's weight before and after it is rounded.
     """
     tries = [(0.0, 0.0), *(pair for pair in exponents if pair != (0.0, 0.0))]
-
-    def one(index: int) -> tuple[float, Tensor]:
-        scale = storable(grid_scale(activation, channel_weight, *tries[index]))
-        return output_error(weights, scale, gram, group_size), scale
-
-    results = list(workers.in_order(one, len(tries)))
-    best = min(range(len(tries)), key=lambda i: results[i][0])
-    power = output_power(weights, gram) or 1.0
-    return Choice(
-        activation_exponent=tries[best][0],
-        weight_exponent=tries[best][1],
-        scale=results[best][1],
-        unscaled_error=results[0][0] / power,
-        error=results[best][0] / power,
-    )
+    return [Candidate(x=x, y=y, scale=storable(grid_scale(activation, weight, x, y))) for x, y in tries]

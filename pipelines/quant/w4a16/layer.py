@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.models import names
-from pipelines.quant.observers import Statistics
 from pipelines.quant.pairs import ATTENTION_OUT, PAIRS, Pair, divide_outputs, fold_heads, repeat_heads
 from pipelines.quant.stream import Workers
 from pipelines.quant.w4a16 import awq
 from pipelines.quant.w4a16.pack import pack_codes
 from pipelines.quant.w4a16.rounding import GroupCodes, quantize_groups, quantize_groups_as_reference
+from pipelines.quant.w4a16.search import Method, quantize_linears
+from pipelines.quant.walk import ORDER, Inputs
 
 Tensors = dict[str, Tensor]
 STORED = torch.float16  # the type of everything beside int4 weights in a workspace
@@ -78,62 +79,57 @@ def quantize_as_reference(
     return QuantizedLayer(tensors=scaled, codes=codes, smoothing=smoothing, report=report)
 
 
+def round_layer(tensors: Mapping[str, Tensor], *, group_size: int, symmetric: bool) -> QuantizedLayer:
+    """Every linear rounded to the nearest codes, everything else as it is."""
+    codes = {
+        module: quantize_groups(tensors[f"{module}.weight"].float(), group_size, symmetric=symmetric)
+        for module in names.LINEARS
+    }
+    return QuantizedLayer(tensors=_stored(tensors), codes=codes)
+
+
 def quantize_by_search(
-    tensors: Mapping[str, Tensor],
-    grams: Mapping[str, Statistics],
-    config: ModelConfig,
-    *,
-    group_size: int,
-    exponents: Sequence[tuple[float, float]],
-    workers: Workers,
+    tensors: Mapping[str, Tensor], inputs: Inputs, config: ModelConfig, method: Method, workers: Workers
 ) -> QuantizedLayer:
-    """Search a scale for every pair, then round; `grams` by linear, of the inputs that this layer will see.
+    """Pair by pair: measure the inputs, choose a scale, quantize, and go on with what that made of the layer.
 
-    The scale of v_proj and o_proj is one per V channel, shared by the query heads that read it, so it is exact under
-    grouped-query attention too.
+    `tensors` are where the work is to be done, and `inputs` tells what a pair's linears read in the layer as it is so
+    far (`LayerWalk.inputs`). The scale of v_proj and o_proj is one per V channel, shared by the query heads that read
+    it, so it is exact under grouped-query attention too.
     """
-    scaled = {name: tensor.float() for name, tensor in tensors.items()}
-    smoothing: Tensors = {}
-    report: list[dict[str, Any]] = []
-    for pair in PAIRS:
-        choice = _search(
-            scaled, grams[pair.after[0]], pair, config, group_size=group_size, exponents=exponents, workers=workers
-        )
-        scale = choice.scale
-        outputs = fold_heads(scale, config)[0] if pair is ATTENTION_OUT else scale
-        scaled |= divide_outputs(scaled, pair.before, outputs)
-        for module in pair.after:
-            scaled[f"{module}.weight"] = scaled[f"{module}.weight"] * scale
-        if pair.before in names.LINEARS:
-            smoothing[pair.before] = outputs
-        report.append(
-            {
-                "pair": pair.name,
-                "activation_exponent": choice.activation_exponent,
-                "weight_exponent": choice.weight_exponent,
-                "error_unscaled": choice.unscaled_error,
-                "error": choice.error,
+    so_far = {name: tensor.float() for name, tensor in tensors.items()}
+    done = QuantizedLayer(tensors=_stored({n: t for n, t in so_far.items() if not _is_linear(n)}), codes={})
+    for pair in ORDER:
+        seen = inputs(pair, so_far)
+        weights = [so_far[f"{module}.weight"] for module in pair.after]
+        tried = _candidates(so_far, weights, seen["gram"].diagonal() / seen["tokens"], pair, config, method)
+        chosen = quantize_linears(weights, seen, tried, method, workers)
+        scale = chosen.candidate.scale
+        done.codes |= dict(zip(pair.after, chosen.codes, strict=True))
+        if pair.before in names.NORMS:
+            done.tensors |= {name: t.to(STORED) for name, t in divide_outputs(so_far, pair.before, scale).items()}
+            so_far |= {name: done.tensors[name].float() for name in (f"{pair.before}.weight",)}
+            so_far |= {f"{m}.weight": codes.dequantize() for m, codes in zip(pair.after, chosen.codes, strict=True)}
+        else:
+            # What the pair's linears read has been computed already, undivided: the walk goes on with that.
+            divisor = fold_heads(scale, config)[0] if pair is ATTENTION_OUT else scale
+            done.codes[pair.before] = done.codes[pair.before].divided(divisor)
+            done.smoothing[pair.before] = divisor
+            if (bias := so_far.get(f"{pair.before}.bias")) is not None:
+                done.tensors[f"{pair.before}.bias"] = (bias / divisor).to(STORED)
+            so_far |= {
+                f"{module}.weight": codes.dequantize() / scale
+                for module, codes in zip(pair.after, chosen.codes, strict=True)
             }
-        )
-    codes = {module: quantize_groups(scaled.pop(f"{module}.weight"), group_size) for module in names.LINEARS}
-    kept = {name: tensor.to(STORED) for name, tensor in scaled.items()}
-    return QuantizedLayer(tensors=kept, codes=codes, smoothing=smoothing, report=report)
+        done.report.append({"pair": pair.name, **chosen.report()})
+    return done
 
 
-def _search(
-    tensors: Mapping[str, Tensor],
-    seen: Statistics,
-    pair: Pair,
-    config: ModelConfig,
-    *,
-    group_size: int,
-    exponents: Sequence[tuple[float, float]],
-    workers: Workers,
-) -> awq.Choice:
-    weights = [tensors[f"{module}.weight"] for module in pair.after]
-    gram = seen["gram"] / seen["tokens"]
-    power = gram.diagonal()
-    channel_weight = awq.mean_in_group(torch.cat(weights), group_size)
+def _candidates(
+    tensors: Mapping[str, Tensor], weights: list[Tensor], power: Tensor, pair: Pair, config: ModelConfig, method: Method
+) -> list[awq.Candidate]:
+    """The scales of a pair that are tried; `power` [in] is the mean square of its inputs."""
+    channel_weight = awq.mean_in_group(torch.cat(weights), method.group_size)
     if pair is ATTENTION_OUT:
         power, channel_weight = fold_heads(power, config).mean(dim=0), fold_heads(channel_weight, config).mean(dim=0)
 
@@ -144,16 +140,7 @@ def _search(
             return _norm_quotient(tensors[f"{pair.before}.weight"], scale)
         return scale
 
-    return awq.search_scale(
-        weights,
-        gram,
-        group_size=group_size,
-        activation=power.clamp(min=0).sqrt(),
-        channel_weight=channel_weight,
-        exponents=exponents,
-        storable=storable,
-        workers=workers,
-    )
+    return awq.candidates(power.clamp(min=0).sqrt(), channel_weight, method.exponents, storable)
 
 
 def _norm_quotient(norm: Tensor, scale: Tensor) -> Tensor:
@@ -162,3 +149,12 @@ def _norm_quotient(norm: Tensor, scale: Tensor) -> Tensor:
     usable = (divided != 0) & torch.isfinite(divided)
     one = torch.ones_like(scale)
     return torch.where(usable, norm / torch.where(usable, divided, one), one)
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: tensor.to(STORED) for name, tensor in tensors.items() if not _is_linear(name)}
+
+
+def _is_linear(name: str) -> bool:
+    module, _, part = name.rpartition(".")
+    return part == "weight" and module in names.LINEARS

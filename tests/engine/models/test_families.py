@@ -4,6 +4,7 @@ import pytest
 
 from engine.config import RopeScaling
 from engine.models.families import model_config
+from engine.wording import LONGEST
 from tests.shared_data import shared
 
 LLAMA = {
@@ -205,7 +206,7 @@ def test_what_is_not_computed_is_refused_by_field_and_value(field, value):
         model_config(LLAMA | {field: value})
     message = str(caught.value)
     assert ("dtype" if field == "torch_dtype" else field) in message and "\n" not in message
-    assert repr(value) in message
+    assert repr(value)[:LONGEST] in message
 
 
 def test_contradictions_are_refused():

@@ -3,7 +3,9 @@ import math
 import pytest
 
 from engine.config import RopeScaling
-from engine.models.rope_scaling import is_dynamic, read_rope, rope_base
+from engine.models.batch import packed
+from engine.models.rope import rope_tables
+from engine.models.rope_scaling import LARGEST, SMALLEST, check_rope, is_dynamic, read_rope, rope_base
 from tests.engine.models.tiny import tiny_config
 
 
@@ -97,3 +99,44 @@ def test_what_is_not_computed_is_refused_by_name(fields, words):
     with pytest.raises(ValueError, match=words) as caught:
         read(**fields)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_theta": 1e300}, "rope_theta = 1e.300"),
+        ({"rope_theta": 1e-9}, "rope_theta = 1e-09"),
+        ({"rope_scaling": RopeScaling(kind="linear", factor=1e308)}, r"factor = 1e.308"),
+        ({"rope_scaling": RopeScaling(kind="llama3", factor=2.0)}, "original_max_position_embeddings = 0"),
+        ({"rope_scaling": RopeScaling(kind="dynamic", factor=2.0), "head_dim": 2}, "heads of 2"),
+        (
+            {
+                "rope_scaling": RopeScaling(kind="yarn", factor=2.0, original_max_position_embeddings=16),
+                "rope_theta": 1.0,
+            },
+            "rope_theta = 1.0 with yarn",
+        ),
+        ({"logn": True, "max_position_embeddings": 1}, "logn attention"),
+    ],
+)
+def test_what_the_formulas_have_no_value_for_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        check_rope(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn", "qwen", "turbomind"])
+@pytest.mark.parametrize("theta", [2 * (1 + SMALLEST), 1e4, LARGEST])
+@pytest.mark.parametrize("factor", [SMALLEST, 1.0, LARGEST])
+def test_what_is_taken_is_computed(kind, theta, factor):
+    scaling = RopeScaling(
+        kind=kind,
+        factor=factor,
+        original_max_position_embeddings=1,
+        low_freq_factor=SMALLEST,
+        high_freq_factor=LARGEST,
+    )
+    for head_dim, trained in ((4, 1), (128, 2**31 - 1)):
+        model = tiny_config(rope_scaling=scaling, rope_theta=theta, head_dim=head_dim, max_position_embeddings=trained)
+        check_rope(model)
+        rope_base(model, 2**31)
+        assert not rope_tables(model, packed([[1, 2, 3]])).cos.isnan().any()

@@ -176,12 +176,15 @@ def test_page_count_is_a_share_or_a_number():
     assert count(7) == 7
     assert count(7, most=4) == 7, "a number asked for is given"
     assert count(4.0) == 4
+    assert count("1MB") == 1000
+    assert count("1MiB", most=4) == 1048, "an amount asked for is given"
 
 
 def test_page_count_refuses_what_holds_no_session_and_names_the_options():
-    for entry, changes in ((3, {}), (0.5, {"free_bytes": 7000}), (4, {"session_len": 65})):
+    small = ("0.003MB", {})
+    for entry, changes in ((3, {}), (0.5, {"free_bytes": 7000}), (4, {"session_len": 65}), small):
         with pytest.raises(ValueError, match=r"cache_max_entry_count.*session_len.*needs [45].*quant_policy"):
             count(entry, **changes)
-    for entry in (0, -1, float("nan")):
+    for entry in (0, -1, float("nan"), 4.5, "4", "4gb", "0MB"):
         with pytest.raises(ValueError, match="cache_max_entry_count"):
             count(entry)

@@ -84,9 +84,24 @@ def test_what_is_proposed_runs():
         check(on=device(weights // 2))
 
 
-def test_an_option_that_is_no_amount_has_its_own_message():
-    with pytest.raises(ValueError, match="cache_max_entry_count is 0, but must be above 0"):
-        check(options=replace(OPTIONS, cache_max_entry_count=0))
+def test_an_amount_of_memory_must_be_there_and_hold_one_sequence():
+    weights = weight_bytes(MODEL, FP16, torch.bfloat16)
+    sequence = 4 * page_bytes(MODEL, page_len=16, dtype=torch.bfloat16, quantized=False)
+    small = replace(OPTIONS, cache_max_entry_count="1MiB")
+    assert sequence < 2**20
+    check(on=device(weights + 2**20), options=small)
+    with pytest.raises(ValueError, match=r"the KV cache 1 MiB \(cache_max_entry_count=1MiB\)\. What would run: cache"):
+        check(on=device(weights + 2**20 - 2**12), options=small)
+    with pytest.raises(ValueError, match=r"session_len 4096 takes 2 MiB.*What would run: session_len=2048, or"):
+        check(on=device(), options=small, session_len=4096)
+
+
+def test_what_is_left_open_is_checked_at_its_default():
+    weights = weight_bytes(MODEL, FP16, torch.bfloat16)
+    sequence = page_bytes(MODEL, page_len=64, dtype=torch.bfloat16, quantized=False)
+    check(on=device(weights + 2 * sequence), options=EngineConfig(device="cuda"))
+    with pytest.raises(ValueError, match=r"cache_max_entry_count=0\.5 gives"):
+        check(on=device(weights + 2 * sequence - 2), options=EngineConfig(device="cuda"))
 
 
 def test_four_bits_count_what_is_packed_and_what_is_unpacked():

@@ -159,7 +159,7 @@ def test_what_cannot_be_served_is_refused_in_words(model):
     with pytest.raises(ValueError, match=r"cache_max_entry_count.*session_len 40"):
         make(model, cache_max_entry_count=9)
     with pytest.raises(ValueError, match="cache_block_seq_len"):
-        make(model, cache_block_seq_len=0)
+        make(model, cache_block_seq_len=-1)
     with pytest.raises(ValueError, match="session_len is 1"):
         make(model, session_len=1)
 

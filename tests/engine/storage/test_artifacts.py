@@ -199,6 +199,19 @@ def test_wrong_digests_are_refused_by_name(tmp_path):
         write_manifest(tmp_path / "a", recipe=Recipe(), sources={}, calibration="abc", chat_template=None, tp=1)
 
 
+def test_files_that_were_hashed_while_they_were_written_are_not_read_again(tmp_path):
+    folder = tmp_path / "a"
+    artifact_id = make_artifact(folder)
+    written = [entry for entry in read_manifest(folder).files if entry.path in FILES[:2]]
+    (folder / FILES[1]).write_bytes(b"x" * written[1].size)
+    assert make_artifact(folder, only_manifest=True, written=written) == artifact_id
+    with pytest.raises(ArtifactError, match=r"a\.weight has changed"):
+        verify(folder, artifact_id)
+    (folder / FILES[1]).write_bytes(b"of another length")
+    with pytest.raises(ArtifactError, match=r"a\.weight is not as it was written, 1200 bytes long"):
+        make_artifact(folder, only_manifest=True, written=written)
+
+
 def test_no_artifact_is_an_error(tmp_path):
     with pytest.raises(ArtifactError, match="is not an artifact"):
         verify(tmp_path)

@@ -2,8 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import ModelConfig, Recipe, RopeScaling
-from engine.storage.config_ini import model_config_of, read_config_ini, weight_type_of, write_config_ini
+from engine.config import EngineConfig, ModelConfig, Recipe, RopeScaling
+from engine.storage.config_ini import (
+    engine_config_of,
+    model_config_of,
+    read_config_ini,
+    weight_type_of,
+    write_config_ini,
+)
 from tests.shared_data import shared
 
 GOLDEN = "golden/turbomind-v0.1.0/llama_mha"
@@ -91,11 +97,13 @@ def test_weight_type_follows_the_source():
         ("vocab_size = 601", "vocab_size = 0", "at least 1"),
         ("tensor_para_size = 1", "tensor_para_size = 3", "power of two"),
         ("quant_policy = 0", "quant_policy = 8", "0 or 4"),
+        ("cache_max_entry_count = 0.5", "cache_max_entry_count = 1.5", "whole number of pages"),
+        ("cache_max_entry_count = 0.5", "cache_max_entry_count = 4GB", "not a number"),
         ("weight_type = fp16", "weight_type = int8", "fp16 or bf16 or int4"),
         ("weight_type = fp16", "weight_type = int4", "group_size"),
         ("kv_head_num = 4", "kv_head_num = 3", "multiple of kv_head_num"),
         ("rotary_embedding = 128", "rotary_embedding = 64", "part of the head"),
-        ("head_num = 4", "head_num = 4\nhead_num = 4", "already exists"),
+        ("head_num = 4", "head_num = 4\nhead_num = 4", "option .head_num. in section .llama. already e"),
         ("[llama]", "[gpt]", r"\[llama\]"),
         ("[llama]\n", "", "not a TurboMind config.ini"),
     ],
@@ -105,6 +113,45 @@ def test_a_wrong_file_is_refused_naming_file_and_key(tmp_path, old, new, words):
     with pytest.raises(ValueError, match=words) as error:
         read_config_ini(path)
     assert str(path) in str(error.value)
+
+
+def test_what_can_be_set_is_written_in_its_place(tmp_path):
+    said = {"max_batch_size": 3, "step_length": 1, "cache_max_entry_count": 1000, "cache_chunk_size": -1}
+    of_the_model = {"max_position_embeddings": 4096, "rope_scaling_factor": 2, "use_logn_attn": 1}
+    path = tmp_path / "config.ini"
+    ini = _write(path, extra=said | of_the_model)
+    assert read_config_ini(path) == ini
+    assert {key: getattr(ini, key) for key in said | of_the_model} == said | of_the_model
+    plain = tmp_path / "plain.ini"
+    _write(plain)
+    keys = [[line.partition(" = ")[0] for line in file.read_text().splitlines()] for file in (path, plain)]
+    assert keys[0] == keys[1], "the reference's keys in the reference's order"
+    scaled = replace(CONFIG, rope_scaling=RopeScaling(kind="turbomind", factor=2.0))
+    assert model_config_of(ini, path) == replace(scaled, logn=True, max_position_embeddings=4096)
+    assert _write(path, scaled, extra={"rope_scaling_factor": 0}).rope_scaling_factor == 0
+
+
+def test_a_scaling_beside_the_models_own_is_not_written(tmp_path):
+    config = replace(CONFIG, rope_scaling=RopeScaling(kind="linear", factor=4.0))
+    with pytest.raises(ValueError, match=r"rope_scaling_factor is 2.*a scaling of its own \(linear\)"):
+        _write(tmp_path / "config.ini", config, extra={"rope_scaling_factor": 2})
+    assert not (tmp_path / "config.ini").exists()
+
+
+def test_how_it_is_run(tmp_path):
+    path = tmp_path / "config.ini"
+    assert engine_config_of(_write(path, recipe=Recipe(kv="kv8"))) == EngineConfig(
+        session_len=4104, max_batch_size=64, cache_max_entry_count=0.5, cache_block_seq_len=128, quant_policy=4
+    )
+    said = {"max_batch_size": 0, "cache_max_entry_count": 40, "cache_block_seq_len": 16, "num_tokens_per_iter": 99}
+    assert engine_config_of(_write(path, extra=said)) == EngineConfig(
+        session_len=4104, cache_max_entry_count=40, cache_block_seq_len=16, num_tokens_per_iter=99, quant_policy=0
+    )
+
+
+def test_a_cache_of_turbomind_1_is_left_to_the_default(tmp_path):
+    path = _edited(tmp_path, "cache_max_entry_count = 0.5\ncache_block_seq_len = 128\n", "cache_max_entry_count = 48\n")
+    assert read_config_ini(path).cache_max_entry_count == 0.5, "48 sequences there, not 48 pages"
 
 
 def test_dynamic_ntk_and_logn_reach_the_model(tmp_path):

@@ -13,7 +13,7 @@ from engine.storage.checkpoint import Checkpoint
 from engine.storage.workspace import Workspace, load_workspace
 from tests.engine.models.tiny import PagedRun
 from tests.engine.storage.tiny_families import FAMILIES, PROMPT
-from tests.engine.storage.tiny_workspace import make_workspace
+from tests.engine.storage.tiny_workspace import check_cuts, make_workspace
 
 TOLERANCE = 1e-4  # of the largest absolute logit
 WHOLE = packed([PROMPT])
@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_familys_own_model(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_workspace_of_any_tp_gives_the_same_logits(tmp_path, family):
+def test_a_workspace_of_any_tp_gives_the_same_logits_and_is_cut_again_into_the_others(tmp_path, family):
     family.write(tmp_path / "model", torch.float16)
     checkpoint = Checkpoint(tmp_path / "model", allow_bin=family.allow_bin)
     expected = model_of(checkpoint)(WHOLE, None)
@@ -56,6 +56,7 @@ def test_a_workspace_of_any_tp_gives_the_same_logits(tmp_path, family):
         )
         assert Workspace(folder).config == same
         assert torch.equal(load_workspace(folder, device="cpu", dtype=torch.float32)(WHOLE, None), expected)
+    check_cuts(tmp_path / "1", tmp_path / "2", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen-ntk", "qwen3", "llama-dynamic"])

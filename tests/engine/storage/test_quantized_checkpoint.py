@@ -15,11 +15,15 @@ from engine.storage.checkpoint import Checkpoint, load_checkpoint
 from engine.storage.workspace import Workspace, load_workspace
 from tests.engine.storage.tiny_families import FAMILIES, PROMPT
 from tests.engine.storage.tiny_quantized import awq_config, packed_config, quantize_folder, say
-from tests.engine.storage.tiny_workspace import make_workspace
+from tests.engine.storage.tiny_workspace import check_cuts, make_workspace
 from tests.pipelines.tiny_checkpoint import write_tiny_checkpoint
 
 WHOLE = packed([PROMPT])
-LAYOUTS = ("llama", "internlm", "internlm2", "qwen-logn", "baichuan", "baichuan2", "qwen3")
+# Code Llama and Yi are stored as Llama is; Meta's checkpoints are pickled and never quantized.
+LAYOUTS = (
+    *("llama", "llama3-scaled-tied", "mistral", "internlm", "internlm2", "internlm3-biases"),
+    *("qwen-logn", "qwen2-tied", "qwen3", "baichuan", "baichuan2"),
+)
 FORMS = [("awq", False), ("compressed-tensors", False), ("compressed-tensors", True)]
 
 
@@ -41,6 +45,8 @@ def test_a_quantized_checkpoint_of_every_layout_is_its_dequantized_one(tmp_path,
     for name in checkpoint.names():
         if name.rpartition(".")[2] in names.QUANTIZED:
             assert torch.equal(held.tensor(name), checkpoint.tensor(name)), name
+    whole = make_workspace(tmp_path / "w1", checkpoint.config, checkpoint.recipe, 1, checkpoint.weights())
+    check_cuts(whole, folder, tmp_path)
 
 
 @pytest.mark.parametrize(("form", "symmetric"), FORMS)

@@ -54,11 +54,11 @@ def _golden_awq():
 def test_weight_files_are_the_references_byte_for_byte(tmp_path, kind, tp):
     checkpoint = Checkpoint(shared(f"{GOLDEN}/checkpoint"))
     tensor, recipe = (checkpoint.tensor, FP16) if kind == "fp16" else (_golden_awq().__getitem__, _int4(128))
-    sizes = write_weights(tmp_path, checkpoint.config, tensor, recipe=recipe, tp=tp)
+    entries = write_weights(tmp_path, checkpoint.config, tensor, recipe=recipe, tp=tp)
     expected = _expected(f"{kind}.tp{tp}")
     del expected["config.ini"]
     assert _digests(tmp_path) == expected
-    assert sizes == {name: size for name, (_, size) in expected.items()}
+    assert {entry.path: (entry.sha256, entry.size) for entry in entries} == expected
 
 
 @pytest.mark.parametrize("tp", [1, 2])

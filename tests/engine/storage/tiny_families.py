@@ -274,6 +274,13 @@ FAMILIES = [
         write=of_transformers(LlamaForCausalLM, LlamaConfig(**SHAPE, **_rope("dynamic", factor=4.0))),
         matters=PLAIN,
     ),
+    TinyFamily(
+        name="codellama",
+        write=of_transformers(
+            LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+        ),
+        matters={"rope_theta": 1e4},
+    ),
     TinyFamily(name="yi", write=write_yi, matters={"rope_theta": 1e4}),
     TinyFamily(name="internlm", write=write_internlm, matters=PLAIN),
     TinyFamily(name="internlm2", write=write_internlm2, matters=PLAIN),

@@ -5,6 +5,7 @@ import torch
 from engine.config import ModelConfig
 from engine.models import names
 from engine.storage.config_ini import weight_type_of, write_config_ini
+from engine.storage.reshard import reshard
 from engine.storage.workspace import WEIGHTS, write_weights
 
 SMALL = ModelConfig(
@@ -53,3 +54,14 @@ def make_workspace(folder, config, recipe, tp, tensors):
         weight_type=weight_type_of(config, recipe),
     )
     return folder
+
+
+def check_cuts(one, two, folder):
+    """The weights of `one` (tp=1), cut for two ranks, are the files of `two`, and back."""
+    for source, target, tp in ((one, two, 2), (two, one, 1)):
+        reshard(source, folder / f"cut{tp}", tp)
+        found, expected = (
+            {path.name: path.read_bytes() for path in (place / WEIGHTS).iterdir()}
+            for place in (folder / f"cut{tp}", target)
+        )
+        assert found == expected

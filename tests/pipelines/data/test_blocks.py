@@ -59,5 +59,5 @@ def test_too_short_a_text_names_the_knobs():
 
 
 def test_an_unknown_sampling():
-    with pytest.raises(ValueError, match="sampling=best must be random or first"):
+    with pytest.raises(ValueError, match="sampling=best must be random, first or stratified"):
         blocks(1, 4, sampling="best")

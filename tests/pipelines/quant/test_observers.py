@@ -5,6 +5,7 @@ from pipelines.quant.observers import (
     Observer,
     channel_statistics,
     gram,
+    gram_and_drift,
     head_statistics,
     join,
     with_means,
@@ -40,12 +41,12 @@ def test_gram_of_parts_adds_up():
     assert joined["tokens"] == 40
 
 
-def test_every_token_counts_alike_in_the_gram_matrix():
-    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    huge = x * torch.logspace(-3, 4, 40)[:, None]
-    unit = x / x.square().mean(dim=1, keepdim=True).sqrt()
-    torch.testing.assert_close(gram(huge)["gram"], unit.t() @ unit)
-    assert torch.equal(gram(torch.zeros(3, 2))["gram"], torch.zeros(2, 2))
+def test_drift_is_how_far_inputs_are_from_the_wanted_ones():
+    generator = torch.Generator().manual_seed(0)
+    x, wanted = torch.randn(40, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    joined = join(gram_and_drift(x[:13], wanted[:13]), gram_and_drift(x[13:], wanted[13:]))
+    torch.testing.assert_close(joined["drift"], (wanted - x).t() @ x)
+    torch.testing.assert_close(joined["gram"], x.t() @ x)
 
 
 def test_half_precision_is_summed_in_float32():

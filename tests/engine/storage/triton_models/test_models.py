@@ -171,7 +171,10 @@ def test_a_plain_workspace_is_loaded_with_a_loud_line(artifact, tmp_path):
 
 
 def test_the_engine_s_options():
-    assert deployed_config('{"max_batch_size": 3, "device": "cpu"}') == EngineConfig(max_batch_size=3)
-    for options in ('{"batch": 3}', '{"quant_policy": 4}', "[]"):
+    options = '{"device": "cpu", "max_batch_size": 3, "cache_max_entry_count": "4GB", "quant_policy": 0}'
+    assert deployed_config(options) == EngineConfig(max_batch_size=3, cache_max_entry_count="4GB", quant_policy=0)
+    for options in ('{"batch": 3}', "[]", "{", ""):
         with pytest.raises(ValueError, match="must be a JSON object of: device"):
             deployed_config(options)
+    with pytest.raises(ValueError, match="max_batch_size is '3', but must be a whole number"):
+        deployed_config('{"max_batch_size": "3"}')

@@ -1,0 +1,101 @@
+"""Calibration blocks on their way through a model that is being quantized, from one pair of modules to the next.
+
+A linear sees the inputs that it will have when everything before it is quantized, within its own layer too. Beside
+them, where it is asked for, go the same blocks through the unquantized model: the difference is what later linears can
+make up for (Li et al. 2025, GPTAQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from engine.models.decoder import DecoderLayer
+from engine.storage.checkpoint import Checkpoint
+from pipelines.quant.observers import Statistics, gram, gram_and_drift
+from pipelines.quant.pairs import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Pair
+from pipelines.quant.stream import Joined, Stream, Workers
+
+# The order in which the inputs of pairs come about.
+ORDER = (ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT)
+
+
+class Walk:
+    """The blocks between two layers: through the quantized model and, with `drift`, through the unquantized one."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, blocks: Tensor, workers: Workers, *, drift: bool, device: torch.device | str
+    ) -> None:
+        self.stream = Stream(checkpoint, blocks, workers, device=device)
+        self.unquantized = list(self.stream.hidden) if drift else None
+
+    def layer(self, number: int, tensors: Mapping[str, Tensor]) -> LayerWalk:
+        """The walk through layer `number`, whose unquantized `tensors` are named within it."""
+        return LayerWalk(self, number, tensors)
+
+
+class LayerWalk:
+    """Inside one layer: `inputs` for each pair of ORDER in turn, then `finish`."""
+
+    def __init__(self, walk: Walk, number: int, tensors: Mapping[str, Tensor]) -> None:
+        self._walk = walk
+        self._number = number
+        self._plain = walk.stream.dense(tensors) if walk.unquantized is not None else None
+        # What a sample is between attention's input and its MLP: first o's input, then the residual stream.
+        self._between: list[Tensor] = list(walk.stream.hidden)
+
+    def inputs(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Statistics:
+        """`gram`, `tokens` and, where the unquantized model goes along, `drift` of what the linears of `pair` read.
+
+        `tensors` are the layer's as far as it is quantized: every linear before those of `pair` counts.
+        """
+        stream, layer = self._walk.stream, self._walk.stream.dense(tensors)
+
+        def one(sample: int) -> Statistics:
+            seen = self._quantized_input(pair, layer, sample)
+            if self._plain is None:
+                return gram(seen)
+            return gram_and_drift(seen, self._plain_input(pair, self._plain, sample))
+
+        joined = Joined()
+        for statistics in stream.workers.in_order(one, len(stream.hidden)):
+            joined.add(statistics)
+        return joined.checked(self._number, pair.after[0])
+
+    def finish(self, tensors: Mapping[str, Tensor]) -> None:
+        """Move the blocks through the layer that was made of it."""
+        self._between = []
+        self._walk.stream.advance(self._walk.stream.dense(tensors))
+
+    def _quantized_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
+        stream, between = self._walk.stream, self._between
+        if pair is ATTENTION_IN:
+            return layer.attention_input(stream.hidden[sample])
+        if pair is ATTENTION_OUT:
+            normed = layer.attention_input(stream.hidden[sample])
+            between[sample] = layer.attend(normed, stream.batch, None, stream.rope)
+            return between[sample]
+        if pair is MLP_IN:
+            between[sample] = layer.after_attention(stream.hidden[sample], between[sample])
+            return layer.mlp_input(between[sample])
+        return layer.inner(layer.mlp_input(between[sample]))
+
+    def _plain_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
+        stream, hidden = self._walk.stream, self._walk.unquantized
+        assert hidden is not None
+        if pair is ATTENTION_IN:
+            return layer.attention_input(hidden[sample])
+        if pair is ATTENTION_OUT:
+            attended = layer.attend(layer.attention_input(hidden[sample]), stream.batch, None, stream.rope)
+            hidden[sample] = layer.after_attention(hidden[sample], attended)
+            return attended
+        if pair is MLP_IN:
+            return layer.mlp_input(hidden[sample])
+        inner = layer.inner(layer.mlp_input(hidden[sample]))
+        hidden[sample] = layer.after_mlp(hidden[sample], inner)
+        return inner
+
+
+Inputs = Callable[[Pair, Mapping[str, Tensor]], Statistics]

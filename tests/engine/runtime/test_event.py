@@ -1,0 +1,31 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from engine.runtime.event import Event
+from engine.runtime.process import fields
+
+
+def test_an_event_is_a_value():
+    event = Event(
+        request_id="a",
+        token_ids=(3, 4),
+        text="x",
+        finish_reason=None,
+        prompt_tokens=5,
+        cached_tokens=2,
+        completion_tokens=2,
+    )
+    assert event == dataclasses.replace(event)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.text = "y"
+    # What crosses the border of the process is all of it, in its order.
+    assert fields(event) == [getattr(event, field.name) for field in dataclasses.fields(Event)]
+
+
+def test_who_only_reads_events_needs_no_torch():
+    code = "import sys; import engine.runtime.event, engine.runtime.client; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
