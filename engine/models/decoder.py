@@ -9,7 +9,6 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels import reference as ops
-from engine.kernels import reference_attention as attention
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
@@ -86,10 +85,10 @@ class DecoderLayer:
         _tell(observe, ("self_attn.v",), value)
         scale = config.head_dim**-0.5
         if pages is None:
-            attended = attention.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
+            attended = ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
         else:
-            attention.write_kv(key, value, pages, batch.slots)
-            attended = attention.paged_attention(query, pages, batch, scale, config.sliding_window)
+            ops.write_kv(key, value, pages, batch.slots)
+            attended = ops.paged_attention(query, pages, batch, scale, config.sliding_window)
         return attended.view(tokens, heads * config.head_dim)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:

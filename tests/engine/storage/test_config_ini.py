@@ -103,7 +103,7 @@ def test_weight_type_follows_the_source():
         ("weight_type = fp16", "weight_type = int4", "group_size"),
         ("kv_head_num = 4", "kv_head_num = 3", "multiple of kv_head_num"),
         ("rotary_embedding = 128", "rotary_embedding = 64", "part of the head"),
-        ("head_num = 4", "head_num = 4\nhead_num = 4", "option .head_num. in section .llama. already e"),
+        ("head_num = 4", "head_num = 4\nhead_num = 4", "not a TurboMind config.ini"),
         ("[llama]", "[gpt]", r"\[llama\]"),
         ("[llama]\n", "", "not a TurboMind config.ini"),
     ],
