@@ -61,3 +61,64 @@ def test_too_short_a_text_names_the_knobs():
 def test_an_unknown_sampling():
     with pytest.raises(ValueError, match="sampling=best must be random, first or stratified"):
         blocks(1, 4, sampling="best")
+
+
+def test_strata_are_documents_by_length_cut_into_equal_parts():
+    documents = ["d" * 40, "a" * 10, "c" * 30, "b" * 20]
+    taken = token_blocks(documents, lambda t: [ord(c) for c in t], samples=4, sequence_length=25, sampling="stratified")
+    text = "a" * 10 + "b" * 20 + "c" * 30 + "d" * 40
+    assert ["".join(map(chr, row)) for row in taken.tolist()] == [text[i : i + 25] for i in (0, 25, 50, 75)]
+
+
+def test_strata_take_a_long_text_from_end_to_end_and_need_no_seed():
+    one = token_blocks(["x"], lambda t: list(range(10_000)), samples=20, sequence_length=10, sampling="stratified")
+    assert one[:, 0].tolist() == [500 * i for i in range(20)]
+    assert torch.equal(
+        one,
+        token_blocks(
+            ["x"], lambda t: list(range(10_000)), samples=20, sequence_length=10, sampling="stratified", seed=9
+        ),
+    )
+
+
+def test_strata_encode_what_they_need_alone_and_use_no_token_twice():
+    documents = [chr(97 + i % 26) * (50 + i) for i in range(100)]
+    seen = []
+
+    def counted(text):
+        seen.append(text)
+        return [1000 * len(text) + i for i in range(len(text))]
+
+    taken = token_blocks(documents, counted, samples=10, sequence_length=16, sampling="stratified")
+    tokens = taken.flatten().tolist()
+    assert len(set(tokens)) == len(tokens) and len(seen) <= 30
+    lengths = [row[0] // 1000 for row in taken.tolist()]
+    assert lengths == sorted(lengths) and lengths[0] < 60 and lengths[-1] > 140
+
+
+def test_a_stratum_that_is_too_short_is_an_error_even_if_the_text_is_long():
+    def encode(text):  # the short documents hold hardly a token a character
+        return [0] * (len(text) // 50 if len(text) < 1000 else len(text))
+
+    with pytest.raises(
+        ValueError, match=r"20 in the shortest of 2 equal parts, below .*=64, .*samples=2. Lower .*to 20"
+    ):
+        token_blocks(["s" * 100] * 10 + ["l" * 1000], encode, samples=2, sequence_length=64, sampling="stratified")
+
+
+def test_a_part_of_a_mixture_is_named_with_its_weight():
+    with pytest.raises(
+        ValueError, match=r"^parts\.web has 410 tokens: .* 40 of .*samples are .* Lower parts\.web\.weight or"
+    ):
+        token_blocks(DOCUMENTS, encode, samples=40, sequence_length=16, sampling="random", part="parts.web")
+
+
+@pytest.mark.parametrize("sampling", ["random", "first", "stratified"])
+def test_one_token_and_no_more(sampling):
+    """Data of one token, and data one token short of a block."""
+    with pytest.raises(ValueError, match=r"1 tokens: .* Give a longer text\.$"):
+        token_blocks(["x"], lambda t: [7], samples=1, sequence_length=2, sampling=sampling)
+    with pytest.raises(ValueError, match=r"15 tokens: .* Lower calibration\.sequence_length to 15, or give a longer"):
+        token_blocks(["x" * 15], lambda t: [7] * len(t), samples=1, sequence_length=16, sampling=sampling)
+    whole = token_blocks(["x" * 16], lambda t: [7] * len(t), samples=1, sequence_length=16, sampling=sampling)
+    assert whole.tolist() == [[7] * 16]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.data.texts import copy_files, read_documents, read_file
+from pipelines.data.texts import copy_files, read_documents, read_file, read_rows
 from tests.shared_data import shared
 
 
@@ -116,3 +116,61 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         ValueError, match=r"The data set ptb .* cannot be had from the hub here: no route. Set its `path`"
     ):
         read_documents(record | {"split": "train", "column": "sentence"})
+
+
+def rows(path, name, **record):
+    record = {"kind": "dataset", "name": name, "digest": "0" * 64, "column": "text", "split": None, **record}
+    return read_rows(record, locate=lambda _: path)
+
+
+def test_rows_of_plain_copies_are_those_of_the_hub(tmp_path):
+    """Lines, as the builders of the two data sets made them: empty ones are rows, and a wikitext row keeps its end."""
+    path = tmp_path / "wiki.train.raw"
+    path.write_text(" \n = Title = \n \n Text . \n<|endoftext|>\n")
+    assert rows(path, "wikitext2") == ["", " = Title = \n", "", " Text . \n", "<|endoftext|>\n"]
+    assert rows(path, "ptb") == ["", "= Title =", "", "Text .", "<|endoftext|>"]
+    assert read_documents({"kind": "dataset", "digest": "0", "column": "text"}, locate=lambda _: path) == [
+        " \n = Title = \n \n Text . \n"
+    ]
+
+
+def test_rows_of_other_copies_are_their_documents_empty_ones_too(tmp_path):
+    path = tmp_path / "c4.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    assert rows(path, "c4") == ["one", "", "two"] and rows(path, "wikitext2") == ["one", "", "two"]
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="the data set c4 holds no text at all"):
+        rows(path, "c4")
+
+
+def test_rows_of_the_hub_keep_empty_ones(monkeypatch):
+    hub = Hub(rows=[{"text": "one"}, {"text": ""}])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=hub.load_dataset))
+    record = {
+        "kind": "dataset",
+        "name": "wikitext2",
+        "repo": "r",
+        "revision": "f" * 40,
+        "subset": "s",
+        "split": "train",
+    }
+    assert read_rows(record | {"column": "text"}) == ["one", ""]
+
+
+def test_damaged_rows_are_named_by_their_line_or_their_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "half \\ud800"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half of a surrogate pair"):
+        documents(path)
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not JSON"):
+        documents(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not JSON"):
+        documents(path)
+    path.write_text('\ufeff{"text": "with a mark of the byte order"}\n')
+    assert documents(path) == ["with a mark of the byte order"]
+    zipped = tmp_path / "b.jsonl.gz"
+    zipped.write_bytes(gzip.compress(b'{"text": "one"}\n' * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz is damaged .*: fetch it again"):
+        rows(zipped, "c4")
