@@ -154,7 +154,7 @@ def kv_scales(checkpoint: Checkpoint, calibration: Path, quantized: Path) -> KVS
         for layer in range(checkpoint.config.num_layers)
     ]
     heads = torch.tensor(rows).view(-1, 1, 2, 2).expand(-1, checkpoint.config.num_kv_heads, -1, -1)
-    return KVScales(key=heads[:, :, 0].contiguous(), value=heads[:, :, 1].contiguous())
+    return KVScales.of_heads(key=heads[:, :, 0], value=heads[:, :, 1], head_dim=checkpoint.config.head_dim)
 
 
 def perplexity(model: Decoder, items: Sequence[Item], scales: KVScales | None) -> float:

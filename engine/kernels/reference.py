@@ -18,12 +18,18 @@ QUERY_BLOCK = 128
 # Floats of K gathered at a time for decoding sequences, longest first: 1 MiB stays in a core's cache (gathering 3.5 MiB
 # at once took 13 times as long as 0.9 MiB), and sequences of like length share little padding.
 GATHERED_FLOATS = 1 << 18
+LARGEST_HALF = 65504.0
+# The finest scale of a token's int8 K or V. Below it float16, which has steps of 2^-24 there, would round it by so much
+# that values at the ends of the range were clamped by more than half a step.
+SMALLEST_STEP = 2.0**-17
 
 
 class Pages(Protocol):
     """One layer of a paged KV cache: key and value [num_pages, kv_heads, page_len, head_dim].
 
-    uint8 pages come with float32 scales and zero points [kv_heads]; other pages have None there.
+    uint8 pages come with float32 scales and zero points [kv_heads, head_dim], which are those of all tokens, or with
+    float16 steps [num_pages, kv_heads, page_len, 2], a scale and a zero point for each token. Other pages have None
+    there.
     """
 
     @property
@@ -38,6 +44,10 @@ class Pages(Protocol):
     def value_scale(self) -> Tensor | None: ...
     @property
     def value_zero(self) -> Tensor | None: ...
+    @property
+    def key_steps(self) -> Tensor | None: ...
+    @property
+    def value_steps(self) -> Tensor | None: ...
 
 
 class PagedQueries(Protocol):
@@ -83,8 +93,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def quantize_kv(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """clamp(round_half_even((x - zero) / scale + 128), 0, 255) as uint8; scale and zero broadcast against x."""
-    return ((x.float() - zero) / scale + 128.0).round().clamp(0, 255).to(torch.uint8)
+    """clamp(round_half_even((x - zero) / scale + 128), 0, 255) as uint8; scale and zero broadcast against x.
+
+    A value out of range, infinity too, becomes the nearest that the bytes can say. NaN counts as 0.
+    """
+    return ((x.float().nan_to_num(0.0) - zero) / scale + 128.0).round().clamp(0, 255).to(torch.uint8)
 
 
 def dequantize_kv(stored: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -92,16 +105,34 @@ def dequantize_kv(stored: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (stored.float() - 128.0) * scale + zero
 
 
+def token_steps(x: Tensor) -> Tensor:
+    """The scale and zero point of every row of x [..., head_dim] by its own range: float16 [..., 2].
+
+    With NaN counted as 0 and x cut off at float16's range: zero = float16((max + min) / 2), and
+    scale = float16(max(r / 127.5, SMALLEST_STEP)), r being the distance of that zero to the farther of min and max.
+    So float16's rounding of zero costs no clamping, and a row of one value is exact to SMALLEST_STEP / 2 or, where that
+    is more, to 2^-18 of it.
+    """
+    low, high = x.float().nan_to_num(0.0).clamp(-LARGEST_HALF, LARGEST_HALF).aminmax(dim=-1)
+    zero = ((high + low) / 2).half()
+    reach = torch.maximum(high - zero.float(), zero.float() - low)
+    return torch.stack([(reach / 127.5).clamp(min=SMALLEST_STEP).half(), zero], dim=-1)
+
+
 def write_kv(key: Tensor, value: Tensor, pages: Pages, slots: Tensor) -> None:
     """Writes key (already rotated) and value [T, kv_heads, head_dim] into the pages at slots [T]."""
     page_len = pages.key.shape[2]
     page, offset = slots // page_len, slots % page_len
-    for new, stored, scale, zero in (
-        (key, pages.key, pages.key_scale, pages.key_zero),
-        (value, pages.value, pages.value_scale, pages.value_zero),
+    for new, stored, scale, zero, steps in (
+        (key, pages.key, pages.key_scale, pages.key_zero, pages.key_steps),
+        (value, pages.value, pages.value_scale, pages.value_zero, pages.value_steps),
     ):
+        if steps is not None:
+            taken = token_steps(new)
+            steps[page, :, offset] = taken
+            scale, zero = taken.float().chunk(2, dim=-1)
         if scale is not None and zero is not None:
-            new = quantize_kv(new, scale[:, None], zero[:, None])
+            new = quantize_kv(new, scale, zero)
         stored[page, :, offset] = new.to(stored.dtype)
 
 
@@ -169,17 +200,23 @@ def _gather(pages: Pages, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     heads = torch.arange(kv_heads, device=table.device)
     # One copy straight into attention's order: a row is one head's part of one page.
     rows = (used[:, None] * kv_heads + heads[:, None]).flatten()
+
+    def taken(stored: Tensor, width: int) -> Tensor:
+        flat = stored.view(-1, page_len * width).index_select(0, rows)
+        return flat.view(len(table), kv_heads, -1, width)[:, :, :length]
+
     gathered = []
-    for stored, scale, zero in (
-        (pages.key, pages.key_scale, pages.key_zero),
-        (pages.value, pages.value_scale, pages.value_zero),
+    for stored, scale, zero, steps in (
+        (pages.key, pages.key_scale, pages.key_zero, pages.key_steps),
+        (pages.value, pages.value_scale, pages.value_zero, pages.value_steps),
     ):
-        flat = stored.view(-1, page_len * head_dim).index_select(0, rows)
-        dense = flat.view(len(table), kv_heads, -1, head_dim)[:, :, :length]
-        if scale is None or zero is None:
-            gathered.append(dense.float())
+        dense = taken(stored, head_dim)
+        if steps is not None:
+            gathered.append(dequantize_kv(dense, *taken(steps, 2).float().chunk(2, dim=-1)))
+        elif scale is not None and zero is not None:
+            gathered.append(dequantize_kv(dense, scale[:, None], zero[:, None]))
         else:
-            gathered.append(dequantize_kv(dense, scale[:, None, None], zero[:, None, None]))
+            gathered.append(dense.float())
     return gathered[0], gathered[1]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, Sampling
-from engine.models.cache import KVCache, KVScales, page_bytes
+from engine.models.cache import KVCache, KVScales, PerToken, page_bytes
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic, rope_base
 from engine.runtime.answer import Answer
@@ -50,7 +50,7 @@ class Engine:
         config: EngineConfig,
         *,
         session_len: int,
-        kv_scales: KVScales | None = None,
+        kv_scales: KVScales | PerToken | None = None,
     ) -> None:
         """The KV cache is int8 if `kv_scales` are given. Raises ValueError if it cannot hold one session."""
         if session_len < 2:
@@ -62,7 +62,7 @@ class Engine:
         config = config.complete()
         self._eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
         page_len = config.cache_block_seq_len
-        num_pages = _num_pages(model, config, session_len=session_len, quantized=kv_scales is not None)
+        num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales)
         pages = PageTable(num_pages, page_len)
         cache = KVCache(
             model.config,
@@ -240,14 +240,20 @@ class Engine:
             raise ValueError("The engine has unfinished requests: let step() finish them, or abort them, first.")
 
 
-def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, quantized: bool) -> int:
+def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None) -> int:
     """Pages for the engine. On a CPU a share of the memory ends where max_batch_size full sessions fit: the rest serves
     better as the system's page cache."""
     page_len = config.cache_block_seq_len
     full = config.max_batch_size * -(-session_len // page_len)
     return page_count(
         config.cache_max_entry_count,
-        page_bytes=page_bytes(model.config, page_len=page_len, dtype=model.dtype, quantized=quantized),
+        page_bytes=page_bytes(
+            model.config,
+            page_len=page_len,
+            dtype=model.dtype,
+            quantized=scales is not None,
+            per_token=isinstance(scales, PerToken),
+        ),
         free_bytes=free_memory(model.device),
         page_len=page_len,
         session_len=session_len,

@@ -25,7 +25,7 @@ from torch import Tensor
 from engine.config import Sampling
 from engine.models import names
 from engine.models.batch import Batch, packed
-from engine.models.cache import KVCache, KVScales
+from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.models.rope import rope_tables
 from engine.runtime.engine import Engine
@@ -54,7 +54,12 @@ float32, because JSON has no NaN."""
 
 
 def record(
-    engine: Engine, model: Decoder, kv_scales: KVScales | None, prompts: Mapping[str, Sequence[int]], *, num_tokens: int
+    engine: Engine,
+    model: Decoder,
+    kv_scales: KVScales | PerToken | None,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    num_tokens: int,
 ) -> list[dict[str, Any]]:
     """A golden for every prompt (its rendered text and its ids): JSON values only. `model` is the engine's own."""
     texts, prompt_ids = list(prompts), [list(ids) for ids in prompts.values()]
@@ -99,7 +104,7 @@ def replay(engine: Engine, goldens: Sequence[Mapping[str, Any]], *, tolerance: f
 
 
 def locate_difference(
-    model: Decoder, kv_scales: KVScales | None, golden: Mapping[str, Any], *, tolerance: float
+    model: Decoder, kv_scales: KVScales | PerToken | None, golden: Mapping[str, Any], *, tolerance: float
 ) -> str | None:
     """A sentence that names the first layer and tensor which a prompt of a golden computes otherwise; None if none."""
     return first_difference(golden["trace"], trace(model, golden["token_ids"], kv_scales), tolerance)
@@ -120,7 +125,7 @@ def first_difference(recorded: Mapping[str, Sketch], here: Mapping[str, Sketch],
 
 
 @torch.inference_mode()
-def trace(model: Decoder, token_ids: Sequence[int], kv_scales: KVScales | None) -> dict[str, Sketch]:
+def trace(model: Decoder, token_ids: Sequence[int], kv_scales: KVScales | PerToken | None) -> dict[str, Sketch]:
     """Sketches of what the last token of a prompt computes, by name and in order, through a KV cache of its own."""
     batch, num_pages = _whole(token_ids, model.device)
     cache = KVCache(

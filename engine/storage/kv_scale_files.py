@@ -49,7 +49,7 @@ def write_head_scales(folder: Path, layer: int, heads: Tensor, tp: int) -> None:
         rows.numpy().astype("<f4").tofile(folder / runs_file(layer))
 
 
-def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, tp: int) -> KVScales:
+def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, head_dim: int, tp: int) -> KVScales:
     """Scale and zero point of every layer and KV head, however they are written.
 
     The reference takes scale 1 for a missing file and says nothing; here FileNotFoundError names it, and a file of a
@@ -71,12 +71,12 @@ def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, tp: int)
         heads = torch.from_numpy(rows.astype(np.float32)).repeat_interleave(num_kv_heads // len(rows), dim=0)
         layers.append(heads.view(num_kv_heads, 2, 2))
     scales = torch.stack(layers)
-    return KVScales(key=scales[:, :, 0].contiguous(), value=scales[:, :, 1].contiguous())
+    return KVScales.of_heads(key=scales[:, :, 0], value=scales[:, :, 1], head_dim=head_dim)
 
 
 def heads_of(scales: KVScales, layer: int) -> Tensor:
     """The scales of one layer as they lie in files: float32 [kv_heads, 4]."""
-    return torch.cat([scales.key[layer], scales.value[layer]], dim=1)
+    return torch.cat([scales.key[layer, :, 0], scales.value[layer, :, 0]], dim=1)
 
 
 def covering_row(heads: Tensor) -> list[float]:

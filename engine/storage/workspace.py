@@ -157,7 +157,13 @@ class Workspace:
         if self.recipe.kv == "kv16" and not (unused and any(self._weights.glob("layers.*.past_kv_scale.*"))):
             return None
         config = self.config
-        return read_kv_scales(self._weights, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, tp=self.tp)
+        return read_kv_scales(
+            self._weights,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            tp=self.tp,
+        )
 
     def rank_weights(self, rank: int, tp: int) -> Mapping[str, Tensor]:
         """The tensors of one of `tp` ranks, whatever tp the folder was written for, read and cut when asked for.

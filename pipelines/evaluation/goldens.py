@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from engine.models.cache import KVScales
+from engine.models.cache import KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.runtime import selftest
 from engine.runtime.engine import Engine
@@ -34,7 +34,7 @@ def choose_prompts(baseline: Baseline, tokenizer: Tokenizer) -> dict[str, list[i
 def record_goldens(
     engine: Engine,
     model: Decoder,
-    kv_scales: KVScales | None,
+    kv_scales: KVScales | PerToken | None,
     prompts: dict[str, list[int]],
     *,
     artifact: str,

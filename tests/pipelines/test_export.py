@@ -99,7 +99,7 @@ def test_an_int8_cache_has_scales_for_every_rank_of_any_tp(build):
     for layer in range(2):
         for head in range(2):  # one KV head a rank
             expected = layer_scales(statistics, layer, tp=2)[head]
-            got = torch.cat([scales.key[layer, head], scales.value[layer, head]])
+            got = torch.cat([scales.key[layer, head, 0], scales.value[layer, head, 0]])
             assert torch.equal(got, torch.tensor(expected))
 
 
@@ -144,7 +144,7 @@ def test_scales_of_the_smoothed_model_match_a_fresh_calibration_of_it(build, tmp
     for layer in range(2):
         expected = torch.tensor(layer_scales(fresh, layer, tp=1)[0])
         torch.testing.assert_close(
-            torch.cat([scales.key[layer, 0], scales.value[layer, 0]]), expected, rtol=1e-4, atol=1e-5
+            torch.cat([scales.key[layer, 0, 0], scales.value[layer, 0, 0]]), expected, rtol=1e-4, atol=1e-5
         )
         moved += not torch.allclose(torch.tensor(layer_scales(recorded, layer, tp=1)[0]), expected, rtol=1e-2)
     assert moved, "no layer was smoothed: the test shows nothing"

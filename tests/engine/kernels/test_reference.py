@@ -110,6 +110,10 @@ def filled_pages(contexts, kv_heads, head_dim, page_len, *, scales=None):
     shape = (num_pages, kv_heads, page_len, head_dim)
     if scales is None:
         pages = KVPages(key=torch.full(shape, 1e4), value=torch.full(shape, 1e4))
+    elif scales == "token":
+        junk = [torch.full(shape, 255, dtype=torch.uint8) for _ in range(2)]
+        steps = [torch.full((*shape[:3], 2), 1e4, dtype=torch.float16) for _ in range(2)]
+        pages = KVPages(key=junk[0], value=junk[1], key_steps=steps[0], value_steps=steps[1])
     else:
         junk = [torch.full(shape, 255, dtype=torch.uint8) for _ in range(2)]
         pages = KVPages(
@@ -193,27 +197,74 @@ def test_paged_attention_of_many_decoding_sequences(gathered_floats, monkeypatch
         assert (out[b : b + 1] - attention_by_loops(query[b : b + 1], key, value, 0.5)).abs().max() < 1e-5
 
 
+def rounded(x, scale, zero):
+    """What is read of x once it is stored in bytes."""
+    return ((((x - zero) / scale) + 128).round().clamp(0, 255) - 128) * scale + zero
+
+
 def test_paged_attention_reads_int8_pages_dequantized():
-    scales = (
-        torch.tensor([0.02, 0.05]),
-        torch.tensor([0.3, -0.2]),
-        torch.tensor([0.03, 0.04]),
-        torch.tensor([0.0, 1.0]),
-    )
+    scales = [normal(2, 4, seed=40 + i) for i in range(4)]
+    scales[0], scales[2] = scales[0].abs() * 0.05 + 0.01, scales[2].abs() * 0.05 + 0.01
     contexts = [(normal(n, 2, 4, seed=n), normal(n, 2, 4, seed=20 + n)) for n in (7, 3)]
     pages, table = filled_pages(contexts, 2, 4, 4, scales=scales)
     query = normal(4, 4, 4, seed=3)
     batch = Queries(torch.tensor([0, 1, 4]), torch.tensor([7, 3]), table)
     out = ops.paged_attention(query, pages, batch, 0.5)
     for b, (key, value) in enumerate(contexts):
-        stored = [
-            ((((x - zero[:, None]) / scale[:, None]) + 128).round().clamp(0, 255) - 128) * scale[:, None]
-            + zero[:, None]
-            for x, scale, zero in ((key, *scales[:2]), (value, *scales[2:]))
-        ]
+        stored = [rounded(key, *scales[:2]), rounded(value, *scales[2:])]
         rows = slice(0, 1) if b == 0 else slice(1, 4)
         assert (out[rows] - attention_by_loops(query[rows], *stored, 0.5)).abs().max() < 1e-5
         assert (out[rows] - attention_by_loops(query[rows], key, value, 0.5)).abs().max() > 1e-3
+
+
+def test_paged_attention_reads_each_token_by_its_own_steps():
+    contexts = [(normal(n, 2, 6, seed=n), normal(n, 2, 6, seed=20 + n)) for n in (7, 3)]
+    contexts[0][0][3] *= 50  # a token far beyond the others costs them nothing
+    pages, table = filled_pages(contexts, 2, 6, 4, scales="token")
+    query = normal(4, 4, 6, seed=3) / 8
+    batch = Queries(torch.tensor([0, 1, 4]), torch.tensor([7, 3]), table)
+    out = ops.paged_attention(query, pages, batch, 0.5)
+    for b, (key, value) in enumerate(contexts):
+        steps = [ops.token_steps(x).float().split(1, dim=-1) for x in (key, value)]
+        stored = [rounded(x, *pair) for x, pair in zip((key, value), steps, strict=True)]
+        rows = slice(0, 1) if b == 0 else slice(1, 4)
+        assert (out[rows] - attention_by_loops(query[rows], *stored, 0.5)).abs().max() < 1e-5
+        assert (out[rows] - attention_by_loops(query[rows], key, value, 0.5)).abs().max() > 1e-5
+        assert (stored[0][:3] - key[:3]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0, 300.0, 5e4])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+def test_token_steps_cost_half_a_step_and_what_float16_rounds(size, offset):
+    x = normal(200, 3, 16, seed=8).clamp(-1, 1) * size + offset * min(size, 100.0)
+    scale, zero = ops.token_steps(x).float().split(1, dim=-1)
+    read = ops.dequantize_kv(ops.quantize_kv(x, scale, zero), scale, zero)
+    reach = torch.maximum(x.amax(-1, keepdim=True) - zero, zero - x.amin(-1, keepdim=True))
+    # Half a step, and at the ends what float16 takes from 127.5 of them: 2^-11 of each, 2^-8 near SMALLEST_STEP.
+    assert ((read - x).abs() <= scale * (0.57 if size >= 1 else 1.01)).all()
+    assert (scale <= torch.clamp(reach / 127.5 * 1.004, min=ops.SMALLEST_STEP)).all()
+
+
+def test_token_steps_of_rows_without_a_range():
+    x = torch.tensor([0.0, 0.1, -3.3, 1e-9, 6e4])[:, None].expand(5, 8)
+    steps = ops.token_steps(x)
+    scale, zero = steps.float().split(1, dim=-1)
+    assert steps.dtype == torch.float16 and (scale > 0).all()
+    read = ops.dequantize_kv(ops.quantize_kv(x, scale, zero), scale, zero)
+    assert ((read - x).abs() <= torch.clamp(x.abs() * 2**-18, min=ops.SMALLEST_STEP / 2)).all()
+    assert read[0].tolist() == [0.0] * 8
+
+
+def test_nan_and_infinity_in_the_cache_are_defined_and_finite():
+    """They are cut off where the bytes end; NaN counts as 0. So no page poisons a later owner's scores."""
+    x = torch.tensor([[1.0, math.nan, -2.0, 0.5], [math.inf, 1.0, -1.0, 0.0], [-math.inf, math.nan, math.inf, 1.0]])
+    static = ops.dequantize_kv(ops.quantize_kv(x, torch.tensor(0.5), torch.tensor(1.0)), 0.5, 1.0)
+    assert static.tolist() == [[1.0, 0.0, -2.0, 0.5], [64.5, 1.0, -1.0, 0.0], [-63.0, 0.0, 64.5, 1.0]]
+    scale, zero = ops.token_steps(x).float().split(1, dim=-1)
+    read = ops.dequantize_kv(ops.quantize_kv(x, scale, zero), scale, zero)
+    assert read.isfinite().all()
+    assert (read[0] - torch.tensor([1.0, 0.0, -2.0, 0.5])).abs().max() < 0.01
+    assert read[1, 0] == pytest.approx(65504, rel=5e-3) and read[2, 0] == pytest.approx(-65504, rel=5e-3)
 
 
 def test_causal_attention_across_query_blocks():

@@ -142,7 +142,8 @@ def calibrated(model, prompts):
 
     for layer in model.layers:
         hidden = layer(hidden, batch, None, rope, observe)
-    return KVScales(key=torch.stack(pairs["self_attn.k"]), value=torch.stack(pairs["self_attn.v"]))
+    key, value = (torch.stack(pairs[module]) for module in ("self_attn.k", "self_attn.v"))
+    return KVScales.of_heads(key=key, value=value, head_dim=model.config.head_dim)
 
 
 def test_int8_kv_costs_little_and_a_wrong_zero_point_much(real_folder):

@@ -285,7 +285,7 @@ def test_a_failing_callback_leaves_the_engine_usable(model):
 def test_an_int8_cache_is_close_and_the_same_chunked(model):
     shape = (CONFIG.num_layers, CONFIG.num_kv_heads)
     pairs = torch.tensor([0.06, 0.0]).expand(*shape, 2).contiguous()
-    scales = KVScales(key=pairs, value=pairs)
+    scales = KVScales.of_heads(key=pairs, value=pairs, head_dim=CONFIG.head_dim)
     expected = whole_logits(model, PROMPTS[0])
     found = []
     for options in ({}, {"num_tokens_per_iter": 3}, {"num_tokens_per_iter": 1}):

@@ -22,9 +22,10 @@ from engine.runtime.selftest import (
 from tests.engine.runtime.tiny_model import CONFIG, CharTokenizer, tiny_model
 
 PROMPTS = {"first": [3, 1, 4, 1, 5, 9, 2, 6], "second": [2, 7, 1, 8]}
-SCALES = KVScales(
+SCALES = KVScales.of_heads(
     key=torch.tensor([0.05, 0.0]).repeat(CONFIG.num_layers, CONFIG.num_kv_heads, 1),
     value=torch.tensor([0.05, 0.0]).repeat(CONFIG.num_layers, CONFIG.num_kv_heads, 1),
+    head_dim=CONFIG.head_dim,
 )
 
 

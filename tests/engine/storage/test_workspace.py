@@ -256,8 +256,10 @@ def test_kv_scales_are_per_head_and_missing_ones_are_an_error(tmp_path):
         write_kv_scales(tmp_path / WEIGHTS, layer, rows)
     scales = workspace.kv_scales()
     assert scales.key.dtype == torch.float32
-    assert scales.key.tolist() == [[[1.0, -0.5], [1.25, -0.5]], [[2.0, -0.5], [2.25, -0.5]]]
-    assert scales.value.tolist() == [[[2.0, 0.0], [2.0, 1.0]]] * 2
+    assert scales.key.shape == (2, 2, SMALL.head_dim, 2)
+    assert all(torch.equal(x, x[:, :, :1].expand_as(x)) for x in (scales.key, scales.value))
+    assert scales.key[:, :, 0].tolist() == [[[1.0, -0.5], [1.25, -0.5]], [[2.0, -0.5], [2.25, -0.5]]]
+    assert scales.value[:, :, 0].tolist() == [[[2.0, 0.0], [2.0, 1.0]]] * 2
     (tmp_path / WEIGHTS / "layers.1.past_kv_scale.1.weight").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="8 bytes where 16"):
         workspace.kv_scales()
