@@ -1,10 +1,12 @@
 """Every op of the decoder in plain torch: the CPU path, and the specification that faster kernels are tested against.
 
 Whatever the type of the inputs, sums and exponentials are float32 and the result is rounded once to the input's type.
+(Above 300 lines: the whole of what kernels are held to is in one place.)
 """
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -22,6 +24,12 @@ LARGEST_HALF = 65504.0
 # The finest scale of a token's int8 K or V. Below it float16, which has steps of 2^-24 there, would round it by so much
 # that values at the ends of the range were clamped by more than half a step.
 SMALLEST_STEP = 2.0**-17
+# The largest code of symmetric int8: -128 is not used, so that a sign costs nothing.
+INT8_MAX = 127
+# What an absolute maximum counts as at least: the scale of a row of zeros is finite and not 0.
+SMALLEST_ABSMAX = 1e-7
+# Products of int8 summed in float32 at a time: 1024 * 128 * 128 = 2^24, up to which it holds every whole number.
+EXACT_TERMS = 1024
 
 
 class Pages(Protocol):
@@ -71,6 +79,65 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for [..., 2 * inner] with the gate in the first half; [..., inner]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 of every row: values [..., in] and float32 scales [...] with x = values * scale, nearly.
+
+    scale = max(absmax, 1e-7) / 127, value = clamp(round_half_even(x / scale), -127, 127), in float32 with a division
+    that is rounded to nearest. A row of zeros has zeros and a usable scale. A row with NaN or Inf has a scale that is
+    not finite and 0 where it is: everything computed from it is NaN, as it would be in floats.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(-1).clamp(min=SMALLEST_ABSMAX) / INT8_MAX
+    values = (wide / scales.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return values.nan_to_num_(0.0).to(torch.int8), scales
+
+
+def rms_norm_int8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the RMS norm in float32: what is normalized is NOT rounded to x's type in between."""
+    return quantize_rows(rms_norm(x.float(), weight, eps))
+
+
+def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of silu(gate) * up in float32: the product is NOT rounded to the input's type in between."""
+    return quantize_rows(silu_and_mul(gate_up.float()))
+
+
+def int8_linear(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x W^T of int8 x [T, in] and weight [out, in], times both scales (float32 [T] and [out]); `dtype` [T, out].
+
+    The sum of products is exact (int32), so it depends on nothing but its row and column. Then, in float32 and in this
+    order: sum * x_scale * weight_scale + bias, rounded once to `dtype`.
+    """
+    out = int8_products(x, weight).float() * x_scales.unsqueeze(-1) * weight_scales
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def int8_products(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of int8 matrices [T, in] and [out, in], exactly: int32 [T, out]."""
+    # A column of one value has two readings of its strides, and torch's product takes the wrong one.
+    if not x.is_cuda and x.shape[1] > 1 and _int_mm_is_exact():
+        return torch._int_mm(x, weight.t())
+    out = torch.zeros(len(x), len(weight), dtype=torch.int32, device=x.device)
+    for first in range(0, x.shape[1], EXACT_TERMS):
+        terms = slice(first, first + EXACT_TERMS)
+        out += (x[:, terms].float() @ weight[:, terms].float().t()).int()
+    return out
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether this process' int8 product is right: without VNNI, oneDNN adds pairs of products in 16 bits, and they
+    saturate in silence."""
+    for tokens in (1, 33):
+        x, weight = torch.full((tokens, 64), 127, dtype=torch.int8), torch.full((32, 64), 127, dtype=torch.int8)
+        weight[1::2] = -128
+        if not torch.equal(torch._int_mm(x, weight.t()), x.int() @ weight.int().t()):
+            return False
+    return True
 
 
 def apply_rope(

@@ -12,10 +12,11 @@ from engine.kernels import reference as ops
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
-from engine.models.linear import read_linear, stack
+from engine.models.linear import Int8Linear, Int8Rows, Linear, read_linear, stack
 from engine.models.rope import Rope, rope_tables
 
 Observe = Callable[[str, Tensor], None]
+Rows = Tensor | Int8Rows
 
 
 class DecoderLayer:
@@ -33,9 +34,9 @@ class DecoderLayer:
         ]
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
         self._qkv = stack([linears[module] for module in names.QKV])
-        self._output = linears[names.OUTPUT]
+        self._output: Linear = linears[names.OUTPUT]
         self._gate_up = stack([linears[module] for module in names.GATE_UP])
-        self._down = linears[names.DOWN]
+        self._down: Linear = linears[names.DOWN]
 
     def __call__(
         self,
@@ -62,18 +63,18 @@ class DecoderLayer:
 
     # The steps of a layer, each the input of one quantizable group of linears or what follows it.
 
-    def attention_input(self, hidden: Tensor) -> Tensor:
-        """What q, k and v read: [T, hidden]."""
-        return ops.rms_norm(hidden, self._attention_norm, self.config.norm_eps)
+    def attention_input(self, hidden: Tensor) -> Rows:
+        """What q, k and v read: [T, hidden]; int8 rows where they are int8."""
+        return self._normed(hidden, self._attention_norm, self._qkv)
 
     def attend(
-        self, normed: Tensor, batch: Batch, pages: KVPages | None, rope: Rope, observe: Observe | None = None
+        self, normed: Rows, batch: Batch, pages: KVPages | None, rope: Rope, observe: Observe | None = None
     ) -> Tensor:
         """What o reads: [T, heads * head_dim]."""
-        config, tokens = self.config, len(normed)
+        config = self.config
         _tell(observe, names.QKV, normed)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = self._qkv.forward(normed).view(tokens, heads + 2 * kv_heads, config.head_dim)
+        qkv = self._qkv.forward(normed).view(-1, heads + 2 * kv_heads, config.head_dim)
         query, key, value = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if config.qk_norm:
             query, key = (
@@ -89,23 +90,31 @@ class DecoderLayer:
         else:
             ops.write_kv(key, value, pages, batch.slots)
             attended = ops.paged_attention(query, pages, batch, scale, config.sliding_window)
-        return attended.view(tokens, heads * config.head_dim)
+        return attended.flatten(1)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The residual stream between attention and MLP: [T, hidden]."""
         return hidden + self._output.forward(attended)
 
-    def mlp_input(self, hidden: Tensor) -> Tensor:
-        """What gate and up read: [T, hidden]."""
-        return ops.rms_norm(hidden, self._mlp_norm, self.config.norm_eps)
+    def mlp_input(self, hidden: Tensor) -> Rows:
+        """What gate and up read: [T, hidden]; int8 rows where they are int8."""
+        return self._normed(hidden, self._mlp_norm, self._gate_up)
 
-    def inner(self, normed: Tensor) -> Tensor:
-        """What down reads: [T, intermediate]."""
-        return ops.silu_and_mul(self._gate_up.forward(normed))
+    def inner(self, normed: Rows) -> Rows:
+        """What down reads: [T, intermediate]; int8 rows where it is int8."""
+        gate_up = self._gate_up.forward(normed)
+        if isinstance(self._down, Int8Linear):
+            return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
+        return ops.silu_and_mul(gate_up)
 
-    def after_mlp(self, hidden: Tensor, inner: Tensor) -> Tensor:
+    def after_mlp(self, hidden: Tensor, inner: Rows) -> Tensor:
         """The residual stream behind the layer: [T, hidden]."""
         return hidden + self._down.forward(inner)
+
+    def _normed(self, hidden: Tensor, weight: Tensor, reader: Linear) -> Rows:
+        if isinstance(reader, Int8Linear):
+            return Int8Rows(*ops.rms_norm_int8(hidden, weight, self.config.norm_eps), hidden.dtype)
+        return ops.rms_norm(hidden, weight, self.config.norm_eps)
 
 
 class Decoder:
@@ -149,12 +158,13 @@ class Decoder:
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     """The tensors of a layer, named within it, of whatever kind `weights` has."""
-    parts = ("weight", "bias", *names.QUANTIZED)
+    parts = ("weight", "bias", names.WEIGHT_SCALE, *names.QUANTIZED)
     within = (f"{module}.{part}" for module in names.LAYER_SHARDS for part in parts)
     return {name: weights[names.layer_name(layer, name)] for name in within if names.layer_name(layer, name) in weights}
 
 
-def _tell(observe: Observe | None, modules: tuple[str, ...], value: Tensor) -> None:
+def _tell(observe: Observe | None, modules: tuple[str, ...], value: Rows) -> None:
     if observe is not None:
+        value = value.dense() if isinstance(value, Int8Rows) else value
         for module in modules:
             observe(module, value)

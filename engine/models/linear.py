@@ -1,18 +1,37 @@
-"""The kinds of linear layer, one forward for all: y = x W^T + b with x [..., in] and y [..., out]."""
+"""The kinds of linear layer, one forward for all: y = x W^T + b with x [..., in] and y [..., out].
+
+Int8 ones read rows of int8 as well: what comes before them can quantize in its own pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine.kernels import reference as ops
+from engine.models import names
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """Rows that are quantized already: int8 values [..., in], float32 scales [...], and the type they stand for."""
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def dense(self) -> Tensor:
+        """The floats that they stand for, in `dtype`."""
+        return (self.values.float() * self.scales.unsqueeze(-1)).to(self.dtype)
 
 
 class Linear(Protocol):
-    def forward(self, x: Tensor) -> Tensor: ...
+    # A tensor; int8 linears take Int8Rows as well, and those are given to nothing else.
+    def forward(self, x: Any) -> Tensor: ...
 
 
 class DenseLinear:
@@ -45,6 +64,22 @@ class Int4Linear:
         return torch.nn.functional.linear(x, self._weight, self.bias)
 
 
+class Int8Linear:
+    """An int8 weight [out, in] with float32 scales [out], multiplied with int8 rows; a bias [out] or none."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.scales = scales
+        self.bias = bias
+
+    def forward(self, x: Tensor | Int8Rows) -> Tensor:
+        """A float tensor is quantized row by row first; the result has its type."""
+        rows = x if isinstance(x, Int8Rows) else Int8Rows(*ops.quantize_rows(x), x.dtype)
+        values = rows.values.reshape(-1, rows.values.shape[-1])
+        out = ops.int8_linear(values, rows.scales.reshape(-1), self.weight, self.scales, self.bias, rows.dtype)
+        return out.view(*rows.values.shape[:-1], len(self.weight))
+
+
 class MixedLinear:
     """Linears of different kinds over one input, outputs side by side."""
 
@@ -55,23 +90,27 @@ class MixedLinear:
         return torch.cat([linear.forward(x) for linear in self.linears], dim=-1)
 
 
-def read_linear(
-    tensors: Mapping[str, Tensor], module: str, *, device: torch.device | str, dtype: torch.dtype
-) -> DenseLinear | Int4Linear:
+Kind = DenseLinear | Int4Linear | Int8Linear
+
+
+def read_linear(tensors: Mapping[str, Tensor], module: str, *, device: torch.device | str, dtype: torch.dtype) -> Kind:
     """The linear whose tensors are named `<module>.…`, of the kind whose tensors are there.
 
-    Float tensors are cast to `dtype`, except the scales of groups, which keep what they store.
+    Float tensors are cast to `dtype`, except scales, which keep what they store.
     """
     bias = tensors[f"{module}.bias"].to(device, dtype) if f"{module}.bias" in tensors else None
     if f"{module}.qweight" in tensors:
         qweight, qzeros, scales = (tensors[f"{module}.{part}"].to(device) for part in ("qweight", "qzeros", "scales"))
         return Int4Linear(qweight, qzeros, scales, bias)
+    if f"{module}.{names.WEIGHT_SCALE}" in tensors:
+        weight, scales = (tensors[f"{module}.{part}"].to(device) for part in ("weight", names.WEIGHT_SCALE))
+        return Int8Linear(weight, scales, bias)
     if f"{module}.weight" in tensors:
         return DenseLinear(tensors[f"{module}.weight"].to(device, dtype), bias)
     raise ValueError(f"no weight of {module}: neither {module}.weight nor {module}.qweight was given")
 
 
-def stack(linears: Sequence[DenseLinear | Int4Linear]) -> Linear:
+def stack(linears: Sequence[Kind]) -> Linear:
     """One linear that gives the outputs of `linears` side by side, by joining their weights along `out`.
 
     Linears that cannot be joined (different kinds, or different group sizes) stay apart behind one forward.
@@ -88,10 +127,17 @@ def stack(linears: Sequence[DenseLinear | Int4Linear]) -> Linear:
             torch.cat([linear.scales for linear in packed], dim=1),
             _join_biases(linears, [linear.scales.shape[1] for linear in packed]),
         )
+    int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+    if len(int8) == len(linears):
+        return Int8Linear(
+            torch.cat([linear.weight for linear in int8]),
+            torch.cat([linear.scales for linear in int8]),
+            _join_biases(linears, [len(linear.weight) for linear in int8]),
+        )
     return MixedLinear(linears)
 
 
-def _join_biases(linears: Sequence[DenseLinear | Int4Linear], sizes: Sequence[int]) -> Tensor | None:
+def _join_biases(linears: Sequence[Kind], sizes: Sequence[int]) -> Tensor | None:
     known = [linear.bias for linear in linears if linear.bias is not None]
     if not known:
         return None

@@ -41,6 +41,8 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 QUANTIZED = ("qweight", "qzeros", "scales")
+# Float32 [out] beside an int8 `weight` [out, in].
+WEIGHT_SCALE = "weight_scale"
 LAYER_PREFIX = "model.layers."
 
 

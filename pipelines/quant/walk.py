@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from engine.models.decoder import DecoderLayer
+from engine.models.decoder import DecoderLayer, Rows
 from engine.storage.checkpoint import Checkpoint
 from pipelines.quant.observers import Statistics, gram, gram_and_drift
 from pipelines.quant.pairs import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Pair
@@ -72,30 +72,35 @@ class LayerWalk:
     def _quantized_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
         stream, between = self._walk.stream, self._between
         if pair is ATTENTION_IN:
-            return layer.attention_input(stream.hidden[sample])
+            return _floats(layer.attention_input(stream.hidden[sample]))
         if pair is ATTENTION_OUT:
             normed = layer.attention_input(stream.hidden[sample])
             between[sample] = layer.attend(normed, stream.batch, None, stream.rope)
             return between[sample]
         if pair is MLP_IN:
             between[sample] = layer.after_attention(stream.hidden[sample], between[sample])
-            return layer.mlp_input(between[sample])
-        return layer.inner(layer.mlp_input(between[sample]))
+            return _floats(layer.mlp_input(between[sample]))
+        return _floats(layer.inner(layer.mlp_input(between[sample])))
 
     def _plain_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
         stream, hidden = self._walk.stream, self._walk.unquantized
         assert hidden is not None
         if pair is ATTENTION_IN:
-            return layer.attention_input(hidden[sample])
+            return _floats(layer.attention_input(hidden[sample]))
         if pair is ATTENTION_OUT:
             attended = layer.attend(layer.attention_input(hidden[sample]), stream.batch, None, stream.rope)
             hidden[sample] = layer.after_attention(hidden[sample], attended)
             return attended
         if pair is MLP_IN:
-            return layer.mlp_input(hidden[sample])
-        inner = layer.inner(layer.mlp_input(hidden[sample]))
+            return _floats(layer.mlp_input(hidden[sample]))
+        inner = _floats(layer.inner(layer.mlp_input(hidden[sample])))
         hidden[sample] = layer.after_mlp(hidden[sample], inner)
         return inner
+
+
+def _floats(rows: Rows) -> Tensor:
+    assert isinstance(rows, Tensor)  # the layers of a walk are dense
+    return rows
 
 
 Inputs = Callable[[Pair, Mapping[str, Tensor]], Statistics]

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from engine.kernels import reference as ops
 from engine.models import names
 from engine.models.batch import packed
 from engine.models.cache import KVScales
@@ -190,3 +191,42 @@ def test_observe_sees_the_input_of_every_linear():
     attended = hidden + seen["self_attn.o_proj"] @ weights["model.layers.0.self_attn.o_proj.weight"].T
     mlp = seen["mlp.down_proj"] @ weights["model.layers.0.mlp.down_proj.weight"].T
     assert torch.allclose(out, attended + mlp, atol=1e-5)
+
+
+def as_int8(weights, config):
+    """Every linear of every layer with symmetric int8 rows."""
+    quantized = dict(weights)
+    for layer in range(config.num_layers):
+        for module in names.LINEARS:
+            name = names.layer_name(layer, module)
+            values, scales = ops.quantize_rows(quantized[f"{name}.weight"])
+            quantized |= {f"{name}.weight": values, f"{name}.{names.WEIGHT_SCALE}": scales}
+    return quantized
+
+
+def test_int8_layers_compute_with_rows_quantized_in_the_norm_and_in_silu():
+    config = tiny_config(qkv_bias=True)
+    weights = random_weights(config)
+    quantized = as_int8(weights, config)
+    batch = packed([token_ids(config.vocab_size, length, seed=length) for length in (9, 5)])
+    exact = Decoder(config, weights, device="cpu", dtype=torch.float32)(batch, None)
+    model = Decoder(config, quantized, device="cpu", dtype=torch.float32)
+    logits = model(batch, None)
+    assert 1e-4 < distance(logits, exact) < 0.05
+    # The same with floats between: every linear quantizes its input itself.
+    layer, seen = model.layers[0], {}
+    hidden, rope = model.embed(batch.token_ids), rope_tables(config, batch)
+    after = layer(hidden, batch, None, rope, observe=seen.__setitem__)
+    normed = layer.attention_input(hidden)
+    assert torch.equal(seen["self_attn.q_proj"], normed.dense())
+    attended = layer.attend(normed.dense(), batch, None, rope)
+    between = layer.after_attention(hidden, attended)
+    inner = layer.inner(layer.mlp_input(between).dense())
+    assert distance(layer.after_mlp(between, inner.dense()), after) < 0.02
+    # Through the cache a sequence is what it is alone.
+    sequence = token_ids(config.vocab_size, 20)
+    run = PagedRun(model, [sequence])
+    run.step({0: 11})
+    for _ in range(9):
+        run.step({0: 1})
+    assert distance(run.result(0), model(packed([sequence]), None)) <= TOLERANCE
