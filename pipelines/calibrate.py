@@ -9,6 +9,7 @@ digests of the blocks, the tokenizer, the chat template and the texts.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +21,25 @@ from engine.storage.checkpoint import Checkpoint
 from pipelines.chat_templates import open_tokenizer
 from pipelines.data.calibration_set import calibration_set
 from pipelines.quant.observers import KEY, VALUE, Observer, channel_statistics, head_statistics, with_means
+from pipelines.quant.resume import LayerResult, Resume
 from pipelines.quant.stream import LayerTensors, Stream, Workers, side_by_side
 from pipelines.slices import Call, locate, output, run_stage, write_json
 from pipelines.sources import pickled
+from pipelines.unfinished import unfinished_work
 
 
 def work(call: Call) -> None:
     record = call.slice["model"]
     checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=True)
     blocks, about = calibration_blocks(call.slice["calibration"], checkpoint, call.slice.get("template"))
-    with output(call.out) as folder, side_by_side(device=call.device) as workers:
+    with (
+        unfinished_work(call, "calibrate") as unfinished,
+        output(call.out) as folder,
+        side_by_side(device=call.device) as workers,
+    ):
         save_file({"tokens": blocks}, folder / "blocks.safetensors")
         write_json(folder / "calibration.json", about)
-        save_file(calibrate(checkpoint, blocks, workers, call.device), folder / "stats.safetensors")
+        save_file(calibrate(checkpoint, blocks, workers, call.device, unfinished), folder / "stats.safetensors")
 
 
 def calibration_blocks(
@@ -52,23 +59,34 @@ def calibration_blocks(
 
 
 @torch.inference_mode()
-def calibrate(checkpoint: Checkpoint, blocks: Tensor, workers: Workers, device: str = "cpu") -> dict[str, Tensor]:
-    """The statistics by the names in which they are stored, with one layer of the model in memory at a time."""
-    stream = Stream(checkpoint, blocks, workers, device=device)
+def calibrate(
+    checkpoint: Checkpoint, blocks: Tensor, workers: Workers, device: str = "cpu", unfinished: Path | None = None
+) -> dict[str, Tensor]:
+    """The statistics by the names in which they are stored, with one layer of the model in memory at a time.
+
+    In the folder `unfinished` layers are kept as they are done, and those found there are not computed again.
+    """
+    stream, count = Stream(checkpoint, blocks, workers, device=device), checkpoint.config.num_layers
+    layers = Resume(unfinished, count=count, state=stream).results(lambda number: _layer(stream, checkpoint, number))
     statistics: dict[str, Tensor] = {}
-    layers = range(checkpoint.config.num_layers)
-    for number in tqdm(layers, desc="calibrate", unit="layer", file=sys.stderr, disable=None):
-        layer = stream.dense(LayerTensors(checkpoint, number, device))
-        seen = stream.observe(layer, number, _observer, advance=True)
-        del layer  # before the next one is read: one layer in memory
-        module = f"model.layers.{number}"
-        for kind, name in (("key", KEY), ("value", VALUE)):
-            statistics |= {f"{kind}/{what}/{module}": tensor.cpu() for what, tensor in seen.pop(name).items()}
-        for linear, sums in seen.items():
-            named = with_means(sums).items()
-            # Cloned: q, k and v share what was measured, and the file holds each tensor on its own.
-            statistics |= {f"inputs/{what}/{module}.{linear}": tensor.cpu().clone() for what, tensor in named}
+    for _, layer in tqdm(layers, total=count, desc="calibrate", unit="layer", file=sys.stderr, disable=None):
+        statistics |= layer.tensors
     return statistics
+
+
+def _layer(stream: Stream, checkpoint: Checkpoint, number: int) -> LayerResult:
+    """The statistics of one layer; the stream is behind it then."""
+    layer = stream.dense(LayerTensors(checkpoint, number, stream.device))
+    seen = stream.observe(layer, number, _observer, advance=True)
+    module = f"model.layers.{number}"
+    statistics: dict[str, Tensor] = {}
+    for kind, name in (("key", KEY), ("value", VALUE)):
+        statistics |= {f"{kind}/{what}/{module}": tensor.cpu() for what, tensor in seen.pop(name).items()}
+    for linear, sums in seen.items():
+        named = with_means(sums).items()
+        # Cloned: q, k and v share what was measured, and the file holds each tensor on its own.
+        statistics |= {f"inputs/{what}/{module}.{linear}": tensor.cpu().clone() for what, tensor in named}
+    return LayerResult(tensors=statistics)
 
 
 def _observer() -> Observer:

@@ -7,13 +7,16 @@ lies what the recipe's package writes: nothing for `fp16`, a report for `as_is`.
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 
 from pipelines.quantized_source import check_weights
 from pipelines.slices import Call, locate, output, run_stage, write_json
 from pipelines.sources import identity, model_files, pickled, sha256_file
+from pipelines.unfinished import unfinished_work
 
 SOURCE = "source.json"
 RECIPES = ("fp16", "w4a16", "as_is")
+TAKEN = ("fp16", "as_is")  # from the checkpoint, with nothing computed
 
 
 def work(call: Call) -> None:
@@ -22,10 +25,19 @@ def work(call: Call) -> None:
         raise ValueError(f"weights={weights['name']} is no recipe; there are {', '.join(RECIPES)}.")
     # By name, so that a change of one recipe's code rebuilds that recipe alone.
     recipe = importlib.import_module(f"pipelines.quant.{weights['name']}")
-    folder = locate(record)
-    check_weights(folder, weights["name"])
-    with output(call.out) as out:
-        recipe.quantize(weights, folder, call.inputs["calibrate"], out, allow_bin=pickled(record), device=call.device)
+    folder, name = locate(record), weights["name"]
+    check_weights(folder, name)
+    keeping = nullcontext(None) if name in TAKEN else unfinished_work(call, "quantize", name)
+    with keeping as unfinished, output(call.out) as out:
+        recipe.quantize(
+            weights,
+            folder,
+            call.inputs["calibrate"],
+            out,
+            allow_bin=pickled(record),
+            device=call.device,
+            unfinished=unfinished,
+        )
         files = {path.name: sha256_file(path) for path in model_files(folder, allow_bin=pickled(record))}
         write_json(out / SOURCE, {"source": identity(record), "files": files})
 

@@ -151,6 +151,15 @@ class Stream:
                 self.hidden[sample] = out
         return {module: sums.checked(number, module) for module, sums in joined.items()}
 
+    def state(self) -> dict[str, Tensor]:
+        """The hidden states, as what a run that was killed needs to go on after the layer before (`Resume`)."""
+        return {f"hidden/{sample}": hidden for sample, hidden in enumerate(self.hidden)}
+
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        """Take the hidden states that `state` had given."""
+        for sample in range(len(self.hidden)):
+            self.hidden[sample] = read(f"hidden/{sample}").to(self.device)
+
     def advance(self, layer: DecoderLayer) -> None:
         """Move every hidden state through the layer."""
 

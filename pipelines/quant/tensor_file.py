@@ -16,6 +16,8 @@ KINDS = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -35,6 +35,18 @@ class Walk:
         """The walk through layer `number`, whose unquantized `tensors` are named within it."""
         return LayerWalk(self, number, tensors)
 
+    def state(self) -> dict[str, Tensor]:
+        """Both streams' hidden states between two layers (`Resume`)."""
+        beside = {f"unquantized/{sample}": hidden for sample, hidden in enumerate(self.unquantized or [])}
+        return self.stream.state() | beside
+
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        """Take the hidden states that `state` had given."""
+        self.stream.restore(read)
+        if self.unquantized is not None:
+            for sample in range(len(self.unquantized)):
+                self.unquantized[sample] = read(f"unquantized/{sample}").to(self.stream.device)
+
 
 class LayerWalk:
     """Inside one layer: `inputs` for each pair of ORDER in turn, then `finish`."""

@@ -21,6 +21,7 @@ def quantize(
     *,
     allow_bin: bool = False,
     device: str = "cpu",
+    unfinished: Path | None = None,
 ) -> None:
     """Look at everything that `shard` will take from the checkpoint `source`, and write `report.json` into `out`.
 

@@ -15,5 +15,6 @@ def quantize(
     *,
     allow_bin: bool = False,
     device: str = "cpu",
+    unfinished: Path | None = None,
 ) -> None:
     """Nothing to write: whatever reads the quantized model reads the checkpoint's own tensors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.turbomind_files import check_fits
+from pipelines.quant.resume import LayerResult, Resume
 from pipelines.quant.stream import LayerTensors, Workers, side_by_side
 from pipelines.quant.tensor_file import TensorFile
 from pipelines.quant.w4a16.layer import QuantizedLayer, quantize_as_reference, quantize_by_search, round_layer
 from pipelines.quant.w4a16.search import Method
 from pipelines.quant.walk import Walk
 from pipelines.slices import write_json
+
+SMOOTHING = "smoothing/"  # before the names of scales, among the tensors of a layer
 
 
 @torch.inference_mode()
@@ -34,6 +37,7 @@ def quantize(
     *,
     allow_bin: bool = False,
     device: str = "cpu",
+    unfinished: Path | None = None,
 ) -> None:
     """Write the quantized layers of the checkpoint `source` into the folder `out`.
 
@@ -42,19 +46,22 @@ def quantize(
     `weights.safetensors`: every tensor of every decoder layer, linears in the HF-AWQ layout, norms and biases in
     float16. `smoothing.safetensors`: float32 [channels] that the outputs of a linear were divided by, by its name.
     `report.json`: a row per layer and pair. With `search: grid` a linear sees the outputs of the quantized ones before
-    it, and the errors reported are parts of the power of the outputs.
+    it, and the errors reported are parts of the power of the outputs. In the folder `unfinished` layers are kept as
+    they are done, and those found there are not computed again.
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config, group_size = checkpoint.config, int(weights["group_size"])
     check_fits(config, Recipe(weights="w4a16", group_size=group_size), tp=1)  # before any work
     with side_by_side(device=device) as workers:
+        walk: Walk | None = None
         if weights["search"] == "none":
-            layers = _by_formula(checkpoint, calibration / "stats.safetensors", group_size, float(weights["alpha"]))
+            one = _by_formula(checkpoint, calibration / "stats.safetensors", group_size, float(weights["alpha"]))
         elif weights["method"] == "rtn":
-            layers = _rounded(checkpoint, weights, device)
+            one = _rounded(checkpoint, weights, device)
         else:
             blocks = load_file(calibration / "blocks.safetensors")["tokens"]
-            layers = _searched(checkpoint, blocks, method(weights), workers, device)
+            walk, one = _searched(checkpoint, blocks, method(weights), workers, device)
+        layers = Resume(unfinished, count=config.num_layers, state=walk).results(one)
         smoothing, report = _write_layers(layers, config, group_size, out / "weights.safetensors")
     save_file({name: scale.cpu().contiguous() for name, scale in smoothing.items()}, out / "smoothing.safetensors")
     write_json(out / "report.json", {"weights": dict(weights), "pairs": report})
@@ -77,49 +84,65 @@ def method(weights: Mapping[str, Any]) -> Method:
 
 
 def _write_layers(
-    layers: Iterator[QuantizedLayer], config: ModelConfig, group_size: int, path: Path
+    layers: Iterator[tuple[int, LayerResult]], config: ModelConfig, group_size: int, path: Path
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Write each layer as it comes; returns the smoothing scales by full name and the report's rows."""
     smoothing: dict[str, Tensor] = {}
     report: list[dict[str, Any]] = []
     with TensorFile(path, _plan(config, group_size)) as file:
         progress = tqdm(layers, total=config.num_layers, desc="quantize", unit="layer", file=sys.stderr, disable=None)
-        for number, layer in enumerate(progress):
-            for name, tensor in layer.packed().items():
-                file.write(names.layer_name(number, name), tensor.cpu())
-            smoothing |= {names.layer_name(number, module): scale for module, scale in layer.smoothing.items()}
-            report += [{"layer": number, **row} for row in layer.report]
+        for number, layer in progress:
+            for name, tensor in layer.tensors.items():
+                if name.startswith(SMOOTHING):
+                    smoothing[names.layer_name(number, name.removeprefix(SMOOTHING))] = tensor
+                else:
+                    file.write(names.layer_name(number, name), tensor.cpu())
+            report += [{"layer": number, **row} for row in layer.rows]
     return smoothing, report
+
+
+def _result(layer: QuantizedLayer) -> LayerResult:
+    smoothing = {f"{SMOOTHING}{module}": scale for module, scale in layer.smoothing.items()}
+    return LayerResult(tensors=layer.packed() | smoothing, rows=layer.report)
 
 
 def _searched(
     checkpoint: Checkpoint, blocks: Tensor, method: Method, workers: Workers, device: str
-) -> Iterator[QuantizedLayer]:
+) -> tuple[Walk, Callable[[int], LayerResult]]:
     walk = Walk(checkpoint, blocks, workers, drift=method.correction > 0, device=device)
-    for number in range(checkpoint.config.num_layers):
+
+    def one(number: int) -> LayerResult:
         tensors = dict(LayerTensors(checkpoint, number, device))
         here = walk.layer(number, tensors)
         quantized = quantize_by_search(tensors, here.inputs, checkpoint.config, method, workers)
         here.finish(quantized.dense())
-        yield quantized
+        return _result(quantized)
+
+    return walk, one
 
 
-def _rounded(checkpoint: Checkpoint, weights: Mapping[str, Any], device: str) -> Iterator[QuantizedLayer]:
-    for number in range(checkpoint.config.num_layers):
+def _rounded(checkpoint: Checkpoint, weights: Mapping[str, Any], device: str) -> Callable[[int], LayerResult]:
+    def one(number: int) -> LayerResult:
         tensors = LayerTensors(checkpoint, number, device)
-        yield round_layer(tensors, group_size=int(weights["group_size"]), symmetric=bool(weights["symmetric"]))
+        group_size, symmetric = int(weights["group_size"]), bool(weights["symmetric"])
+        return _result(round_layer(tensors, group_size=group_size, symmetric=symmetric))
+
+    return one
 
 
-def _by_formula(checkpoint: Checkpoint, statistics: Path, group_size: int, alpha: float) -> Iterator[QuantizedLayer]:
-    for number in range(checkpoint.config.num_layers):
+def _by_formula(
+    checkpoint: Checkpoint, statistics: Path, group_size: int, alpha: float
+) -> Callable[[int], LayerResult]:
+    def one(number: int) -> LayerResult:
         with safe_open(statistics, framework="pt") as opened:
             absmax = {
                 module: opened.get_tensor(f"inputs/absmax/{names.layer_name(number, module)}")
                 for module in names.LINEARS
             }
-        yield quantize_as_reference(
-            LayerTensors(checkpoint, number), absmax, checkpoint.config, group_size=group_size, alpha=alpha
-        )
+        tensors = LayerTensors(checkpoint, number)
+        return _result(quantize_as_reference(tensors, absmax, checkpoint.config, group_size=group_size, alpha=alpha))
+
+    return one
 
 
 def _plan(config: ModelConfig, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
