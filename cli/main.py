@@ -15,6 +15,7 @@ VERBS = {
     "serve": ("cli.serve", "serve an artifact over HTTP, with OpenAI's API"),
     "chat": ("cli.chat", "talk to a server or an artifact in the terminal"),
     "generate": ("cli.generate", "complete one prompt with an artifact"),
+    "bench": ("benchmarks.bench", "measure speed and memory; rows and plots"),
     "convert": ("cli.seed:convert", "a checkpoint as a plain TurboMind workspace, unmeasured"),
     "lite": ("cli.seed:lite", "kv_qparams: int8 KV scales for a plain workspace"),
 }

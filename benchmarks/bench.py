@@ -1,0 +1,40 @@
+"""`ingot bench BENCHMARK [KEY=VALUE ...]`: measurements that anybody can repeat."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+BENCHMARKS = {
+    "generation": (
+        "benchmarks.generation",
+        "fixed lengths at several batch sizes: tokens a second, share of the floor",
+    ),
+    "throughput": ("benchmarks.throughput", "many requests of different lengths: requests and tokens a second"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark and return the exit code; ValueError for one that is not there."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name = argv[0]
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
+        meant = f"Did you mean `ingot bench {near[0]}`? " if near else ""
+        raise ValueError(f"there is no benchmark {name!r}. {meant}`ingot bench --help` lists them.")
+    return int(importlib.import_module(BENCHMARKS[name][0]).main(argv[1:]))
+
+
+def overview() -> str:
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in BENCHMARKS.items()]
+    return "\n".join(
+        ["usage: ingot bench BENCHMARK [KEY=VALUE ...]", "", *lines, "", "`ingot bench BENCHMARK --help` says more."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

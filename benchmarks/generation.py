@@ -1,0 +1,98 @@
+"""`ingot bench generation`: prompts and answers of fixed lengths at several batch sizes, greedy, to the full length."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import workload
+from benchmarks.options import option, read_options
+from benchmarks.rows import RESULTS, provenance, record
+from benchmarks.subject import SubjectOptions, find_subject, tokens_per_step
+
+ABOUT = """
+Prompts and answers of fixed lengths, `batch` of them at once, one row a batch size. Answers are greedy and never end
+before their length. A row has tokens a second (the whole run, prompts included), the median time to the first token,
+the median decode step, the floor of the run (benchmarks/floor.py, with the copy speed measured in the same run) and the
+share of it that was reached.
+"""
+WARM_UP_TOKENS = 16
+SHOWN = (
+    "model",
+    "recipe",
+    "batch",
+    "input",
+    "output",
+    "tokens_per_second",
+    "first_token_ms",
+    "step_ms",
+    "floor_tokens_per_second",
+    "share_of_floor",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(SubjectOptions):
+    batch: tuple[int, ...] = option((1, 16, 64), "requests at once; a row each", least=1)
+    input: int = option(1, "tokens of a prompt", least=1)
+    output: int = option(2048, "tokens of an answer", least=1)
+    repeats: int = option(1, "runs of each case; the median one is the row", least=1)
+    num_tokens_per_iter: int = option(0, "token budget of a step; 0 is 8192 on a GPU, 512 on a CPU", least=0)
+    cache_max_entry_count: float = option(0.0, "KV cache: a share of free memory, or pages; 0 is just enough", least=0)
+    cache_block_seq_len: int = option(0, "tokens in a page; 0 is what the engine says", least=0)
+    out: Path = option(RESULTS / "generation.csv", "rows are added to this file; `none` keeps none")
+
+
+def main(argv: list[str]) -> int:
+    options = read_options(Options, argv, prog="ingot bench generation", about=ABOUT)
+    subject = find_subject(options)
+    from benchmarks.ceilings import measure_ceilings
+    from benchmarks.floor import cost, generation_seconds
+    from benchmarks.timeline import run
+
+    ceilings = measure_ceilings(subject.device, subject.dtype)
+    begun = time.perf_counter()
+    largest = max(options.batch)
+    engine = subject.engine(
+        session_len=max(options.input + options.output, 2),
+        max_batch_size=largest,
+        num_tokens_per_iter=tokens_per_step(subject.device, options.num_tokens_per_iter),
+        cache_max_entry_count=options.cache_max_entry_count
+        or enough_pages(largest, options.input + options.output, options.cache_block_seq_len),
+        cache_block_seq_len=options.cache_block_seq_len,
+    )
+    load_seconds = time.perf_counter() - begun
+    floor = cost(subject.config, subject.recipe, subject.dtype)
+    for batch in options.batch:
+        lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
+        run(engine, workload.fixed(batch, options.input, min(options.output, WARM_UP_TOKENS), **lengths))
+        requests = workload.fixed(batch, options.input, options.output, **lengths)
+        timelines = sorted((run(engine, requests) for _ in range(options.repeats)), key=lambda each: each.seconds)
+        timeline = timelines[len(timelines) // 2]
+        least = generation_seconds(floor, ceilings, batch=batch, inputs=options.input, outputs=options.output)
+        row = {
+            **provenance(subject.device),
+            "engine": "ingot",
+            **subject.columns,
+            "batch": batch,
+            "input": options.input,
+            "output": options.output,
+            "seconds": round(timeline.seconds, 4),
+            "tokens_per_second": round(timeline.tokens_per_second, 2),
+            "first_token_ms": round(timeline.time_to_first * 1e3, 3),
+            "step_ms": "" if timeline.step is None else round(timeline.step * 1e3, 4),
+            **ceilings.columns,
+            "floor_tokens_per_second": round(batch * options.output / least, 1),
+            "share_of_floor": round(least / timeline.seconds, 4),
+            "load_seconds": round(load_seconds, 2),
+        }
+        record(options.out, row, SHOWN)
+    return 0
+
+
+def enough_pages(sequences: int, tokens: int, page_len: int) -> int:
+    """Pages for so many sequences of so many tokens, with one page each to spare."""
+    from engine.config import DEFAULTS
+
+    return sequences * (-(-tokens // (page_len or DEFAULTS.cache_block_seq_len)) + 1)

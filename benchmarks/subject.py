@@ -1,0 +1,197 @@
+"""What is measured: a named shape with random weights, an artifact of the store, or a plain workspace folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.options import option
+from benchmarks.rows import ROOT
+from benchmarks.shapes import SHAPES, shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.config import ModelConfig, Recipe
+    from engine.runtime.engine import Engine
+    from engine.runtime.tokenizer import Tokenizer
+
+DEFAULT_GROUP = 128
+# The token budget of a step where `num_tokens_per_iter` is left open: a GPU is not busy with the engine's 512.
+GPU_TOKENS_PER_STEP = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectOptions:
+    """The options that say what is measured and where; every benchmark of a model has them."""
+
+    artifact: str | None = option(None, "an artifact of the store: an id, a unique prefix or a name")
+    folder: str | None = option(None, "instead: a workspace folder")
+    shape: str | None = option(None, "instead: random weights of a model's shape", choices=tuple(SHAPES))
+    weights: str = option("fp16", "recipe of a shape's weights", choices=("fp16", "w8a8", "w4a16"))
+    kv: str = option("kv16", "KV cache of a shape: as computed, or int8", choices=("kv16", "kv8"))
+    group_size: int = option(DEFAULT_GROUP, "inputs that share an int4 scale", least=1)
+    tp: int = option(1, "tensor-parallel ranks", least=1)
+    seed: int = option(0, "of the random weights and of the requests", least=0)
+    device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    dtype: str = option("auto", "computing type", choices=("auto", "float16", "bfloat16", "float32"))
+    store: str | None = option(None, "another store than this checkout's")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to be measured. `folder` is None for random weights, which are made on the device."""
+
+    name: str
+    config: ModelConfig
+    recipe: Recipe
+    tp: int
+    device: str
+    dtype: torch.dtype
+    seed: int
+    folder: Path | None = None
+    artifact_id: str | None = None
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """What a row says about the model."""
+        return {
+            "model": self.name,
+            "artifact": (self.artifact_id or "")[:12],
+            "recipe": str(self.recipe),
+            "group_size": self.recipe.group_size,
+            "tp": self.tp,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def engine(self, *, session_len: int, max_batch_size: int, **options: object) -> Engine:
+        """The engine of the model, ready for requests, with prefix caching off: a repeated prompt costs its time.
+
+        `options` are fields of EngineConfig; 0 leaves one open.
+        """
+        from benchmarks.random_weights import RandomWeights, random_kv_scales
+        from engine.config import EngineConfig
+        from engine.models.decoder import Decoder
+        from engine.runtime.engine import Engine
+
+        config = EngineConfig(
+            device=self.device,
+            dtype=str(self.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # one of Dtype
+            session_len=session_len,
+            max_batch_size=max_batch_size,
+            prefix_caching=False,
+            **options,  # type: ignore[arg-type]  # EngineConfig checks them
+        )
+        if self.folder is not None:
+            return Engine.from_workspace(self.folder, config)
+        if self.tp != 1:
+            raise ValueError(f"tp={self.tp}: random weights run on one device here. Leave tp out, or measure a folder.")
+        weights = RandomWeights(self.config, self.recipe, device=self.device, seed=self.seed)
+        model = Decoder(self.config, weights, device=self.device, dtype=self.dtype)
+        scales = random_kv_scales(self.config) if self.recipe.kv == "kv8" else None
+        return Engine(model, self.tokenizer(), config, session_len=session_len, kv_scales=scales)
+
+    def tokenizer(self) -> Tokenizer:
+        from benchmarks.random_workspace import write_tokenizer
+        from engine.runtime.tokenizer import Tokenizer
+        from engine.storage.workspace import TOKENIZER
+
+        if self.folder is not None:
+            return Tokenizer(self.folder / TOKENIZER)
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(Path(folder), self.config.vocab_size)
+            return Tokenizer(Path(folder))
+
+
+def find_subject(options: SubjectOptions) -> Subject:
+    """The model that the options name. ValueError where they name none or two, or give options that it fixes itself."""
+    named = [name for name in ("artifact", "folder", "shape") if getattr(options, name) is not None]
+    if len(named) != 1:
+        raise ValueError(
+            "say what to measure: artifact=ID, folder=WORKSPACE or shape=NAME, one of them. "
+            f"{' and '.join(named) or 'None of them'} {'were' if named else 'was'} given."
+        )
+    if options.shape is None:
+        for name, default in (("weights", "fp16"), ("kv", "kv16"), ("group_size", DEFAULT_GROUP), ("tp", 1)):
+            if getattr(options, name) != default:
+                raise ValueError(f"{name}={getattr(options, name)} goes with shape=NAME: {named[0]} has its own.")
+    import torch
+
+    from engine.config import EngineConfig, Recipe
+    from engine.runtime.capability import computing_dtype, probe_device
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe_device(device)
+    engine = EngineConfig(device=device, dtype=options.dtype)  # type: ignore[arg-type]  # checked by its choices
+    if options.shape is not None:
+        config = shape(options.shape)
+        group_size = options.group_size if options.weights == "w4a16" else 0
+        recipe = Recipe(weights=options.weights, kv=options.kv, group_size=group_size)
+        return Subject(
+            name=options.shape,
+            config=config,
+            recipe=recipe,
+            tp=options.tp,
+            device=device,
+            dtype=getattr(torch, computing_dtype(config, engine)),
+            seed=options.seed,
+        )
+    return _stored(options, device, engine)
+
+
+def _stored(options: SubjectOptions, device: str, engine: object) -> Subject:
+    import torch
+
+    from engine.runtime.capability import computing_dtype
+    from engine.storage.artifacts import MANIFEST, read_manifest, verify
+    from engine.storage.workspace import Workspace
+
+    if options.artifact is not None:
+        folder = artifact_folder(options.artifact, options.store)
+        artifact_id: str | None = verify(folder).id
+        name = options.artifact
+    else:
+        folder = Path(options.folder or "").expanduser().absolute()
+        if not folder.is_dir():
+            raise ValueError(f"folder={options.folder} is not a folder.")
+        artifact_id = read_manifest(folder).id if (folder / MANIFEST).is_file() else None
+        name = folder.name
+    workspace = Workspace(folder)
+    return Subject(
+        name=workspace.ini.model_name or name,
+        config=workspace.config,
+        recipe=workspace.recipe,
+        tp=workspace.tp,
+        device=device,
+        dtype=getattr(torch, computing_dtype(workspace.config, engine)),  # type: ignore[arg-type]
+        seed=options.seed,
+        folder=folder,
+        artifact_id=artifact_id,
+    )
+
+
+def artifact_folder(name: str, store: str | None) -> Path:
+    """Where an artifact lies, as the `ingot` command answers, which knows the store; ValueError in its words."""
+    command = [sys.executable, "-m", "cli.main", "artifacts", *(["--store", store] if store else []), "path", name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if answer.returncode:
+        raise ValueError(answer.stderr.strip().removeprefix("ingot: ") or f"artifact={name} cannot be found.")
+    return Path(answer.stdout.strip())
+
+
+def tokens_per_step(device: str, asked: int) -> int:
+    """`num_tokens_per_iter` of a benchmark: what was asked for, else 8192 on a GPU, and the engine's on a CPU."""
+    return asked or (GPU_TOKENS_PER_STEP if device.startswith("cuda") else 0)
+
+
+def with_kv(subject: Subject, kv: str) -> Subject:
+    """The same model with another KV cache."""
+    return replace(subject, recipe=replace(subject.recipe, kv=kv))
