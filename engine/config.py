@@ -10,6 +10,8 @@ from engine.cache_size import CACHE_SIZES, CacheSize, is_cache_size
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
+GrammarKind = Literal["json", "json_schema", "regex", "ebnf", "structural_tag", "compiled"]
+
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "qwen", "turbomind"]
 
 
@@ -161,21 +163,49 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How one request is sampled. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+class Grammar:
+    """What an answer must look like, in one of the languages that xgrammar reads.
 
-    `repetition_penalty` p divides a positive logit of every token seen so far by p and multiplies a
-    negative one (Keskar et al. 2019, section 4.1). `seed` makes the answer repeatable whatever else runs.
+    `json` is any JSON object (`text` is empty), `json_schema` a schema, `regex` an expression that the whole answer
+    matches, `ebnf` a grammar in GBNF whose first rule is `root`, `structural_tag` xgrammar's description of tags in
+    text, and `compiled` what `Grammars.serialized` made of one of them.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one request is sampled. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `repetition_penalty` p divides a positive logit of every token seen so far, prompt and answer, by p and multiplies a
+    negative one (Keskar et al. 2019, section 4.1). A token that the answer has c > 0 times loses
+    `presence_penalty` + c * `frequency_penalty` of its logit (OpenAI's formula), and `logit_bias` adds to it. `min_p`
+    drops what is less likely than that share of the likeliest (Nguyen et al. 2024). `grammar` allows at each step only
+    the tokens that it can go on with.
+
+    The answer ends before a string of `stop`, and at an end token or one of `stop_token_ids`, which have no text.
+    `seed` makes the answer repeatable whatever else runs. `logprobs` asks for the log-probability of each token and of
+    that many of the likeliest, of the model's own distribution: before penalties, bias, grammar and temperature.
     """
 
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 def _is_whole(value: Any, *, least: int) -> bool:

@@ -19,6 +19,7 @@ from engine.config import EngineConfig, Sampling
 from engine.runtime import channel
 from engine.runtime.channel import Message
 from engine.runtime.event import Event
+from engine.runtime.messages import pack_sampling, unpack_event
 
 SECONDS_TO_END = 5.0
 PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -69,6 +70,8 @@ class EngineClient:
         self, folder: Path, config: EngineConfig, *, verify: bool = True, artifact_id: str | None = None
     ) -> None:
         self.session_len = 0
+        self.vocab_size = 0
+        self.eos_token_ids: tuple[int, ...] = ()
         self.process_id: int | None = None
         self._load = {
             "type": "load",
@@ -122,7 +125,8 @@ class EngineClient:
         if answer is None or answer["type"] == "failed":
             await self.close()
             raise EngineError(self._last_words()) if answer is None else ValueError(answer["message"])
-        self.session_len = answer["session_len"]
+        self.session_len, self.vocab_size = answer["session_len"], answer["vocab_size"]
+        self.eos_token_ids = tuple(answer["eos_token_ids"])
         self._error = None
         self._reading = asyncio.create_task(self._run(reader))
 
@@ -135,7 +139,7 @@ class EngineClient:
         self._accepted[stream.request_id] = accepted
         message = {"type": "add", "request_id": stream.request_id, "prompt_ids": list(prompt_ids)}
         try:
-            writer.write(channel.pack({**message, "sampling": asdict(sampling)}))
+            writer.write(channel.pack({**message, "sampling": pack_sampling(sampling)}))
             await writer.drain()
             await accepted
         except BaseException:
@@ -211,22 +215,13 @@ class EngineClient:
     def _take(self, message: Message) -> None:
         match message["type"]:
             case "events":
-                for request_id, token_ids, *rest in message["events"]:
-                    text, finish_reason, prompt_tokens, cached_tokens, completion_tokens = rest
-                    event = Event(
-                        request_id=request_id,
-                        token_ids=tuple(token_ids),
-                        text=text,
-                        finish_reason=finish_reason,
-                        prompt_tokens=prompt_tokens,
-                        cached_tokens=cached_tokens,
-                        completion_tokens=completion_tokens,
-                    )
-                    stream = self._streams.get(request_id)
+                for packed in message["events"]:
+                    event = unpack_event(packed)
+                    stream = self._streams.get(event.request_id)
                     if stream:
                         stream.put(event)
-                    if finish_reason:
-                        self._streams.pop(request_id, None)
+                    if event.finish_reason:
+                        self._streams.pop(event.request_id, None)
             case "accepted":
                 self._settle(message["request_id"], None)
             case "refused":

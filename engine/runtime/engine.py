@@ -19,7 +19,8 @@ from engine.models.rope_scaling import is_dynamic, rope_base
 from engine.runtime.answer import Answer
 from engine.runtime.cache import PageTable, page_count
 from engine.runtime.capability import check_capability, computing_dtype, probe_device
-from engine.runtime.event import Event, FinishReason
+from engine.runtime.event import Event, FinishReason, TokenLogprob
+from engine.runtime.grammar import Grammars
 from engine.runtime.runner import Runner, free_memory
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
@@ -38,6 +39,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Engine:
@@ -56,11 +58,11 @@ class Engine:
         if session_len < 2:
             raise ValueError(f"session_len is {session_len}, but must hold a prompt and an answer: at least 2 tokens.")
         self.session_len = session_len
-        self._vocab_size = model.config.vocab_size
+        self.vocab_size = model.config.vocab_size
         self._model_config = model.config
         self._tokenizer = tokenizer
         config = config.complete()
-        self._eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
+        self.eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
         page_len = config.cache_block_seq_len
         num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales)
         pages = PageTable(num_pages, page_len)
@@ -72,13 +74,14 @@ class Engine:
             dtype=model.dtype,
             scales=kv_scales,
         )
-        self._runner = Runner(model, cache, eos_token_ids=self._eos_token_ids)
+        self._runner = Runner(model, cache, eos_token_ids=self.eos_token_ids)
         self._scheduler = Scheduler(
             pages,
             max_batch_size=config.max_batch_size,
             num_tokens_per_iter=config.num_tokens_per_iter,
             prefix_caching=config.prefix_caching,
         )
+        self._grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}
         self._aborted: list[Event] = []
 
@@ -107,10 +110,10 @@ class Engine:
         events, self._aborted = self._aborted, []
         plan = self._scheduler.schedule()
         if plan.sequences:
-            tokens = self._runner.run(plan)
+            drawn = self._runner.run(plan)
             drawing = plan.drawing
-            self._scheduler.commit(plan, tokens)
-            events += [self._advance(sequence) for sequence in drawing]
+            self._scheduler.commit(plan, drawn.token_ids)
+            events += [self._advance(*each) for each in zip(drawing, drawn.logprobs, strict=True)]
         return events
 
     def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str | None = None) -> str:
@@ -121,7 +124,7 @@ class Engine:
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._requests:
             raise ValueError(f"The request id {request_id!r} is in use: give every request one of its own.")
-        check_sampling(sampling)
+        check_sampling(sampling, vocab_size=self.vocab_size)
         self._check_prompt(prompt_ids, most=self.session_len - 1)
         limit = min(len(prompt_ids) + sampling.max_new_tokens, self.session_len)
         sequence = Sequence(
@@ -131,8 +134,10 @@ class Engine:
             rope_base=self._rope_base(limit),
             sampling=sampling,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            constraint=None if sampling.grammar is None else self._grammars.constraint(sampling.grammar),
         )
-        answer = Answer(IncrementalDecoder(self._tokenizer, prompt_ids=prompt_ids), stop=sampling.stop)
+        decoder = IncrementalDecoder(self._tokenizer, prompt_ids=prompt_ids, skip_special=sampling.skip_special_tokens)
+        answer = Answer(decoder, stop=sampling.stop)
         self._scheduler.add(sequence)
         self._requests[request_id] = sequence, answer
         return request_id
@@ -203,11 +208,11 @@ class Engine:
             for sequence in unfinished:
                 self._scheduler.finish(sequence)
 
-    def _advance(self, sequence: Sequence) -> Event:
+    def _advance(self, sequence: Sequence, logprob: TokenLogprob | None) -> Event:
         """Take in the new last token of a sequence, and end the request where that token ends it."""
         _, answer = self._requests[sequence.request_id]
         token = sequence.tokens[-1]
-        ended = token in self._eos_token_ids
+        ended = token in self.eos_token_ids or token in sequence.sampling.stop_token_ids
         text = "" if ended else answer.push(token)
         reason: FinishReason | None = None
         if ended or answer.stopped or len(sequence) == sequence.limit:
@@ -215,7 +220,7 @@ class Engine:
             reason = "stop" if ended or answer.stopped else "length"
             self._scheduler.finish(sequence)
             del self._requests[sequence.request_id]
-        return _event(sequence, (token,), text, reason)
+        return _event(sequence, (token,), text, reason, () if logprob is None else (logprob,))
 
     def _rope_base(self, limit: int) -> float | None:
         """The rotary base of a sequence that may reach `limit` tokens; None where all sequences have the model's."""
@@ -228,10 +233,10 @@ class Engine:
                 f"{most}. Shorten the prompt or raise session_len."
             )
         lowest, highest = min(prompt_ids), max(prompt_ids)
-        if lowest < 0 or highest >= self._vocab_size:
+        if lowest < 0 or highest >= self.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"The prompt has the token id {wrong}, but this model knows 0 to {self._vocab_size - 1}. "
+                f"The prompt has the token id {wrong}, but this model knows 0 to {self.vocab_size - 1}. "
                 "Encode the prompt with the tokenizer of this model."
             )
 
@@ -261,7 +266,13 @@ def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, scales
     )
 
 
-def _event(sequence: Sequence, token_ids: tuple[int, ...], text: str, reason: FinishReason | None) -> Event:
+def _event(
+    sequence: Sequence,
+    token_ids: tuple[int, ...],
+    text: str,
+    reason: FinishReason | None,
+    logprobs: tuple[TokenLogprob, ...] = (),
+) -> Event:
     return Event(
         request_id=sequence.request_id,
         token_ids=token_ids,
@@ -270,6 +281,7 @@ def _event(sequence: Sequence, token_ids: tuple[int, ...], text: str, reason: Fi
         prompt_tokens=sequence.prompt_length,
         cached_tokens=sequence.prefix_hit or 0,
         completion_tokens=len(sequence) - sequence.prompt_length,
+        logprobs=logprobs,
     )
 
 
@@ -282,4 +294,5 @@ def _completion(events: list[Event]) -> Completion:
         finish_reason=last.finish_reason,
         prompt_tokens=last.prompt_tokens,
         cached_tokens=last.cached_tokens,
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
     )

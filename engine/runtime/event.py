@@ -9,11 +9,21 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability, and `top`: (id, logarithm) of the likeliest, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """News of one request: its new tokens and the text that they add, which stop strings never reach.
 
     `finish_reason` is None while more is to come: "stop" is an end token or a stop string, "length" is
-    max_new_tokens or session_len. `cached_tokens` of the prompt came from the prefix cache.
+    max_new_tokens or session_len. `cached_tokens` of the prompt came from the prefix cache. `logprobs` has an entry for
+    each token where they were asked for.
     """
 
     request_id: str
@@ -23,3 +33,4 @@ class Event:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()

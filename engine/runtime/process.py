@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, Sampling
+from engine.config import EngineConfig
 from engine.runtime.channel import Channel, Message
+from engine.runtime.messages import pack_event, unpack_sampling
 from engine.storage import artifacts
 
 if TYPE_CHECKING:
     from engine.runtime.engine import Engine
-    from engine.runtime.event import Event
 
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -45,13 +45,8 @@ def load(message: Message) -> tuple[Engine, Message]:
     from engine.runtime.engine import Engine  # torch takes seconds to import: a damaged artifact is said before
 
     engine = Engine.from_workspace(folder, EngineConfig(**message["config"]))
-    return engine, {"type": "ready", "session_len": engine.session_len}
-
-
-def fields(event: Event) -> list[object]:
-    """What crosses of an event; dataclasses.astuple would copy deeply, for every token of every request."""
-    counts = [event.prompt_tokens, event.cached_tokens, event.completion_tokens]
-    return [event.request_id, event.token_ids, event.text, event.finish_reason, *counts]
+    known = {"session_len": engine.session_len, "vocab_size": engine.vocab_size}
+    return engine, {"type": "ready", **known, "eos_token_ids": list(engine.eos_token_ids)}
 
 
 class Service:
@@ -70,7 +65,7 @@ class Service:
                 events = self._engine.step()
                 self._unfinished -= {event.request_id for event in events if event.finish_reason}
                 if events:
-                    self._channel.send({"type": "events", "events": [fields(event) for event in events]})
+                    self._channel.send({"type": "events", "events": [pack_event(event) for event in events]})
 
     def _take(self, message: Message) -> None:
         match message["type"]:
@@ -87,8 +82,7 @@ class Service:
 
     def _add(self, message: Message) -> None:
         request_id = message["request_id"]
-        options = message["sampling"]
-        sampling = Sampling(**{**options, "stop": tuple(options["stop"])})
+        sampling = unpack_sampling(message["sampling"])
         try:
             self._engine.add(message["prompt_ids"], sampling, request_id=request_id)
         except ValueError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import psutil
 import torch
 from torch import Tensor
@@ -9,8 +11,17 @@ from torch import Tensor
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.runtime.batch import build_batch
+from engine.runtime.event import TokenLogprob
+from engine.runtime.logprobs import token_logprobs
 from engine.runtime.sampler import collect_draws, sample
 from engine.runtime.scheduler import Plan
+
+
+class Drawn(NamedTuple):
+    """The new tokens of a step, and the log-probabilities of those whose request asked for them."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
 
 
 class Runner:
@@ -33,14 +44,15 @@ class Runner:
         return self._model(batch, self._cache)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[int]:
+    def run(self, plan: Plan) -> Drawn:
         """Compute a plan and draw the new tokens of `plan.drawing`."""
         logits = self.logits(plan)
         drawing = plan.drawing
         if not drawing:
-            return []
-        token_ids: list[int] = sample(logits, collect_draws(drawing, eos_token_ids=self._eos_token_ids)).tolist()
-        return token_ids
+            return Drawn([], [])
+        token_ids = sample(logits, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
+        logprobs = token_logprobs(logits, token_ids, [sequence.sampling.logprobs for sequence in drawing])
+        return Drawn(token_ids.tolist(), logprobs)
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,8 +5,19 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.config import Sampling
+from engine.wording import shown
+
+MOST_LOGPROBS = 20
+LARGEST_BIAS = 100.0
+
+
+class Constraint(Protocol):
+    """Says what the next token of one answer may be; see `engine.runtime.grammar`."""
+
+    def allowed(self, answer: list[int]) -> array[int]: ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -21,7 +32,7 @@ class Sequence:
     `limit` is the length at which it ends; a sequence whose prompt has this length draws no token. With `scored`
     the logits of every position are wanted, so it takes no page from the prefix index and puts none there.
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
-    token, since K in the cache is turned by it.
+    token, since K in the cache is turned by it. `constraint` is the grammar that the answer follows.
     """
 
     request_id: str
@@ -31,6 +42,7 @@ class Sequence:
     seed: int = 0
     scored: bool = False
     rope_base: float | None = None
+    constraint: Constraint | None = None
 
     cached: int = 0
     scheduled: int = 0
@@ -51,6 +63,23 @@ class Sequence:
         return self.scheduled > 0 and self.cached + self.scheduled == len(self.tokens) < self.limit
 
     @property
+    def answer(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def needs_host(self) -> bool:
+        """True where the next token is drawn with what the host makes of the tokens before it: a grammar's mask, the
+        counts of a penalty. Such a token cannot be drawn before the last one is known here."""
+        sampling = self.sampling
+        return (
+            self.constraint is not None
+            or sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
+
+    @property
     def prefix_root(self) -> bytes:
         """What the digest of the first page starts from: sequences of different bases share no page."""
         return b"" if self.rope_base is None else array("d", [self.rope_base]).tobytes()
@@ -60,20 +89,37 @@ class Sequence:
         return self.tokens[self.cached : self.cached + self.scheduled]
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: Sampling, *, vocab_size: int) -> None:
     """Raise ValueError, naming field, value and range, for options that no request can have."""
+    top, ids = sampling.logprobs, f"ids from 0 to {vocab_size - 1}"
+    penalties = "a number from -2 to 2"
     rules = (
         ("max_new_tokens", sampling.max_new_tokens >= 1, "at least 1"),
         ("temperature", sampling.temperature >= 0 and math.isfinite(sampling.temperature), "0 (greedy) or more"),
         ("top_k", sampling.top_k >= 0, "0 (off) or more"),
         ("top_p", 0 <= sampling.top_p <= 1, "from 0 to 1 (off)"),
+        ("min_p", 0 <= sampling.min_p <= 1, "from 0 (off) to 1"),
         (
             "repetition_penalty",
             sampling.repetition_penalty > 0 and math.isfinite(sampling.repetition_penalty),
             "above 0, and 1 is off",
         ),
+        ("presence_penalty", -2 <= sampling.presence_penalty <= 2, penalties),
+        ("frequency_penalty", -2 <= sampling.frequency_penalty <= 2, penalties),
+        (
+            "logit_bias",
+            all(0 <= token < vocab_size and abs(bias) <= LARGEST_BIAS for token, bias in sampling.logit_bias),
+            f"{ids} with a bias from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} each",
+        ),
         ("stop", all(sampling.stop), "a list of strings, none of them empty"),
+        ("stop_token_ids", all(0 <= token < vocab_size for token in sampling.stop_token_ids), ids),
+        ("logprobs", top is None or 0 <= top <= MOST_LOGPROBS, f"none, or from 0 to {MOST_LOGPROBS}"),
+        (
+            "ignore_eos",
+            not (sampling.ignore_eos and sampling.grammar),
+            "false with a grammar, whose answer ends where the grammar does",
+        ),
     )
     for name, holds, allowed in rules:
         if not holds:
-            raise ValueError(f"{name} is {getattr(sampling, name)!r}, but must be {allowed}.")
+            raise ValueError(f"{name} is {shown(getattr(sampling, name))}, but must be {allowed}.")

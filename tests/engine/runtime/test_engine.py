@@ -70,27 +70,6 @@ def test_cached_tokens_are_told(model):
     assert [answer.cached_tokens for answer in make(model, prefix_caching=False).generate(PROMPTS, GREEDY)] == [0] * 4
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 12}, {"top_p": 0.9, "repetition_penalty": 1.2}])
-def test_a_seed_gives_the_same_answer_alone_in_a_batch_and_across_preemption(model, options):
-    sampling = Sampling(temperature=1.3, seed=77, max_new_tokens=12, **options)
-    alone = make(model).generate([PROMPTS[0]], sampling)[0].token_ids
-    others = Sampling(temperature=0.8, max_new_tokens=12)
-    tight = make(model, session_len=24, cache_max_entry_count=12, cache_block_seq_len=2, prefix_caching=False)
-    for engine in (make(model), make(model, num_tokens_per_iter=3), tight):
-        mixed = [others, others, sampling, others]
-        prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[0], PROMPTS[3]]
-        assert engine.generate(prompts, mixed)[2].token_ids == alone
-    assert tight._scheduler.num_preemptions > 0
-    other_seed = dataclasses.replace(sampling, seed=78)
-    assert make(model).generate([PROMPTS[0]], other_seed)[0].token_ids != alone
-
-
-def test_without_a_seed_every_answer_is_another(model):
-    engine = make(model)
-    answers = engine.generate([PROMPTS[0]] * 4, Sampling(temperature=1.5, max_new_tokens=12))
-    assert len({answer.token_ids for answer in answers}) == 4
-
-
 def test_an_end_token_ends_the_answer_and_is_not_in_the_text(model):
     tokens = greedy(model, PROMPTS[0], 8)
     end = tokens[4]
@@ -209,6 +188,12 @@ def random_service(model, seed, count):
                 seed=rng.choice([None, 3]),
                 stop=rng.choice([(), ("ab", "c")]),
                 ignore_eos=rng.random() < 0.5,
+                min_p=rng.choice([0, 0.1]),
+                presence_penalty=rng.choice([0, 1.5]),
+                frequency_penalty=rng.choice([0, -0.5]),
+                logit_bias=rng.choice([(), ((3, 2.0), (7, -50.0))]),
+                stop_token_ids=rng.choice([(), (9,)]),
+                logprobs=rng.choice([None, 2]),
             )
             expected[engine.add(prompt, sampling, request_id=str(number))] = (prompt, sampling)
         elif action < 0.36 and expected:

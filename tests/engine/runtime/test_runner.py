@@ -89,7 +89,7 @@ def test_a_wrong_page_shows(model):
     item = sequence(PROMPT, new=2)
     scheduler.add(item)
     plan = scheduler.schedule()
-    scheduler.commit(plan, runner.run(plan))
+    scheduler.commit(plan, runner.run(plan).token_ids)
     item.pages[0] = next(page for page in range(30) if page not in item.pages)
     expected = whole_logits(model, item.tokens)[-1]
     assert (runner.logits(scheduler.schedule())[0] - expected).abs().max() > 1e-2 * expected.abs().max()
@@ -98,7 +98,7 @@ def test_a_wrong_page_shows(model):
 def test_a_step_that_only_fills_the_cache_draws_nothing(model):
     runner, scheduler = runner_of(model, budget=4)
     scheduler.add(sequence(PROMPT))
-    assert runner.run(scheduler.schedule()) == []
+    assert runner.run(scheduler.schedule()) == ([], [])
 
 
 def test_free_memory_is_counted():

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -127,6 +129,87 @@ def test_penalty_and_ban_touch_their_own_row_alone():
     assert sample(torch.tensor([[3.0, 2.0, 1.0]] * 4), draws).tolist() == [0, 1, 2, 0]
 
 
+def test_min_p_drops_what_is_less_likely_than_its_share_of_the_likeliest():
+    shares = softmax(LOGITS)
+    kept = {index for index, share in enumerate(shares) if share >= 0.4 * max(shares)}
+    assert 1 < len(kept) < 5
+    assert chi_square(draw_many(LOGITS, min_p=0.4), renormalized(shares, kept)) < BOUND
+    assert draw_many(LOGITS, count=50, min_p=1.0)[1] == 50
+
+
+def drawn(logits, sequence):
+    return sample(torch.tensor([logits]), collect_draws([sequence], eos_token_ids=())).item()
+
+
+def test_presence_and_frequency_count_the_answer_alone():
+    def answered(answer, **options):
+        sequence = Sequence(request_id="a", tokens=[0, 0, 0], limit=99, sampling=Sampling(temperature=0, **options))
+        sequence.tokens += answer
+        return sequence
+
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert drawn([2.0, 1.0, 0.0], answered([], **{name: 2.0})) == 0, "the prompt does not count"
+        assert drawn([2.0, 1.0, 0.5], answered([0], **{name: 1.1})) == 1
+        assert drawn([2.0, 1.0, 0.5], answered([0], **{name: 0.9})) == 0
+        assert drawn([2.0, 2.1, 0.5], answered([0], **{name: -0.2})) == 0, "a negative one makes it likelier"
+    assert drawn([2.0, 1.0, 0.5], answered([0, 0, 0], presence_penalty=0.9)) == 0, "once, however often it came"
+    assert drawn([2.0, 1.0, 0.5], answered([0, 0, 0], frequency_penalty=0.4)) == 1, "for each time"
+
+
+def test_a_bias_is_added_to_the_logit():
+    biased = Sequence(
+        request_id="a", tokens=[5], limit=9, sampling=Sampling(temperature=0, logit_bias=((2, 1.1), (0, -100.0)))
+    )
+    assert drawn([9.0, 1.0, 0.0], biased) == 2
+    counts = draw_many(LOGITS)
+    sequence = Sequence(request_id="a", tokens=[5], limit=9, sampling=Sampling(logit_bias=((0, 1.9),)))
+    rows = torch.tensor(LOGITS).expand(COUNT, -1)
+    draws = collect_draws([sequence] * COUNT, eos_token_ids=())
+    draws = dataclasses.replace(draws, uniforms=[uniform(seed, 3) for seed in range(COUNT)])
+    shifted = [LOGITS[0] + 1.9, *LOGITS[1:]]
+    assert chi_square(sample(rows, draws).bincount(minlength=8).tolist(), softmax(shifted)) < BOUND
+    assert chi_square(counts, softmax(shifted)) > BOUND, "the bound can fail"
+
+
+def test_a_bias_and_a_penalty_of_one_token_are_both_applied():
+    sampling = Sampling(temperature=0, logit_bias=((0, 3.0),), presence_penalty=2.0)
+    sequence = Sequence(request_id="a", tokens=[7], limit=9, sampling=sampling)
+    sequence.tokens.append(0)
+    assert drawn([0.0, 0.9], sequence) == 0
+    assert drawn([0.0, 1.1], sequence) == 1
+
+
+class Only:
+    """A constraint of some tokens."""
+
+    def __init__(self, *tokens, vocabulary=50):
+        self._words = [0] * -(-vocabulary // 32)
+        for token in tokens:
+            self._words[token // 32] |= 1 << token % 32
+
+    def allowed(self, answer):
+        return array("i", array("I", self._words).tobytes())
+
+
+def test_a_constraint_allows_its_tokens_in_its_row_alone():
+    tokens = (0, 31, 32, 49)
+    free = Sequence(request_id="a", tokens=[1], limit=9, sampling=Sampling(temperature=0))
+    logits = torch.zeros(6, 50)
+    logits[:, 7] = 9.0
+    for row, token in enumerate(tokens, start=1):
+        logits[row, token] = 1.0
+    rows = [
+        free,
+        *(
+            Sequence(request_id="b", tokens=[1], limit=9, sampling=Sampling(temperature=0), constraint=Only(*tokens))
+            for _ in tokens
+        ),
+        free,
+    ]
+    assert sample(logits, collect_draws(rows, eos_token_ids=())).tolist() == [7, *tokens, 7]
+    assert rows[1].needs_host
+
+
 def test_a_row_has_the_same_token_whatever_the_other_rows_are():
     generator = torch.Generator().manual_seed(1)
     kinds = [
@@ -136,11 +219,23 @@ def test_a_row_has_the_same_token_whatever_the_other_rows_are():
         Sampling(seed=4, temperature=0),
         Sampling(seed=5, top_k=20, top_p=0.9, temperature=1.5),
         Sampling(seed=6, repetition_penalty=1.3, ignore_eos=True),
+        Sampling(seed=7, min_p=0.05, presence_penalty=0.7),
+        Sampling(seed=8, frequency_penalty=-1.3, logit_bias=((11, 2.0), (12, -100.0)), top_k=9),
+        Sampling(seed=9, min_p=0.2, top_p=0.9, temperature=0.8, repetition_penalty=1.1, presence_penalty=0.1),
     ]
     sequences = [
-        Sequence(request_id=str(i), tokens=[i % 50, 7], limit=9, sampling=kind, seed=kind.seed)
+        Sequence(
+            request_id=str(i),
+            tokens=[i % 50, 7],
+            limit=9,
+            sampling=kind,
+            seed=kind.seed,
+            constraint=Only(*range(i % 50, 50)) if i % 5 == 0 else None,
+        )
         for i, kind in enumerate(kinds * 20)
     ]
+    for sequence in sequences:
+        sequence.tokens += [3, 9, 3]
     logits = torch.randn(len(sequences), 50, generator=generator)
     together = sample(logits, collect_draws(sequences, eos_token_ids=(3,))).tolist()
     for row, sequence in enumerate(sequences):

@@ -1,6 +1,6 @@
 import pytest
 
-from engine.config import Sampling
+from engine.config import Grammar, Sampling
 from engine.runtime.sequence import Sequence, check_sampling
 
 
@@ -31,13 +31,45 @@ def test_three_numbers_say_where_a_sequence_stands():
         ("top_p", -0.1),
         ("repetition_penalty", 0.0),
         ("stop", ("", "x")),
+        ("min_p", -0.1),
+        ("min_p", float("nan")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("-inf")),
+        ("logit_bias", ((10, 0.0),)),
+        ("logit_bias", ((-1, 0.0),)),
+        ("logit_bias", ((3, 101.0),)),
+        ("logit_bias", ((3, float("nan")),)),
+        ("stop_token_ids", (3, 10)),
+        ("logprobs", -1),
+        ("logprobs", 21),
     ],
 )
 def test_an_option_out_of_range_is_named(field, value):
-    with pytest.raises(ValueError, match=field):
-        check_sampling(Sampling(**{field: value}))
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        check_sampling(Sampling(**{field: value}), vocab_size=10)
+
+
+def test_a_grammar_says_where_an_answer_ends():
+    with pytest.raises(ValueError, match="ignore_eos"):
+        check_sampling(Sampling(ignore_eos=True, grammar=Grammar(kind="json")), vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({}, False),
+        ({"logit_bias": ((1, 2.0),), "logprobs": 2, "stop_token_ids": (1,), "min_p": 0.1, "ignore_eos": True}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": 0.1}, True),
+        ({"frequency_penalty": -0.1}, True),
+    ],
+)
+def test_what_depends_on_the_tokens_before_needs_the_host(options, needs):
+    assert Sequence(request_id="a", tokens=[1], limit=9, sampling=Sampling(**options)).needs_host is needs
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-    check_sampling(Sampling())
-    check_sampling(Sampling(max_new_tokens=1, temperature=0, top_k=1, top_p=0, repetition_penalty=0.5, stop=("x",)))
+    check_sampling(Sampling(), vocab_size=10)
+    least = {"max_new_tokens": 1, "temperature": 0, "top_k": 1, "top_p": 0, "repetition_penalty": 0.5, "stop": ("x",)}
+    edges = {"min_p": 1, "presence_penalty": -2, "frequency_penalty": 2, "logit_bias": ((9, -100), (0, 100))}
+    check_sampling(Sampling(**least, **edges, stop_token_ids=(0, 9), logprobs=20), vocab_size=10)
