@@ -11,6 +11,7 @@ BENCHMARKS = {
         "benchmarks.generation",
         "fixed lengths at several batch sizes: tokens a second, share of the floor",
     ),
+    "kernels": ("benchmarks.kernels", "each kernel by itself: time, GB/s or TFLOP/s, share of the device's ceilings"),
     "throughput": ("benchmarks.throughput", "many requests of different lengths: requests and tokens a second"),
 }
 

@@ -123,12 +123,9 @@ def find_subject(options: SubjectOptions) -> Subject:
     import torch
 
     from engine.config import EngineConfig, Recipe
-    from engine.runtime.capability import computing_dtype, probe_device
+    from engine.runtime.capability import computing_dtype
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe_device(device)
+    device = find_device(options.device)
     engine = EngineConfig(device=device, dtype=options.dtype)  # type: ignore[arg-type]  # checked by its choices
     if options.shape is not None:
         config = shape(options.shape)
@@ -144,6 +141,17 @@ def find_subject(options: SubjectOptions) -> Subject:
             seed=options.seed,
         )
     return _stored(options, device, engine)
+
+
+def find_device(asked: str) -> str:
+    """The device that is asked for, `auto` being a GPU where there is one; ValueError where it is not there."""
+    import torch
+
+    from engine.runtime.capability import probe_device
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    probe_device(device)
+    return device
 
 
 def _stored(options: SubjectOptions, device: str, engine: object) -> Subject:

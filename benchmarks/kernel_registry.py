@@ -1,0 +1,89 @@
+"""The cases that `ingot bench kernels` times. A module adds its own by registering a function that yields them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import ModelConfig
+
+# Modules that register cases when they are imported; one that times further kernels is named here.
+MODULES = ("benchmarks.kernel_cases",)
+REFERENCE = "engine.kernels.reference"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What cases are made for: a model's shape, the rows of a step, cached tokens a sequence, and where."""
+
+    config: ModelConfig
+    tokens: int
+    context: int
+    group_size: int
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel at one size.
+
+    `inputs` makes a set of arguments; each of `run`, by the name of the implementation, is called with one. `bytes` and
+    `operations` are what cannot be avoided: every input and output once, and two a multiplied pair. The implementations
+    of `eager` ask the host in between and cannot be captured in a CUDA graph.
+    """
+
+    kernel: str
+    size: str
+    inputs: Callable[[], tuple[Any, ...]]
+    run: Mapping[str, Callable[..., object]]
+    bytes: int
+    operations: int = 0
+    eager: tuple[str, ...] = ()
+
+
+Provider = Callable[[Setting], Iterable[Case]]
+_PROVIDERS: dict[str, Provider] = {}
+
+
+def register(kernel: str) -> Callable[[Provider], Provider]:
+    """Decorates the function that yields the cases of `kernel`."""
+
+    def keep(provider: Provider) -> Provider:
+        _PROVIDERS[kernel] = provider
+        return provider
+
+    return keep
+
+
+def kernels() -> tuple[str, ...]:
+    """The names of all kernels that have cases."""
+    for module in MODULES:
+        importlib.import_module(module)
+    return tuple(_PROVIDERS)
+
+
+def cases(kernel: str, setting: Setting) -> Iterator[Case]:
+    """The cases of a kernel; ValueError names those that there are."""
+    if kernel not in kernels():
+        raise ValueError(f"kernels={kernel} is not known; there are {', '.join(kernels())}.")
+    yield from _PROVIDERS[kernel](setting)
+
+
+def implementations(op: str, device: str, *modules: str) -> dict[str, Callable[..., object]]:
+    """The function `op` of the reference and of those `modules` that are there, if they have it, by the module's name.
+
+    The others are Triton's: on a CPU the reference runs alone.
+    """
+    reference = importlib.import_module(REFERENCE)
+    found = {"reference": getattr(reference, op)} if hasattr(reference, op) else {}
+    if device.startswith("cuda"):
+        for name in modules:
+            if importlib.util.find_spec(name) and hasattr(module := importlib.import_module(name), op):
+                found[name.rpartition(".")[2]] = getattr(module, op)
+    return found
