@@ -128,9 +128,11 @@ def resident(field: str) -> int:
 
 
 def commit() -> str:
-    """The commit measured, marked where the tree differs from it; `none` without git."""
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return answer.stdout.strip() or "none"
+    """The commit measured, marked where the tree differs from it in more than results; `none` without git."""
+    answer = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    apart = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results"]
+    changed = subprocess.run(apart, stderr=subprocess.DEVNULL).returncode == 1
+    return (answer.stdout.strip() or "none") + "-dirty" * changed
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:

@@ -19,15 +19,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--soak"):
         return
-    chosen = [item for item in items if "soak" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "soak" in item.keywords])
-    items[:] = chosen
+    # By marker: among an item's keywords is also the name of the checkout's folder.
+    long = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 def commit() -> str:
-    """The commit that is tested, with a mark when the tree differs from it; `none` without git."""
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROWS.parent)
-    return answer.stdout.strip() or "none"
+    """The commit that is tested, marked where the tree differs from it in more than results; `none` without git."""
+    root = ROWS.parents[2]
+    answer = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, cwd=root)
+    apart = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(apart, cwd=root).returncode == 1
+    return (answer.stdout.strip() or "none") + "-dirty" * changed
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.models.quantization import PACKED, Quantization
+from engine.storage.int4_tiles import awq_from_packed, packed_from_awq
 from engine.storage.turbomind_layout import pack_awq, pack_nibbles, unpack_awq, unpack_nibbles
 from engine.storage.weight_files import WeightFile
 
@@ -73,10 +74,10 @@ def reader(quantization: Quantization, kind: str, rows: Rows | None) -> Rows | N
 
 def pack_linear(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """The canonical tensors of a linear as pack-quantized ones, by stored kind; zero points are always written."""
-    codes, zeros = unpack_awq(qweight).t(), unpack_awq(qzeros)
-    outputs, inputs = codes.shape
+    inputs, outputs = qweight.shape[0], scales.shape[1]
+    zeros = unpack_awq(qzeros)
     return {
-        "weight_packed": pack_nibbles(codes.reshape(outputs, inputs // 8, 8)),
+        "weight_packed": packed_from_awq(qweight),
         "weight_scale": scales.t().contiguous(),
         SHAPE: torch.tensor([outputs, inputs]),
         "weight_zero_point": pack_nibbles(zeros.reshape(-1, outputs // 8, 8)).t().contiguous(),
@@ -116,17 +117,17 @@ def _check_extra(name: str, tensor: Tensor, quantization: Quantization, shape: t
 
 
 def _read(stored: Tensor, *, quantization: Quantization, kind: str, rows: Rows | None) -> Tensor:
+    if quantization.method == PACKED and kind == "qweight":
+        return awq_from_packed(stored if rows is None else rows(stored))
     matrix = _natural(stored, quantization, kind)
     matrix = (matrix if rows is None else rows(matrix)).t()
     return matrix.contiguous() if kind == "scales" else pack_awq(matrix)
 
 
 def _natural(stored: Tensor, quantization: Quantization, kind: str) -> Tensor:
-    """Codes, zero points (uint8) or scales as a matrix [out, in] or [out, groups]."""
+    """Codes, zero points (uint8) or scales as a matrix [out, in] or [out, groups]; not packed words of codes."""
     if quantization.method != PACKED:
         return (stored if kind == "scales" else unpack_awq(stored)).t()
-    if kind == "qweight":
-        return unpack_nibbles(stored).flatten(-2)
     if kind == "scales":
         return stored
     if quantization.symmetric:

@@ -13,7 +13,13 @@ from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
 from engine.storage.config_ini import weight_type_of
 from engine.storage.file_writer import BLOCK_BYTES
-from engine.storage.rank_cuts import TILE, rank_cut
+from engine.storage.int4_tiles import (
+    pack_alternating_tiles,
+    pack_tiles,
+    unpack_alternating_tiles,
+    unpack_tiles,
+)
+from engine.storage.rank_cuts import TILE, RankCut, rank_cut
 from engine.storage.turbomind_files import Part
 
 
@@ -85,37 +91,84 @@ def _matrix_blocks(
     stored_shapes = [(i, o // 8) if words else (o, i) for o, i in shapes]
     canonical = [names.layer_name(layer, f"{module}.{kind}") for module in part.modules]
     asked = [ask(name, shape) for name, shape in zip(canonical, stored_shapes, strict=True)]
+    asked = [source.contiguous() for source in asked] if words else asked
 
     def features(first: int, end: int) -> list[Tensor]:
         """Rows of the matrices: [in, out], or AWQ words [in, out/8]."""
+        if words:
+            return [source[first:end] for source in asked]
         matrices = []
         for module, name, source in zip(part.modules, canonical, asked, strict=True):
-            rows = source[first:end] if words else cast(source[:, first:end], dtype, name).t()
-            if module in part.rotary:
-                rows = (layout.interleave_rotary_words if words else layout.interleave_rotary)(rows, config.head_dim)
-            matrices.append(rows)
+            rows = cast(source[:, first:end], dtype, name).t()
+            matrices.append(layout.interleave_rotary(rows, config.head_dim) if module in part.rotary else rows)
         return matrices
 
-    pieces, width = cut.pieces, cut.stored
-    if part.join == "interleave":  # of the whole, instead of every rank's pieces
-        pieces = (sum(pieces),)
-    if words:
-        pieces, width = tuple(piece // 8 for piece in pieces), width // 8
-    stored = layout.pack_tiles if words else layout.transposed
     if part.cut(kind) == "columns":
         for first, end in _steps(inputs, tp * cut.stored * 2):
             matrices = features(first, end)
-            if part.join == "interleave":
-                matrices = [layout.interleave_words(*matrices)]
-            ranks = layout.split_ranks(matrices, tp, cut="columns", join="concatenate", pieces=pieces, stored=width)
-            yield from enumerate(map(stored, ranks))
+            if words:
+                yield from enumerate(_tiles(config, part, matrices, cut, rank) for rank in range(tp))
+                continue
+            ranks = layout.split_ranks(
+                matrices, tp, cut="columns", join="concatenate", pieces=cut.pieces, stored=cut.stored
+            )
+            yield from enumerate(map(layout.transposed, ranks))
         return
+    stored = pack_tiles if words else layout.transposed
     [size] = cut.pieces
     for rank in range(tp):
         begin, limit = rank * size, min((rank + 1) * size, inputs)
         for first, end in _steps(cut.stored, outputs * 2):
             [matrix] = features(begin + first, max(begin + first, min(begin + end, limit)))
             yield rank, stored(layout.widen(matrix, end - first, dim=0))
+
+
+def _tiles(config: ModelConfig, part: Part, words: Sequence[Tensor], cut: RankCut, rank: int) -> Tensor:
+    """The columns that a rank has of the matrices of a part, AWQ words, as tiles."""
+    runs = [layout.rank_piece(one, rank, piece // 8, dim=1) for one, piece in zip(words, cut.pieces, strict=True)]
+    if part.join == "interleave":
+        return pack_alternating_tiles(*runs)
+    if _heads_fill_tiles(config, part):
+        tiles = []
+        for module, run in zip(part.modules, runs, strict=True):
+            heads = run.reshape(len(run), -1, 2, config.head_dim // 16)
+            rotary = module in part.rotary
+            tiles.append(pack_alternating_tiles(*heads.unbind(2)) if rotary else pack_tiles(run))
+        return torch.cat(tiles, dim=1)
+    for at, module in enumerate(part.modules):
+        if module in part.rotary:
+            runs[at] = layout.pack_awq(layout.interleave_rotary(layout.unpack_awq(runs[at]), config.head_dim))
+    return pack_tiles(layout.widen(torch.cat(runs, dim=1), cut.stored // 8, dim=1))
+
+
+def _words(config: ModelConfig, part: Part, tiles: Tensor, cut: RankCut) -> list[Tensor]:
+    """The AWQ words that a rank has of each matrix of a part; undoes `_tiles`."""
+    if part.cut("qweight") == "rows":
+        return [unpack_tiles(tiles)]
+    if part.join == "interleave":
+        return list(unpack_alternating_tiles(tiles))
+    if _heads_fill_tiles(config, part):
+        runs = []
+        for module, run in zip(
+            part.modules, torch.split(tiles, [piece // TILE for piece in cut.pieces], dim=1), strict=True
+        ):
+            if module in part.rotary:
+                halves = [half.view(len(half), -1, config.head_dim // 16) for half in unpack_alternating_tiles(run)]
+                runs.append(torch.stack(halves, dim=2).flatten(1))
+            else:
+                runs.append(unpack_tiles(run))
+        return runs
+    words = unpack_tiles(tiles).narrow(1, 0, sum(cut.pieces) // 8)
+    runs = list(torch.split(words, [piece // 8 for piece in cut.pieces], dim=1))
+    for at, module in enumerate(part.modules):
+        if module in part.rotary:
+            runs[at] = layout.pack_awq(layout.separate_rotary(layout.unpack_awq(runs[at]), config.head_dim))
+    return runs
+
+
+def _heads_fill_tiles(config: ModelConfig, part: Part) -> bool:
+    """Whether q, k and v are turned and joined by whole tiles."""
+    return bool(part.rotary) and config.head_dim % TILE == 0
 
 
 def _steps(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -158,8 +211,15 @@ def join_part(
             matrices = join([rank.view(1, outputs) for rank in ranks(kind)], kind)
             tensors |= {f"{module}.bias": matrix[0] for module, matrix in matrices.items()}
         elif kind == "qweight":
-            matrices = join([layout.unpack_tiles(rank, inputs, outputs) for rank in ranks(kind)], kind)
-            tensors |= {f"{module}.qweight": layout.pack_awq(matrix) for module, matrix in matrices.items()}
+            shape = (inputs // TILE, outputs // TILE, -1)
+            of_ranks = [_words(config, part, rank.view(shape), cut) for rank in ranks(kind)]
+            for module, runs, piece, (rows, columns) in zip(
+                part.modules, zip(*of_ranks, strict=True), cut.pieces, shapes, strict=True
+            ):
+                along = part.cut(kind)
+                size, piece = (columns, piece) if along == "rows" else (rows // 8, piece // 8)
+                [whole] = layout.join_ranks(runs, [size], cut=along, join="concatenate", pieces=[piece])
+                tensors[f"{module}.qweight"] = whole.contiguous()
         else:
             pairs = [layout.unpack_scales_zeros(rank.view(-1, outputs)) for rank in ranks(kind)]
             scales, zeros = (join(list(matrices), kind) for matrices in zip(*pairs, strict=True))

@@ -60,7 +60,7 @@ class RankWeights(Mapping[str, Tensor]):
         if kind == "bias":
             return layout.rank_piece(tensor[None], self._rank, size, dim=1)[0]
         if kind in ("qweight", "qzeros"):
-            return layout.pack_awq(layout.rank_piece(layout.unpack_awq(tensor), self._rank, size, dim=1))
+            return layout.rank_piece(tensor, self._rank, size // 8, dim=1).contiguous()
         return layout.rank_piece(tensor, self._rank, size, dim=0 if kind == "weight" else 1).contiguous()
 
     def _rows(self, tensor: Tensor, kind: str, cut: RankCut) -> Tensor:

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from engine.storage.rank_cuts import TILE
 
 # Nibble p of an HF-AWQ word holds column 8c + AWQ_ORDER[p].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -151,69 +148,6 @@ def pack_awq(values: Tensor) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """int32 [rows, M/8] in the HF-AWQ GEMM order -> uint8 [rows, M] in natural column order."""
     return unpack_nibbles(words)[..., list(AWQ_INVERSE)].flatten(-2)
-
-
-def interleave_words(even: Tensor, odd: Tensor) -> Tensor:
-    """AWQ words [rows, M/8] of two matrices -> those [rows, M/4] of the one whose columns 2j and 2j + 1 are theirs."""
-    even, odd = _natural_words(even), _natural_words(odd)
-    # An AWQ word has its even columns in the low half: four neighbours of the one matrix, then of the other.
-    first, second = even & 0xFFFF | odd << 16, even >> 16 & 0xFFFF | odd & ~0xFFFF
-    return torch.stack([first, second], dim=-1).flatten(-2)
-
-
-def interleave_rotary_words(words: Tensor, head_dim: int) -> Tensor:
-    """`interleave_rotary` of a matrix in AWQ words."""
-    if head_dim % 16:
-        return pack_awq(interleave_rotary(unpack_awq(words), head_dim))
-    heads = words.reshape(words.shape[0], -1, 2, head_dim // 16)
-    return interleave_words(heads[:, :, 0], heads[:, :, 1]).flatten(1)
-
-
-def pack_tiles(words: Tensor) -> Tensor:
-    """AWQ words int32 [K, M/8] -> int32 [K * M / 8] in 32 x 32 tiles; K and M are multiples of 32.
-
-    Tiles run along k, then n; a tile has 32 lanes of 4 words. lane = 4 * (n % 8) + (k % 8) // 2;
-    word = 2 * k[bit 4] + n[bit 4]; nibble = 4 * k[bit 0] + 2 * k[bit 3] + n[bit 3].
-
-    Two neighbouring words have n[bit 3] 0 and 1: their nibbles pair up to bytes without being unpacked, and the bytes
-    of four rows to words, eight and four at a time. It is seven times as fast as from one code a byte.
-    """
-    k, n = words.shape[0], words.shape[1] * 8
-    wide = words.contiguous().view(torch.int64)
-    # Bytes in the order of nibbles in an AWQ word: columns 0, 4, 1, 5 in the low half, 2, 6, 3, 7 in the high one.
-    low = wide & 0x0F0F0F0F | wide >> 28 & 0xF0F0F0F0
-    high = wide >> 4 & 0x0F0F0F0F | wide >> 32 & 0xF0F0F0F0
-    #                                   0: k tile  1: k4  2: k3  3: k2 k1  4: k0  5: n tile, n4
-    rows = (low | high << 32).reshape(k // TILE, 2, 2, 4, 2, n // 16)
-    bytes_02, bytes_13 = _swap(rows[:, :, 0, :, 0], rows[:, :, 1, :, 0], 8, 0x00FF00FF00FF00FF)
-    above_02, above_13 = _swap(rows[:, :, 0, :, 1], rows[:, :, 1, :, 1], 8, 0x00FF00FF00FF00FF)
-    byte_0, byte_2 = _swap(bytes_02, above_02, 16, 0x0000FFFF0000FFFF)
-    byte_1, byte_3 = _swap(bytes_13, above_13, 16, 0x0000FFFF0000FFFF)
-    #                                0: n0  1: n2  2: k tile  3: k4  4: k2 k1  5: n tile  6: n4  7: n1
-    halves = torch.stack([byte_0, byte_1, byte_2, byte_3]).view(torch.int32)
-    halves = halves.view(2, 2, k // TILE, 2, 4, n // TILE, 2, 2)
-    # Where numpy and torch do the same, numpy is twice as fast.
-    return torch.from_numpy(np.ascontiguousarray(halves.numpy().transpose(2, 5, 1, 7, 0, 4, 3, 6)).reshape(-1))
-
-
-def unpack_tiles(words: Tensor, k: int, n: int) -> Tensor:
-    """int32 [K * M / 8] in tiles -> uint8 [K, M]; undoes `pack_tiles`."""
-    bits = unpack_nibbles(words).reshape(k // TILE, n // TILE, 8, 4, 2, 2, 2, 2, 2)
-    #                    0: k tile  1: n tile  2: n2 n1 n0  3: k2 k1  4: k4  5: n4  6: k0  7: k3  8: n3
-    return bits.permute(0, 4, 7, 3, 6, 1, 5, 8, 2).reshape(k, n)
-
-
-def _natural_words(words: Tensor) -> Tensor:
-    """AWQ words with their nibbles in the order of the columns."""
-    middle = (words ^ words >> 8) & 0x0000FF00
-    words = words ^ middle ^ middle << 8
-    middle = (words ^ words >> 4) & 0x00F000F0
-    return words ^ middle ^ middle << 4
-
-
-def _swap(first: Tensor, second: Tensor, bits: int, mask: int) -> tuple[Tensor, Tensor]:
-    """What `mask` leaves of both, beside each other, and what it takes: a transposition of fields of `bits` bits."""
-    return first & mask | (second & mask) << bits, first >> bits & mask | second & ~mask
 
 
 def pack_scales_zeros(scales: Tensor, zeros: Tensor) -> Tensor:
