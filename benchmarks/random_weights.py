@@ -21,6 +21,8 @@ from engine.models.cache import KVScales
 # Deviation of (code - zero point) with codes uniform in 0..15 and zero points 7 or 8.
 INT4_DEVIATION = math.sqrt((16**2 - 1) / 12 + 0.25 + 0.25)
 INT8_DEVIATION = math.sqrt((255**2 - 1) / 12)
+# Of the parts of a quantized linear; an int8 `weight` has one.
+ITEM_BYTES = {"qweight": 4, "qzeros": 4, "scales": 2, names.WEIGHT_SCALE: 4}
 KINDS = ("fp16", "w8a8", "w4a16")
 # K after rotary and V have a deviation near 1: int8 reaches 5 of them.
 KV_REACH = 5.0
@@ -50,7 +52,7 @@ class RandomWeights(Mapping[str, Tensor]):
             return self._words(shape, generator)
         if part == names.WEIGHT_SCALE:
             return self._near(self._deviation(module) / INT8_DEVIATION, shape, generator, torch.float32)
-        if f"{module}.{names.WEIGHT_SCALE}" in self._shapes:
+        if part == "weight" and f"{module}.{names.WEIGHT_SCALE}" in self._shapes:
             return self._bytes(shape, generator)
         if part == "qzeros":
             return (self._words(shape, generator) & 0x11111111) + 0x77777777
@@ -119,6 +121,18 @@ def random_kv_scales(config: ModelConfig) -> KVScales:
     pairs = torch.zeros(config.num_layers, config.num_kv_heads, 2)
     pairs[..., 0] = 2 * KV_REACH / 255
     return KVScales.of_heads(key=pairs, value=pairs, head_dim=config.head_dim)
+
+
+def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int:
+    """The bytes of all tensors of a model as its recipe keeps them, what is not quantized in `dtype`."""
+    shapes = dict(_stored(config, recipe))
+    total = 0
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".")
+        int8 = part == "weight" and f"{module}.{names.WEIGHT_SCALE}" in shapes
+        size = 1 if int8 else ITEM_BYTES.get(part, dtype.itemsize)
+        total += math.prod(shape) * size
+    return total
 
 
 def _stored(config: ModelConfig, recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:

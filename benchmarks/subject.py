@@ -27,20 +27,26 @@ GPU_TOKENS_PER_STEP = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubjectOptions:
-    """The options that say what is measured and where; every benchmark of a model has them."""
+class ModelOptions:
+    """The options that say which model is measured and where, whatever its KV cache is."""
 
     artifact: str | None = option(None, "an artifact of the store: an id, a unique prefix or a name")
     folder: str | None = option(None, "instead: a workspace folder")
     shape: str | None = option(None, "instead: random weights of a model's shape", choices=tuple(SHAPES))
     weights: str = option("fp16", "recipe of a shape's weights", choices=("fp16", "w8a8", "w4a16"))
-    kv: str = option("kv16", "KV cache of a shape: as computed, or int8", choices=("kv16", "kv8"))
     group_size: int = option(DEFAULT_GROUP, "inputs that share an int4 scale", least=1)
     tp: int = option(1, "tensor-parallel ranks", least=1)
     seed: int = option(0, "of the random weights and of the requests", least=0)
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU where there is one")
     dtype: str = option("auto", "computing type", choices=("auto", "float16", "bfloat16", "float32"))
     store: str | None = option(None, "another store than this checkout's")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectOptions(ModelOptions):
+    """What most benchmarks of a model take."""
+
+    kv: str = option("kv16", "KV cache of a shape: as computed, or int8", choices=("kv16", "kv8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +114,7 @@ class Subject:
             return Tokenizer(Path(folder))
 
 
-def find_subject(options: SubjectOptions) -> Subject:
+def find_subject(options: ModelOptions) -> Subject:
     """The model that the options name. ValueError where they name none or two, or give options that it fixes itself."""
     named = [name for name in ("artifact", "folder", "shape") if getattr(options, name) is not None]
     if len(named) != 1:
@@ -118,7 +124,7 @@ def find_subject(options: SubjectOptions) -> Subject:
         )
     if options.shape is None:
         for name, default in (("weights", "fp16"), ("kv", "kv16"), ("group_size", DEFAULT_GROUP), ("tp", 1)):
-            if getattr(options, name) != default:
+            if getattr(options, name, default) != default:
                 raise ValueError(f"{name}={getattr(options, name)} goes with shape=NAME: {named[0]} has its own.")
     import torch
 
@@ -130,7 +136,7 @@ def find_subject(options: SubjectOptions) -> Subject:
     if options.shape is not None:
         config = shape(options.shape)
         group_size = options.group_size if options.weights == "w4a16" else 0
-        recipe = Recipe(weights=options.weights, kv=options.kv, group_size=group_size)
+        recipe = Recipe(weights=options.weights, kv=getattr(options, "kv", "kv16"), group_size=group_size)
         return Subject(
             name=options.shape,
             config=config,
@@ -154,7 +160,7 @@ def find_device(asked: str) -> str:
     return device
 
 
-def _stored(options: SubjectOptions, device: str, engine: object) -> Subject:
+def _stored(options: ModelOptions, device: str, engine: object) -> Subject:
     import torch
 
     from engine.runtime.capability import computing_dtype
