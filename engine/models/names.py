@@ -43,6 +43,7 @@ HEAD = "lm_head.weight"
 QUANTIZED = ("qweight", "qzeros", "scales")
 # Float32 [out] beside an int8 `weight` [out, in].
 WEIGHT_SCALE = "weight_scale"
+INT8 = ("weight", WEIGHT_SCALE)
 LAYER_PREFIX = "model.layers."
 
 

@@ -89,8 +89,12 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int
     total = 0
     for name, shape in names.model_tensors(config).items():
         count = torch.Size(shape).numel()
+        linear = names.split_name(name)[1].removesuffix(".weight") in names.LINEARS
+        if recipe.weights == "w8a8" and linear:
+            total += count + shape[0] * 4
+            continue
         total += count * dtype.itemsize
-        if recipe.weights == "w4a16" and names.split_name(name)[1].removesuffix(".weight") in names.LINEARS:
+        if recipe.weights == "w4a16" and linear:
             groups = count // recipe.group_size
             total += count // 2 + groups // 2 + groups * 2
     return total

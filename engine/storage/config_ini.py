@@ -5,7 +5,7 @@ from __future__ import annotations
 import configparser
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from engine.storage.ini_keys import KEYS, KV_INT8, LARGEST, OF_THE_MODEL, RANGES
 from engine.wording import cut, shown
 
 SECTION = "llama"
+# Weights whose files have a type of their own.
+RECIPE_OF = {"int4": "w4a16", "int8": "w8a8"}
+BFLOAT16 = "bf16"
 
 
 def weight_type_of(config: ModelConfig, recipe: Recipe) -> str:
     """The `weight_type` of a model under a recipe: float32 sources are stored as fp16, as the reference does."""
-    if recipe.weights == "w4a16":
-        return "int4"
-    return "bf16" if config.dtype == "bfloat16" else "fp16"
+    own = next((weight_type for weight_type, weights in RECIPE_OF.items() if weights == recipe.weights), None)
+    return own or (BFLOAT16 if config.dtype == "bfloat16" else "fp16")
 
 
 def write_config_ini(
@@ -73,11 +75,14 @@ def write_config_ini(
     }
     if config.rope_scaling is not None and config.rope_scaling.kind == "turbomind":
         values["rope_scaling_factor"] = config.rope_scaling.factor
-    ini = _typed({key: str(value) for key, value in (values | extra).items()}, ingot_section.section_of(config), path)
+    ours = ingot_section.section_of(config)
+    if weight_type == "int8" and config.dtype == "bfloat16":
+        ours = replace(ours, float_type=BFLOAT16)
+    ini = _typed({key: str(value) for key, value in (values | extra).items()}, ours, path)
     lines = [f"{key} = {value}" for key in KEYS if (value := getattr(ini, key)) is not None]
-    ours = ingot_section.section_lines(ini.ingot)
+    more = ingot_section.section_lines(ini.ingot)
     path.write_text(
-        "\n".join([f"[{SECTION}]", *lines, "", *ours, *([""] if ours else []), ""]), encoding="utf-8", newline="\n"
+        "\n".join([f"[{SECTION}]", *lines, "", *more, *([""] if more else []), ""]), encoding="utf-8", newline="\n"
     )
     return ini
 
@@ -149,7 +154,7 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
         # The file has one key for all biases; one that the model lacks is stored as zeros.
         qkv_bias=bool(ini.attn_bias),
         o_bias=bool(ini.attn_bias),
-        dtype="bfloat16" if ini.weight_type == "bf16" else "float16",
+        dtype="bfloat16" if BFLOAT16 in (ini.weight_type, ini.ingot.float_type) else "float16",
         bos_token_id=ini.start_id if ini.start_id >= 0 else None,
         eos_token_ids=(ini.end_id,) if ini.end_id >= 0 else (),
     )
@@ -179,6 +184,11 @@ def _typed(texts: Mapping[str, str], ingot: IngotSection, path: Path) -> IniConf
         raise ValueError(
             f"{path}: weight_type {ini.weight_type} does not go with group_size {ini.group_size}: "
             "int4 needs a group_size above 0, the others need 0"
+        )
+    if ini.ingot.float_type is not None and ini.weight_type != "int8":
+        raise ValueError(
+            f"{path}: float_type of the section [{ingot_section.SECTION}] goes with weight_type int8 alone; "
+            f"{ini.weight_type} says the type of floats itself"
         )
     return ini
 

@@ -23,8 +23,10 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngotSection:
-    """`hidden_size` is None where it is heads x head_dim; the others are ModelConfig's."""
+    """`hidden_size` is None where it is heads x head_dim; `float_type` is "bf16" where what is not int8 is that and not
+    fp16; the others are ModelConfig's."""
 
+    float_type: str | None = None
     hidden_size: int | None = None
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
@@ -72,6 +74,8 @@ def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
             )
     if type(values.get("qk_norm", True)) is not bool:
         raise ValueError(f"{path}: [{SECTION}] qk_norm = {cut(texts['qk_norm'])} must be true or false")
+    if values.get("float_type", "bf16") != "bf16":
+        raise ValueError(f'{path}: [{SECTION}] float_type = {cut(texts["float_type"])} may only be "bf16"')
     if "rope_scaling" in values:
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"], texts["rope_scaling"], path)
     return IngotSection(**values)

@@ -9,7 +9,7 @@ from engine.cache_size import is_cache_size
 from engine.storage.ingot_section import IngotSection
 
 Value = int | float | str
-WEIGHT_TYPES = ("fp16", "bf16", "int4")
+WEIGHT_TYPES = ("fp16", "bf16", "int4", "int8")
 KV_INT8 = 4
 # The reference's engine reads 32 bits.
 LARGEST = 2**31 - 1

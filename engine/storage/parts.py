@@ -11,7 +11,6 @@ from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
-from engine.storage.config_ini import weight_type_of
 from engine.storage.file_writer import BLOCK_BYTES
 from engine.storage.int4_tiles import (
     pack_alternating_tiles,
@@ -38,10 +37,13 @@ def split_part(
     `ask(name, shape)` gives tensors by canonical name, floats of any type, which are cast here. Of the large kinds a
     block has BLOCK_BYTES or little more, all ranks together, so that memory is what `ask` takes and a few blocks.
     """
+    if kind == "weight" and recipe.weights == "w8a8":
+        yield from _int8_blocks(config, recipe, part, layer, ask, tp=tp)
+        return
     if kind in ("weight", "qweight"):
         yield from _matrix_blocks(config, recipe, part, kind, layer, ask, tp=tp)
         return
-    dtype = files.FLOAT_TYPES[weight_type_of(config, recipe)]
+    dtype = torch.float32 if kind == names.WEIGHT_SCALE else files.float_type(config, recipe)
     cut, along = rank_cut(config, recipe, part.modules, tp), part.cut(kind)
     unit = _unit(part, kind, cut.group_size)
 
@@ -53,7 +55,7 @@ def split_part(
             if source == "bias" and not names.has_bias(config, module):
                 matrices.append(torch.zeros(1, outputs, dtype=dtype))
                 continue
-            shape = {"bias": (outputs,), "qzeros": (groups, outputs // 8), "scales": (groups, outputs)}[source]
+            shape = {"qzeros": (groups, outputs // 8), "scales": (groups, outputs)}.get(source, (outputs,))
             name = names.layer_name(layer, f"{module}.{source}")
             found = ask(name, shape)
             if source == "qzeros":
@@ -83,7 +85,7 @@ def _matrix_blocks(
     *,
     tp: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    dtype = files.FLOAT_TYPES[weight_type_of(config, recipe)]
+    dtype = files.float_type(config, recipe)
     cut = rank_cut(config, recipe, part.modules, tp)
     shapes = [names.linear_shape(config, module) for module in part.modules]
     inputs, outputs = shapes[0][1], sum(shape[0] for shape in shapes)
@@ -171,8 +173,36 @@ def _heads_fill_tiles(config: ModelConfig, part: Part) -> bool:
     return bool(part.rotary) and config.head_dim % TILE == 0
 
 
+def _int8_blocks(
+    config: ModelConfig,
+    recipe: Recipe,
+    part: Part,
+    layer: int,
+    ask: Callable[[str, tuple[int, ...]], Tensor],
+    *,
+    tp: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows of int8 matrices, which lie [out, in] in their files: columns of [in, out] are rows here."""
+    dim = 0 if part.cut("weight") == "columns" else 1
+    asked = []
+    for module in part.modules:
+        name = names.layer_name(layer, f"{module}.weight")
+        asked.append(ask(name, names.linear_shape(config, module)))
+        if asked[-1].dtype != torch.int8:
+            raise ValueError(f"{name} is {asked[-1].dtype}; w8a8 weights are int8, with their {names.WEIGHT_SCALE}")
+    for rank in range(tp):
+        for module, matrix, size in zip(
+            part.modules, asked, rank_cut(config, recipe, part.modules, tp).pieces, strict=True
+        ):
+            piece = layout.rank_piece(matrix, rank, size, dim=dim)
+            if module in part.rotary:
+                piece = layout.interleave_rotary(piece.t(), config.head_dim).t()
+            for first, end in _steps(len(piece), piece.shape[1]):
+                yield rank, piece[first:end].contiguous()
+
+
 def _steps(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of runs of rows that have BLOCK_BYTES in 16 bits, a quarter in 4, or one row of tiles."""
+    """(first, end) of runs of rows that have BLOCK_BYTES in all (a quarter of it in 4 bits), or one row of tiles."""
     step = max(BLOCK_BYTES // row_bytes // TILE, 1) * TILE
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
@@ -202,14 +232,28 @@ def join_part(
             for module, matrix in zip(part.modules, whole, strict=True)
         }
 
+    def join_int8(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        flipped: layout.Cut = "rows" if part.cut("weight") == "columns" else "columns"
+        sizes = [shape[0] for shape in shapes] if flipped == "rows" else [shapes[0][1]]
+        whole = layout.join_ranks(matrices, sizes, cut=flipped, join=part.join, pieces=cut.pieces)
+        return {
+            module: layout.separate_rotary(matrix.t(), config.head_dim).t() if module in part.rotary else matrix
+            for module, matrix in zip(part.modules, whole, strict=True)
+        }
+
     tensors: dict[str, Tensor] = {}
     for kind in files.kinds_of(config, recipe, part):
-        if kind == "weight":
+        if kind == "weight" and recipe.weights == "w8a8":
+            matrices = join_int8([rank.view(outputs, inputs) for rank in ranks(kind)])
+            tensors |= {f"{module}.weight": matrix.contiguous() for module, matrix in matrices.items()}
+        elif kind == "weight":
             matrices = join([rank.view(inputs, outputs) for rank in ranks(kind)], kind)
             tensors |= {f"{module}.weight": matrix.t().contiguous() for module, matrix in matrices.items()}
-        elif kind == "bias":
+        elif kind in ("bias", names.WEIGHT_SCALE):
             matrices = join([rank.view(1, outputs) for rank in ranks(kind)], kind)
-            tensors |= {f"{module}.bias": matrix[0] for module, matrix in matrices.items()}
+            if kind == names.WEIGHT_SCALE and not all(map(_are_scales, matrices.values())):
+                raise ValueError(f"{kind} holds values that are negative or not finite: these are no scales")
+            tensors |= {f"{module}.{kind}": matrix[0] for module, matrix in matrices.items()}
         elif kind == "qweight":
             shape = (inputs // TILE, outputs // TILE, -1)
             of_ranks = [_words(config, part, rank.view(shape), cut) for rank in ranks(kind)]
@@ -236,6 +280,10 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if stored.numel() and not all(bool(end.isfinite()) for end in stored.aminmax()):  # a NaN is both ends
         raise ValueError(f"{name} holds values that {dtype} cannot (largest {tensor.abs().max().item():g})")
     return stored
+
+
+def _are_scales(values: Tensor) -> bool:
+    return bool(values.isfinite().all()) and not bool((values < 0).any())
 
 
 def _unit(part: Part, kind: str, group_size: int) -> int:

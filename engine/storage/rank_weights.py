@@ -57,7 +57,7 @@ class RankWeights(Mapping[str, Tensor]):
 
     def _columns(self, tensor: Tensor, kind: str, cut: RankCut) -> Tensor:
         [size] = cut.pieces
-        if kind == "bias":
+        if kind in ("bias", names.WEIGHT_SCALE):
             return layout.rank_piece(tensor[None], self._rank, size, dim=1)[0]
         if kind in ("qweight", "qzeros"):
             return layout.rank_piece(tensor, self._rank, size // 8, dim=1).contiguous()
@@ -65,6 +65,8 @@ class RankWeights(Mapping[str, Tensor]):
 
     def _rows(self, tensor: Tensor, kind: str, cut: RankCut) -> Tensor:
         [size] = cut.pieces
+        if kind == names.WEIGHT_SCALE:
+            return tensor
         if kind in ("qzeros", "scales"):
             times = self._recipe.group_size // cut.group_size
             tensor, size = layout.refine_groups(tensor, times), size // cut.group_size

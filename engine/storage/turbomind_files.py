@@ -27,10 +27,13 @@ class Part:
     rotary: tuple[str, ...] = ()
 
     def cut(self, kind: str) -> Cut:
-        """How tensor parallelism cuts a file of this part: the bias of a row-cut linear is copied to every rank."""
+        """How tensor parallelism cuts a file of this part, seen as a matrix [in, out].
+
+        The bias and the scales of the outputs of a row-cut linear are copied to every rank.
+        """
         if names.LAYER_SHARDS[self.modules[0]] is names.Shard.COLUMN:
             return "columns"
-        return "copies" if kind == "bias" else "rows"
+        return "copies" if kind in ("bias", names.WEIGHT_SCALE) else "rows"
 
 
 OUTER_FILES = {
@@ -60,7 +63,6 @@ DENSE_PARTS = (
 INT4_PARTS = (QKV, OUTPUT, Part(stem="feed_forward.w13", modules=names.GATE_UP, join="interleave"), DOWN)
 # Beyond every group that is listed as one that fits.
 LARGEST_GROUP = 1 << 16
-FLOAT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
 
 
 def layer_file(layer: int, name: str) -> str:
@@ -73,16 +75,30 @@ def rank_file(layer: int, part: Part, rank: int, kind: str) -> str:
 
 def parts_of(recipe: Recipe) -> tuple[Part, ...]:
     """The parts of a layer under a recipe; ValueError for weights that the format does not have."""
-    tables = {"fp16": DENSE_PARTS, "w4a16": INT4_PARTS}
+    tables = {"fp16": DENSE_PARTS, "w4a16": INT4_PARTS, "w8a8": DENSE_PARTS}
     if recipe.weights not in tables:
         raise ValueError(f"a TurboMind workspace cannot hold {recipe.weights} weights; it can hold {', '.join(tables)}")
     return tables[recipe.weights]
 
 
 def kinds_of(config: ModelConfig, recipe: Recipe, part: Part) -> tuple[str, ...]:
-    """The files that a part has per rank: (weight) or (qweight, scales_zeros), then bias."""
-    kinds = ("qweight", "scales_zeros") if recipe.weights == "w4a16" else ("weight",)
+    """The files that a part has per rank: (weight), (qweight, scales_zeros) or (weight, weight_scale), then bias."""
+    kinds = {"w4a16": ("qweight", "scales_zeros"), "w8a8": names.INT8}.get(recipe.weights, ("weight",))
     return (*kinds, "bias") if has_bias(config, part) else kinds
+
+
+def float_type(config: ModelConfig, recipe: Recipe) -> torch.dtype:
+    """The type of what is not quantized: bf16 for a bf16 model, but fp16 beside int4 as in the reference."""
+    return torch.bfloat16 if config.dtype == "bfloat16" and recipe.weights != "w4a16" else torch.float16
+
+
+def element_type(config: ModelConfig, recipe: Recipe, kind: str) -> torch.dtype:
+    """The type of the values in the files of one kind of a part."""
+    if kind in ("qweight", "scales_zeros"):
+        return torch.int32
+    if kind == names.WEIGHT_SCALE:
+        return torch.float32
+    return torch.int8 if kind == "weight" and recipe.weights == "w8a8" else float_type(config, recipe)
 
 
 def has_bias(config: ModelConfig, part: Part) -> bool:
@@ -126,7 +142,8 @@ def each_file(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[tuple[st
             inputs, outputs = matrix_shape(config, recipe, part, tp)
             group_size = rank_cut(config, recipe, part.modules, tp).group_size
             of_kind = {
-                "weight": inputs * outputs * 2,
+                "weight": inputs * outputs * element_type(config, recipe, "weight").itemsize,
+                names.WEIGHT_SCALE: outputs * 4,
                 "bias": outputs * 2,
                 "qweight": inputs * outputs // 2,
                 "scales_zeros": inputs // max(group_size, 1) * outputs * 4,

@@ -36,6 +36,9 @@ def interleave_rotary(matrix: Tensor, head_dim: int) -> Tensor:
 def separate_rotary(matrix: Tensor, head_dim: int) -> Tensor:
     """Undo `interleave_rotary`."""
     rows, columns = matrix.shape
+    if _is_transposed(matrix):
+        heads = matrix.t().reshape(columns // head_dim, head_dim // 2, 2, rows)
+        return heads.transpose(1, 2).reshape(columns, rows).t()
     heads = matrix.reshape(rows, columns // head_dim, head_dim // 2, 2)
     return heads.transpose(2, 3).reshape(rows, columns)
 

@@ -15,7 +15,7 @@ from engine.models.decoder import Decoder
 from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
 from engine.storage.artifacts import FileEntry
-from engine.storage.config_ini import model_config_of, read_config_ini, weight_type_of
+from engine.storage.config_ini import RECIPE_OF, model_config_of, read_config_ini
 from engine.storage.file_writer import BLOCK_BYTES, FileWriter
 from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import read_kv_scales
@@ -39,14 +39,15 @@ def write_weights(
 ) -> list[FileEntry]:
     """Write every weight file (not config.ini, not KV scales) into `folder`; returns name, size and SHA-256 of each.
 
-    `tensor` answers with the tensor of a canonical name, [out, in] or in the HF-AWQ layout. It is asked file by file
-    and what it answers is cut, turned and written block by block, so that memory is what one file is made of and a few
-    blocks. float32 sources are stored as fp16, w4a16 as int4 and fp16. `progress` is told the bytes written.
+    `tensor` answers with the tensor of a canonical name, [out, in] (int8 for w8a8) or in the HF-AWQ layout. It is asked
+    file by file and what it answers is cut, turned and written block by block, so that memory is what one file is made
+    of and a few blocks. float32 sources are stored as fp16, w4a16 as int4 and fp16, w8a8 as int8 with float32 scales
+    and fp16 or bf16. `progress` is told the bytes written.
     Raises ValueError before the first byte when the model does not fit, and for a tensor of a wrong shape or one that
     overflows fp16.
     """
     files.check_fits(config, recipe, tp)
-    dtype = files.FLOAT_TYPES[weight_type_of(config, recipe)]
+    dtype = files.float_type(config, recipe)
     shapes = names.model_tensors(config)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -102,7 +103,7 @@ class Workspace:
         self.tp = self.ini.tensor_para_size
         self.config = model_config_of(self.ini, self._weights / CONFIG_INI)
         self.recipe = Recipe(
-            weights="w4a16" if self.ini.weight_type == "int4" else "fp16",
+            weights=RECIPE_OF.get(self.ini.weight_type, "fp16"),
             kv="kv8" if self.ini.quant_policy == KV_INT8 else "kv16",
             group_size=self.ini.group_size,
         )
@@ -118,8 +119,9 @@ class Workspace:
         """The canonical names of all tensors, in the order in which reading them touches every file once."""
         within = [name for name, _ in files.norm_files(self.config).values()]
         for part in files.parts_of(self.recipe):
-            kinds = names.QUANTIZED if self.recipe.weights == "w4a16" else ("weight",)
-            kinds = (*kinds, "bias") if files.has_bias(self.config, part) else kinds
+            kinds = files.kinds_of(self.config, self.recipe, part)
+            if self.recipe.weights == "w4a16":
+                kinds = (*names.QUANTIZED, *kinds[2:])
             within += [f"{module}.{kind}" for module in part.modules for kind in kinds]
         layers = range(self.config.num_layers)
         return [*files.OUTER_FILES.values(), *(names.layer_name(layer, name) for layer in layers for name in within)]
@@ -178,11 +180,9 @@ class Workspace:
         scales = self.kv_scales()
         return None if scales is None else rank_scales(scales, rank, tp)
 
-    def _map(self, name: str) -> Tensor:
+    def _map(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         path = self._weights / name
-        dtype = files.FLOAT_TYPES[self.ini.weight_type]
-        if name.endswith((".qweight", ".scales_zeros")):
-            dtype = torch.int32
+        dtype = dtype or files.float_type(self.config, self.recipe)
         # Private: the pages come from the file, and a write to the tensor could not reach it.
         return torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype)
 
@@ -198,7 +198,8 @@ class Workspace:
 
     def _read_part(self, layer: int, part: Part) -> dict[str, Tensor]:
         def read(kind: str, rank: int) -> Tensor:
-            return self._map(files.rank_file(layer, part, rank, kind))
+            dtype = files.element_type(self.config, self.recipe, kind)
+            return self._map(files.rank_file(layer, part, rank, kind), dtype)
 
         return join_part(self.config, self.recipe, part, read, tp=self.tp)
 

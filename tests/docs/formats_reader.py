@@ -79,7 +79,7 @@ class Reader:
         return int(self.ini[key])
 
     def _floats(self, name: str, columns: int) -> Matrix:
-        if self.ini["weight_type"] == "bf16":
+        if "bf16" in (self.ini["weight_type"], self.ingot.get("float_type")):
             values = (np.fromfile(self._folder / name, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             values = np.fromfile(self._folder / name, dtype="<f2").astype(np.float32)
@@ -132,7 +132,9 @@ class Reader:
                 pairs = self._matrix(f"{at}feed_forward.w13.{rank}", "weight", self.hidden, 2 * share, self.group)
                 gate, up = pairs[:, ::2], pairs[:, 1::2]
             else:
-                gate, up = (self._floats(f"{at}feed_forward.{w}.{rank}.weight", share) for w in ("w1", "w3"))
+                gate, up = (
+                    self._matrix(f"{at}feed_forward.{w}.{rank}", "weight", self.hidden, share, 0) for w in ("w1", "w3")
+                )
             columns["gate"].append(gate)
             columns["up"].append(up)
         for name, parts in columns.items():
@@ -149,7 +151,11 @@ class Reader:
         return back
 
     def _matrix(self, stem: str, kind: str, inputs: int, outputs: int, group: int) -> Matrix:
-        """`[in, out]`; int4 as (q - z) s."""
+        """`[in, out]`; int4 as (q - z) s, int8 as q s."""
+        if kind == "weight" and self.ini["weight_type"] == "int8":
+            rows = np.fromfile(self._folder / f"{stem}.weight", dtype=np.int8).reshape(outputs, inputs)
+            scales = np.fromfile(self._folder / f"{stem}.weight_scale", dtype="<f4")
+            return (rows.astype(np.float32) * scales[:, None]).T
         if kind == "bias" or not self.group:
             return self._floats(f"{stem}.{kind}", outputs)
         words = np.fromfile(self._folder / f"{stem}.qweight", dtype="<u4")

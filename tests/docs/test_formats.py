@@ -26,6 +26,8 @@ CASES = {
         replace(SMALL, num_kv_heads=4, head_dim=24, dtype="bfloat16", qk_norm=True),
         Recipe(),
     ),
+    "int8, and a width that no tp divides": (replace(BIASED, intermediate_size=97), Recipe(weights="w8a8")),
+    "int8 beside bf16": (replace(BIASED, dtype="bfloat16", qk_norm=True), Recipe(weights="w8a8")),
     "int4": (replace(BIASED, intermediate_size=128), Recipe(weights="w4a16", group_size=32)),
     "int4, nothing even": (CROOKED, Recipe(weights="w4a16", group_size=32)),
     "int4, groups smaller than tiles": (
@@ -48,6 +50,8 @@ SCALINGS = [
 
 
 def dense(tensors, name):
+    if f"{name}_scale" in tensors:
+        return tensors[name].float() * tensors[f"{name}_scale"][:, None]
     if name in tensors:
         return tensors[name].float()
     module = name.removesuffix("weight")

@@ -111,6 +111,16 @@ def test_four_bits_count_what_is_packed_and_what_is_unpacked():
     assert packed - dense == linears // 2 + linears // 32 * 5 // 2
 
 
+def test_int8_linears_count_a_byte_a_weight_and_their_scales_whatever_computes():
+    linears = MODEL.num_layers * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
+    outputs = MODEL.num_layers * (128 + 64 + 64 + 128 + 256 + 256 + 128)
+    for dtype in (torch.float16, torch.float32):
+        dense = weight_bytes(MODEL, FP16, dtype)
+        assert (
+            weight_bytes(MODEL, Recipe(weights="w8a8"), dtype) == dense - linears * (dtype.itemsize - 1) + outputs * 4
+        )
+
+
 def test_devices_that_are_not_here_are_refused():
     assert probe_device("cpu").bfloat16 and probe_device("cpu").free_bytes > 0
     with pytest.raises(ValueError, match="is no device"):

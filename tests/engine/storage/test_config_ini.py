@@ -83,6 +83,16 @@ def test_weight_type_follows_the_source():
         config = ModelConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"dtype": dtype})
         assert weight_type_of(config, Recipe()) == expected
         assert weight_type_of(config, Recipe(weights="w4a16", group_size=32)) == "int4"
+        assert weight_type_of(config, Recipe(weights="w8a8")) == "int8"
+
+
+def test_floats_beside_int8_are_fp16_or_said_to_be_bf16(tmp_path):
+    path = tmp_path / "config.ini"
+    for dtype, said in (("float16", None), ("bfloat16", "bf16"), ("float32", None)):
+        ini = _write(path, replace(CONFIG, dtype=dtype), recipe=Recipe(weights="w8a8"))
+        assert ini.ingot.float_type == said and read_config_ini(path) == ini
+        assert model_config_of(ini, path).dtype == ("float16" if dtype == "float32" else dtype)
+        assert ('[ingot]\nfloat_type = "bf16"\n' in path.read_text()) == (said is not None)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +109,8 @@ def test_weight_type_follows_the_source():
         ("quant_policy = 0", "quant_policy = 8", "0 or 4"),
         ("cache_max_entry_count = 0.5", "cache_max_entry_count = 1.5", "whole number of pages"),
         ("cache_max_entry_count = 0.5", "cache_max_entry_count = 4GB", "not a number"),
-        ("weight_type = fp16", "weight_type = int8", "fp16 or bf16 or int4"),
+        ("weight_type = fp16", "weight_type = int3", "fp16 or bf16 or int4 or int8"),
+        ("group_size = 0", "group_size = 32", "int4 needs a group_size above 0, the others need 0"),
         ("weight_type = fp16", "weight_type = int4", "group_size"),
         ("kv_head_num = 4", "kv_head_num = 3", "multiple of kv_head_num"),
         ("rotary_embedding = 128", "rotary_embedding = 64", "part of the head"),
@@ -224,6 +235,8 @@ def test_the_section_reads_as_it_is_documented(tmp_path):
         ("sliding_window = 0", "sliding_window = 0 must be a whole number"),
         ("hidden_size = 3.5", "hidden_size = 3.5 must be a whole number"),
         ("rope_scaling = 4", "must be a JSON object"),
+        ('float_type = "fp16"', 'float_type = "fp16" may only be "bf16"'),
+        ('float_type = "bf16"', "float_type .* goes with weight_type int8 alone; fp16 says"),
         ('rope_scaling = {"factor": 2.0}', "kind None; known kinds: linear"),
         ('rope_scaling = {"kind": "turbomind"}', "kind 'turbomind'"),
         ('rope_scaling = {"kind": "linear", "factor": -1}', "factor = -1"),

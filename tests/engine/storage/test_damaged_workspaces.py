@@ -82,7 +82,8 @@ def ini_damage(folder: Path) -> tuple[str, dict[str, bytes], Damage]:
     files = workspace_files(folder / "plain", MODEL, Recipe(), 1)
     scaled = workspace_files(folder / "scaled", replace(MODEL, rope_scaling=YARN, qk_norm=True, logn=True), Recipe(), 1)
     int4 = workspace_files(folder / "int4", MODEL, Recipe(weights="w4a16", group_size=32), 2)
-    kinds = st.sampled_from([files, scaled, int4])
+    int8 = workspace_files(folder / "int8", replace(MODEL, dtype="bfloat16"), Recipe(weights="w8a8"), 2)
+    kinds = st.sampled_from([files, scaled, int4, int8])
     scaling = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 16}
 

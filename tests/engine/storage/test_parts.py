@@ -24,8 +24,9 @@ WIDE = replace(SMALL, hidden_size=192, num_heads=12, num_kv_heads=4, intermediat
         (WIDE, W4A16),  # 160 / 4 features are filled up to 64 a rank: the last has 32, or none
         (replace(WIDE, num_heads=16, num_kv_heads=8, head_dim=8), W4A16),  # halves of heads that are no whole words
         (replace(WIDE, o_bias=True), replace(W4A16, group_size=16)),
+        (replace(WIDE, dtype="bfloat16", o_bias=True, intermediate_size=97), Recipe(weights="w8a8")),
     ],
-    ids=["fp16", "bf16", "w4a16", "w4a16-small-heads", "w4a16-bias"],
+    ids=["fp16", "bf16", "w4a16", "w4a16-small-heads", "w4a16-bias", "w8a8"],
 )
 def test_files_are_the_same_however_small_the_blocks(tmp_path, monkeypatch, config, recipe, tp):
     tensors = random_tensors(config, recipe)

@@ -20,6 +20,7 @@ from tests.engine.storage.tiny_workspace import SMALL, make_workspace, random_te
 from tests.shared_data import shared
 
 FP16 = Recipe()
+W8A8 = Recipe(weights="w8a8")
 LLAMA2_7B = replace(
     SMALL,
     hidden_size=4096,
@@ -52,6 +53,8 @@ CASES = {
     "int4, three groups on four ranks": (replace(SMALL, num_kv_heads=4, intermediate_size=96), int4(32)),
     "int4, heads that end within groups": (CROOKED, int4(32)),
     "int4, groups smaller than tiles": (replace(CROOKED, intermediate_size=112), int4(16)),
+    "int8 with a width that no tp divides": (replace(CROOKED, intermediate_size=97), W8A8),
+    "int8 beside bf16": (replace(CROOKED, dtype="bfloat16"), W8A8),
 }
 
 
@@ -79,6 +82,7 @@ def products(linears, tensors, x):
     """x through a linear whose tensors have any layout, in float64."""
     if f"{linears}.weight" in tensors:
         weight = tensors[f"{linears}.weight"].double()
+        weight = weight * tensors.get(f"{linears}.weight_scale", torch.ones(len(weight))).double()[:, None]
     else:
         weight = unpack_int4(*(tensors[f"{linears}.{kind}"] for kind in names.QUANTIZED)).double()
     out = x @ weight.t()
@@ -102,14 +106,14 @@ def test_ranks_side_by_side_are_the_whole_model(tmp_path, case, tp, stored):
             expected_shape = names.linear_shape(shape, module)
             for weights in ranks:
                 name = of_layer + module
-                if recipe is FP16:
+                if recipe in (FP16, W8A8):
                     assert weights[f"{name}.weight"].shape == expected_shape
                 else:
                     assert weights[f"{name}.qweight"].shape == (expected_shape[1], expected_shape[0] // 8)
         for module in (*names.QKV, *names.GATE_UP):
             outs = [products(of_layer + module, weights, x) for weights in ranks]
             joined, whole = torch.cat(outs, dim=1), products(of_layer + module, tensors, x)
-            assert torch.equal(joined[:, : whole.shape[1]], whole)
+            torch.testing.assert_close(joined[:, : whole.shape[1]], whole, rtol=1e-12, atol=1e-9)
             assert not joined[:, whole.shape[1] :].any()
         for module in (names.OUTPUT, names.DOWN):
             inputs = names.linear_shape(config, module)[1]

@@ -24,6 +24,7 @@ from tests.shared_data import shared
 
 GOLDEN = "golden/turbomind-v0.1.0/llama_mha"
 FP16 = Recipe()
+W8A8 = Recipe(weights="w8a8")
 
 
 def _int4(group_size, kv="kv16"):
@@ -127,7 +128,7 @@ def _cases(draw):
         qk_norm=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float16", "bfloat16"])),
     )
-    recipe = draw(st.sampled_from([FP16, _int4(8), _int4(16), _int4(32), _int4(48), _int4(96)]))
+    recipe = draw(st.sampled_from([FP16, W8A8, _int4(8), _int4(16), _int4(32), _int4(48), _int4(96)]))
     return config, recipe, draw(st.sampled_from([1, 2, 4]))
 
 
@@ -136,8 +137,9 @@ def _fits(config, recipe, tp):
     if config.num_kv_heads % tp or config.num_heads % tp:
         return False
     hidden, inner = config.hidden_size, config.intermediate_size
-    whole_groups = recipe.weights == "fp16" or all(size % recipe.group_size == 0 for size in (hidden, inner))
-    return whole_groups and (recipe.weights == "fp16" or (hidden % 32 == 0 and inner % 8 == 0))
+    if not recipe.group_size:
+        return True
+    return all(size % recipe.group_size == 0 for size in (hidden, inner)) and hidden % 32 == 0 and inner % 8 == 0
 
 
 @given(case=_cases(), seed=st.integers(0, 99))
@@ -150,7 +152,7 @@ def test_any_workspace_reads_back_bit_equal_or_is_refused_before_a_byte(tmp_path
             write_weights(folder / "weights", config, {}.__getitem__, recipe=recipe, tp=tp)
         assert not (folder / "weights").exists()
         return
-    assume(recipe.weights == "fp16" or config.dtype == "float16")
+    assume(recipe.weights != "w4a16" or config.dtype == "float16")
     tensors = random_tensors(config, recipe, seed)
     workspace = Workspace(make_workspace(folder, config, recipe, tp, tensors))
     assert (workspace.config, workspace.recipe, workspace.tp) == (config, recipe, tp)
@@ -213,7 +215,8 @@ def test_tensors_of_a_wrong_shape_are_refused_by_name(tmp_path):
         ({"hidden_size": 48, "head_dim": 12}, _int4(12), 1, "hidden_size is 48, and int4 tiles need a multiple of 32"),
         ({"num_heads": 16, "num_kv_heads": 2, "head_dim": 4}, _int4(32), 2, r"k_proj has 4 output features per rank"),
         ({"head_dim": 15}, FP16, 1, "head_dim 15 is odd"),
-        ({}, Recipe(weights="w8a8"), 1, "cannot hold w8a8.*fp16, w4a16"),
+        ({}, Recipe(weights="w3a16"), 1, "cannot hold w3a16.*fp16, w4a16, w8a8"),
+        ({}, W8A8, 4, "2 key/value heads cannot be dealt to 4 ranks.*: 1, 2$"),
     ],
 )
 def test_what_does_not_fit_says_what_would(tmp_path, change, recipe, tp, words):
@@ -288,11 +291,41 @@ def test_an_unknown_tensor_is_an_error(tmp_path):
             workspace.tensor(name)
 
 
-@pytest.mark.parametrize("recipe", [FP16, _int4(32)], ids=str)
+def test_int8_files_lie_as_products_read_them_with_a_scale_an_output(tmp_path):
+    tensors = random_tensors(SMALL, W8A8)
+    folder = make_workspace(tmp_path, SMALL, W8A8, 2, tensors) / WEIGHTS
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    for rank, piece in enumerate(down.chunk(2, dim=1)):
+        assert (folder / f"layers.1.feed_forward.w2.{rank}.weight").read_bytes() == piece.numpy().tobytes()
+        scales = tensors["model.layers.1.mlp.down_proj.weight_scale"].numpy().tobytes()
+        assert (folder / f"layers.1.feed_forward.w2.{rank}.weight_scale").read_bytes() == scales
+    assert (folder / "layers.0.attention.w_qkv.0.weight").stat().st_size == 64 * (32 + 16 + 16)
+    assert (folder / "layers.0.attention.w_qkv.0.weight_scale").stat().st_size == 4 * (32 + 16 + 16)
+
+
+def test_weights_that_are_not_int8_and_scales_that_are_none_are_refused(tmp_path):
+    tensors = random_tensors(SMALL, W8A8)
+    name = "model.layers.1.mlp.up_proj"
+    with pytest.raises(ValueError, match=rf"{name}\.weight is torch\.float16; w8a8 weights are int8"):
+        floats = tensors | {f"{name}.weight": tensors[f"{name}.weight"].half()}
+        write_weights(tmp_path / "a", SMALL, floats.__getitem__, recipe=W8A8, tp=1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"{name}\.weight_scale holds values"):
+            bad = tensors | {f"{name}.weight_scale": torch.full((96,), value, dtype=torch.float64)}
+            write_weights(tmp_path / "b", SMALL, bad.__getitem__, recipe=W8A8, tp=1)
+    folder = make_workspace(tmp_path / "c", SMALL, W8A8, 1, tensors)
+    file = folder / WEIGHTS / "layers.1.feed_forward.w3.0.weight_scale"
+    for value in (float("nan"), -1.0):
+        file.write_bytes(torch.full((96,), value).numpy().tobytes())
+        with pytest.raises(ValueError, match=r"w3\.\*: weight_scale holds values that are negative or not finite"):
+            Workspace(folder).tensor(f"{name}.weight")
+
+
+@pytest.mark.parametrize("recipe", [FP16, W8A8, _int4(32)], ids=str)
 def test_the_loaded_model_is_the_same_at_every_tp(tmp_path, recipe):
     tensors = random_tensors(SMALL, recipe)
     models = []
-    for tp in (1, 2) if recipe is FP16 else (1,):
+    for tp in (1, 2) if recipe in (FP16, W8A8) else (1,):
         folder = make_workspace(tmp_path / str(tp), SMALL, recipe, tp, tensors)
         models.append(load_workspace(folder, device="cpu", dtype=torch.float32))
     ids = torch.arange(5)

@@ -24,7 +24,7 @@ SMALL = ModelConfig(
 
 
 def random_tensors(config, recipe, seed=0):
-    """Random canonical tensors of a model, quantized linears for w4a16."""
+    """Random canonical tensors of a model, quantized linears for w4a16 and w8a8."""
     random = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float16
     tensors = {}
@@ -36,6 +36,9 @@ def random_tensors(config, recipe, seed=0):
             for kind, size in zip(("qweight", "qzeros"), words, strict=True):
                 tensors[prefix + kind] = torch.randint(-(2**31), 2**31, size, generator=random).to(torch.int32)
             tensors[prefix + "scales"] = torch.rand((words[1][0], outputs), generator=random).to(torch.float16)
+        elif recipe.weights == "w8a8" and module in names.LINEARS:
+            tensors[name] = torch.randint(-128, 128, shape, generator=random).to(torch.int8)
+            tensors[f"{name}_scale"] = torch.rand(shape[0], generator=random)
         else:
             tensors[name] = torch.randn(shape, generator=random).to(dtype)
     return tensors
