@@ -113,6 +113,17 @@ def generation(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(fontsize="small")
 
 
+def serving(axes: Axes, rows: Sequence[Row]) -> None:
+    """The median and the 99th percentile of the time to the first text against the rate, a line a recipe."""
+    at_rates = [row for row in rows if row.get("case") == "rate" and row["rate"] != "all at once"]
+    for name, line in lines(at_rates, ("engine", "recipe"), "rate"):
+        [drawn] = axes.plot(numbers(line, "rate"), numbers(line, "first_p50_ms"), marker="o", label=f"{name}, median")
+        late = numbers(line, "first_p99_ms")
+        axes.plot(numbers(line, "rate"), late, "--", marker=".", color=drawn.get_color(), label=f"{name}, 99th")
+    axes.set(xlabel="requests / s sent", ylabel="time to the first text, ms", yscale="log")
+    axes.legend(fontsize="small")
+
+
 def throughput(axes: Axes, rows: Sequence[Row]) -> None:
     """Requests a second, a bar an engine and recipe, the latest row of each."""
     bars = {name: line[-1] for name, line in lines(rows, ("engine", "recipe", "data"), "time")}
@@ -160,6 +171,7 @@ PLOTS: dict[str, Callable[[Axes, Sequence[Row]], None]] = {
     "generation": generation,
     "kernels": kernels,
     "memory": memory,
+    "serving": serving,
     "throughput": throughput,
 }
 

@@ -1,0 +1,250 @@
+"""`ingot bench serving`: through HTTP, at request rates, against a running server or one that is started for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import workload
+from benchmarks.cold import workspace_of
+from benchmarks.http_client import Address, Answered, address_of, get, stream
+from benchmarks.options import option, read_options
+from benchmarks.rows import RESULTS, ROOT, provenance, record
+from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
+from benchmarks.timeline import percentile, run
+from benchmarks.workload import Request
+
+ABOUT = """
+Sends requests to /v1/completions as a Poisson process of each rate, one row a rate: requests and tokens a second, and
+the 50th, 95th and 99th percentile of the time to the first piece of text, of the gaps between pieces, and of the whole
+request. Greedy, answers to their full length; lengths are log-normal (see `ingot bench throughput --help`) or fixed.
+url= names a running server (its key in INGOT_API_KEY); else a server is started for artifact=, folder= or shape=, and
+a last row compares `streams` requests at once through it with the same requests in an engine of this process:
+`http_overhead` is the share of the tokens a second that HTTP costs.
+"""
+SHOWN = (
+    "model",
+    "recipe",
+    "case",
+    "rate",
+    "requests",
+    "requests_per_second",
+    "tokens_per_second",
+    "first_p50_ms",
+    "first_p99_ms",
+    "gap_p50_ms",
+    "gap_p99_ms",
+    "total_p50_ms",
+    "offline_tokens_per_second",
+    "http_overhead",
+)
+SHARES = (0.5, 0.95, 0.99)
+SECONDS_TO_ANSWER = 20
+SECONDS_TO_STOP = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(SubjectOptions):
+    url: str | None = option(None, "a running server: http://HOST:PORT")
+    rates: tuple[float, ...] = option((1.0, 4.0, 0.0), "requests a second, a row each; 0 sends all at once", least=0)
+    requests: int = option(100, "how many at each rate", least=1)
+    input: int = option(0, "tokens of every prompt; 0 draws log-normal lengths", least=0)
+    output: int = option(0, "tokens of every answer; 0 draws log-normal lengths", least=0)
+    streams: int = option(64, "requests at once where HTTP is compared with the engine alone; 0 leaves it out", least=0)
+    streams_input: int = option(16, "tokens of their prompts", least=1)
+    streams_output: int = option(256, "tokens of their answers", least=1)
+    max_batch_size: int = option(0, "most sequences in a step of a server that is started; 0 is `streams`", least=0)
+    out: Path = option(RESULTS / "serving.csv", "rows are added to this file; `none` keeps none")
+
+
+def main(argv: list[str]) -> int:
+    options = read_options(Options, argv, prog="ingot bench serving", about=ABOUT)
+    if options.url is not None:
+        if options.artifact or options.folder or options.shape:
+            raise ValueError("url= names a running server: leave artifact=, folder= and shape= out.")
+        address = address_of(options.url, os.environ.get("INGOT_API_KEY"))
+        model = asyncio.run(get(address, "/v1/models"))["data"][0]["id"]
+        at_rates(options, address, {**provenance(), "engine": "server", "model": model}, vocab_size=None)
+        return 0
+    subject = find_subject(options)
+    batch = options.max_batch_size or max(options.streams, 1)
+    common = {**provenance(subject.device), "engine": "ingot", **subject.columns, "max_batch_size": batch}
+    through_http: list[Answered] = []
+    together = workload.fixed(
+        options.streams,
+        options.streams_input,
+        options.streams_output,
+        vocab_size=subject.config.vocab_size,
+        seed=subject.seed,
+    )
+    with workspace_of(subject) as (folder, _), started(subject, folder, batch) as address:
+        at_rates(options, address, common, vocab_size=subject.config.vocab_size)
+        if together:
+            asyncio.run(send(address, together, [0.0] * len(together)))  # the first time is not counted
+            through_http = asyncio.run(send(address, together, [0.0] * len(together)))
+    if through_http:
+        record(options.out, {**common, **overhead(subject, together, batch, through_http)}, SHOWN)
+    return 0
+
+
+def at_rates(options: Options, address: Address, common: dict[str, object], *, vocab_size: int | None) -> None:
+    """A row for each rate. Without a known vocabulary prompts are of the ids that every model has."""
+    for rate in options.rates:
+        requests = asked(options, vocab_size or 256)
+        answers = asyncio.run(send(address, requests, workload.arrivals(len(requests), rate, seed=options.seed)))
+        row = {
+            **common,
+            "case": "rate",
+            "rate": rate or "all at once",
+            "requests": len(requests),
+            "seed": options.seed,
+            **figures(requests, answers),
+        }
+        record(options.out, row, SHOWN)
+
+
+def asked(options: Options, vocab_size: int) -> list[Request]:
+    """The requests of a rate: log-normal lengths, of which either may be fixed."""
+    drawn = workload.log_normal(options.requests, vocab_size=vocab_size, seed=options.seed)
+    prompts = workload.fixed(options.requests, options.input, 1, vocab_size=vocab_size, seed=options.seed)
+    return [
+        Request(fixed.prompt_ids if options.input else request.prompt_ids, options.output or request.new_tokens)
+        for request, fixed in zip(drawn, prompts, strict=True)
+    ]
+
+
+async def until_it_answers(address: Address) -> None:
+    """Return when the server takes connections, a moment after it said where; ValueError if it never does."""
+    until = time.perf_counter() + SECONDS_TO_ANSWER
+    while True:
+        try:
+            await get(address, "/v1/models")
+            return
+        except ValueError:
+            if time.perf_counter() > until:
+                raise
+        await asyncio.sleep(0.05)
+
+
+async def send(address: Address, requests: Sequence[Request], times: Sequence[float]) -> list[Answered]:
+    """All answers, each request sent at its time. ValueError where one is refused or comes short."""
+    models = await get(address, "/v1/models")
+    name = models["data"][0]["id"]
+    begun = time.perf_counter()
+
+    async def one(request: Request, at: float) -> Answered:
+        await asyncio.sleep(max(at - (time.perf_counter() - begun), 0))
+        answer = await stream(
+            address,
+            "/v1/completions",
+            {
+                "model": name,
+                "prompt": request.prompt_ids,
+                "max_tokens": request.new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+            },
+        )
+        if answer.tokens != request.new_tokens:
+            raise ValueError(f"the server gave {answer.tokens} tokens where {request.new_tokens} were asked for.")
+        return answer
+
+    return await asyncio.gather(*(one(request, at) for request, at in zip(requests, times, strict=True)))
+
+
+def figures(requests: Sequence[Request], answers: Sequence[Answered]) -> dict[str, object]:
+    """Columns of a row: rates of the whole run, and percentiles in milliseconds."""
+    seconds = max(answer.ended for answer in answers) - min(answer.asked for answer in answers)
+    tokens = sum(answer.tokens for answer in answers)
+    gaps = [
+        after - before for answer in answers for before, after in zip(answer.pieces, answer.pieces[1:], strict=False)
+    ]
+    measured = {
+        "first": [answer.pieces[0] - answer.asked for answer in answers],
+        "gap": gaps or [0.0],
+        "total": [answer.ended - answer.asked for answer in answers],
+    }
+    found: dict[str, object] = {
+        "mean_input": round(statistics.mean(len(request.prompt_ids) for request in requests), 1),
+        "mean_output": round(tokens / len(answers), 1),
+        "seconds": round(seconds, 3),
+        "requests_per_second": round(len(answers) / seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_piece": round(tokens / sum(len(answer.pieces) for answer in answers), 3),
+    }
+    for name, values in measured.items():
+        found |= {f"{name}_p{100 * share:.0f}_ms": round(1e3 * percentile(values, share), 2) for share in SHARES}
+    return found
+
+
+def overhead(
+    subject: Subject, requests: Sequence[Request], batch: int, answers: Sequence[Answered]
+) -> dict[str, object]:
+    """The same requests by an engine of this process, its server having ended, and what HTTP costs against it."""
+    engine = subject.engine(
+        session_len=workload.longest(requests),
+        max_batch_size=batch,
+        num_tokens_per_iter=tokens_per_step(subject.device, 0),
+    )
+    run(engine, [Request(request.prompt_ids, min(request.new_tokens, 16)) for request in requests])
+    offline = run(engine, requests).tokens_per_second
+    found = figures(requests, answers)
+    return {
+        "case": "streams",
+        "rate": "all at once",
+        "requests": len(requests),
+        "seed": subject.seed,
+        **found,
+        "offline_tokens_per_second": round(offline, 1),
+        "http_overhead": round(1 - float(str(found["tokens_per_second"])) / offline, 4),
+    }
+
+
+@contextlib.contextmanager
+def started(subject: Subject, folder: Path, batch: int) -> Iterator[Address]:
+    """`ingot serve` on a free port, until the block ends; ValueError, in its words, where it does not start."""
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "serve",
+        f"folder={folder}",
+        "serve.port=0",
+        "serve.prefix_caching=false",
+    ]
+    command += [f"serve.device={subject.device}", f"serve.max_batch_size={batch}"]
+    command += [f"serve.dtype={str(subject.dtype).removeprefix('torch.')}"]
+    if budget := tokens_per_step(subject.device, 0):
+        command.append(f"serve.num_tokens_per_iter={budget}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("INGOT_API_KEY", None)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+        try:
+            assert process.stdout is not None
+            url = next((line.split()[1] for line in process.stdout if line.startswith("URL")), None)
+            if url is None:
+                process.wait()
+                said.seek(0)
+                last = said.read().strip().splitlines()[-1:] or ["it said nothing"]
+                raise ValueError(f"the server did not start: {last[0].removeprefix('ingot: ')}")
+            address = address_of(url)
+            asyncio.run(until_it_answers(address))
+            yield address
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

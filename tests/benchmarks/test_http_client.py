@@ -1,0 +1,55 @@
+import asyncio
+import json
+
+import pytest
+
+from benchmarks import http_client
+from benchmarks.http_client import Address, address_of, get
+
+
+def event(**content: object) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+TEXT = event(choices=[{"text": "a b", "finish_reason": None}])
+EMPTY = event(choices=[{"text": "", "finish_reason": "length"}])
+USAGE = event(choices=[], usage={"completion_tokens": 7})
+
+
+def test_pieces_are_events_with_text_however_they_were_cut() -> None:
+    whole = TEXT + TEXT + EMPTY + USAGE + b"data: [DONE]\n\n"
+    answer = http_client._read(0.5, [(1.0, whole[:10]), (2.0, whole[10:-20]), (3.0, whole[-20:])])
+    assert (answer.asked, answer.pieces, answer.ended, answer.tokens) == (0.5, (2.0, 2.0), 3.0, 7)
+    chat = event(choices=[{"delta": {"content": "x"}}]) + event(choices=[{"delta": {"role": "assistant"}}])
+    assert http_client._read(0.0, [(1.0, chat), (2.0, USAGE)]).pieces == (1.0,)
+
+
+def test_a_stream_without_text_or_with_an_error_is_refused() -> None:
+    with pytest.raises(ValueError, match="without text or without its usage"):
+        http_client._read(0.0, [(1.0, TEXT)])
+    with pytest.raises(ValueError, match="ended a stream: no more"):
+        http_client._read(0.0, [(1.0, event(error={"message": "no more"}))])
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:23333", Address("127.0.0.1", 23333, "")),
+        ("localhost:80", Address("localhost", 80, "")),
+        ("http://[::1]:5/v1/", Address("::1", 5, "")),
+        ("http://host:1/prefix/v1", Address("host", 1, "/prefix")),
+    ],
+)
+def test_addresses(url: str, expected: Address) -> None:
+    assert address_of(url) == expected
+
+
+@pytest.mark.parametrize("url", ["https://host:1", "http://", "http://host:99999"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(ValueError, match="is not understood: write http://HOST:PORT"):
+        address_of(url)
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="no server answers"):
+        asyncio.run(get(Address("127.0.0.1", 9, ""), "/v1/models"))
