@@ -2,6 +2,7 @@
 
     ingot build model=llama2_7b weights=w4a16 kv=kv8 tp=2
     ingot build -m weights=fp16,w4a16 kv=kv16,kv8 weights.group_size=64,128
+    ingot build --check 3f9c1b2a                # build that artifact again, and compare (pipelines/check.py)
 
 Each job is a copy of the work tree as it lies (not as it was committed), joined to the project's cache and store, in
 which `dvc repro` runs: what was built before is not built again. Hydra's own flags (--cfg job, --info, -m) work.
@@ -36,9 +37,8 @@ from pipelines.schema import Config
 from pipelines.selection import AXES
 from pipelines.sources import model_files
 from pipelines.verify import broken, locked
-from pipelines.worktree import cache_folder, isolate, project_root, run_dvc
+from pipelines.worktree import JOBS, cache_folder, isolate, project_root, run_dvc
 
-JOBS = Path(".ingot/jobs")
 SPARE_BYTES = 64_000_000
 """Room for logs, DVC's own state and statements, beside what the estimate counts."""
 
@@ -46,6 +46,10 @@ SPARE_BYTES = 64_000_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when every job came to its end, whatever the verdicts."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(text == "--check" or text.startswith("--check=") for text in arguments):
+        from pipelines import check
+
+        return check.main(arguments)
     try:
         check_overrides(arguments)
         root = project_root()

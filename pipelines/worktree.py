@@ -13,6 +13,8 @@ from pathlib import Path
 from pipelines import slices
 from pipelines.mend import mend
 
+JOBS = Path(".ingot/jobs")
+"""Where the copies are that jobs work in, named `job-<process>-...`."""
 NOT_COPIED = {".git", ".venv", "build", "store", "outputs", "multirun", "__pycache__", ".ingot"}
 NOT_COPIED_OF_DVC = {"cache", "tmp", "config.local"}
 

@@ -3,6 +3,8 @@
 <id>.dvc                                     where DVC finds the bytes
 names.json                                   name -> id
 evaluations/<id>/<device class>-<evaluation>.json   an in-toto statement; `….goldens.json` beside it
+provenance/<id>.json                         how it was built
+places.json                                  source -> where it lay when something was built of it; of this machine
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.storage.artifacts import SHORT, ArtifactError, canonical_json
+from engine.storage.json_file import read_object
 
 Statement = dict[str, Any]
 
@@ -124,8 +127,37 @@ class Records:
         ]
         return [path for path in files if path.is_file()]
 
+    def put_provenance(self, artifact_id: str, content: dict[str, Any]) -> None:
+        """Record how an artifact was built, in the place of what was known before."""
+        path = self._provenance_file(artifact_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.root):
+            write_whole(path, canonical_json(content))
+
+    def provenance(self, artifact_id: str) -> dict[str, Any] | None:
+        """How an artifact was built; None where that was not recorded. ArtifactError for a file that is damaged."""
+        path = self._provenance_file(artifact_id)
+        if not path.is_file():
+            return None
+        try:
+            return read_object(path)
+        except ValueError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}. Remove it and build the artifact again") from error
+
+    def places(self) -> dict[str, str]:
+        """Where sources lay on this machine, by their identity: a guess, none where the file is damaged."""
+        try:
+            return {str(key): str(place) for key, place in read_object(self.root / "places.json").items()}
+        except (OSError, ValueError):
+            return {}
+
+    def add_places(self, places: dict[str, str]) -> None:
+        """Remember where sources lie."""
+        with locked(self.root):
+            write_whole(self.root / "places.json", canonical_json(self.places() | places))
+
     def copy_to(self, other: Records, artifact_id: str) -> None:
-        """Copy the pin and the evaluations of an id into other records; an evaluation that is newer there stays."""
+        """Copy all that is known of an id into other records, names apart; an evaluation that is newer there stays."""
         other.root.mkdir(parents=True, exist_ok=True)
         target = other.root / "evaluations" / artifact_id
         with locked(other.root):
@@ -137,8 +169,14 @@ class Records:
                 for source in (path.with_name(path.stem + _GOLDENS), path):
                     if source.exists():
                         write_whole(target / source.name, source.read_bytes(), like=source)
+            if (known := self._provenance_file(artifact_id)).is_file():
+                other._provenance_file(artifact_id).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(other._provenance_file(artifact_id), known.read_bytes())
             # Last, because with the pin the id is known there.
             write_whole(other.pin_file(artifact_id), self.pin_file(artifact_id).read_bytes())
+
+    def _provenance_file(self, artifact_id: str) -> Path:
+        return self.root / "provenance" / f"{artifact_id}.json"
 
     def _statement_files(self, artifact_id: str) -> list[Path]:
         folder = self.root / "evaluations" / artifact_id

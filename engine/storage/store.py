@@ -1,7 +1,7 @@
 """The store: artifacts by id, what is known about them, and whether they may be served. Free of torch.
 
 <store>/<id>/     the artifact, hard links into the cache
-<store>/<id>.dvc  evaluations/<id>/  names.json     see `records`
+<store>/<id>.dvc  evaluations/<id>/  provenance/  names.json     see `records`
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from engine.storage.artifacts import SHORT, ArtifactError, verify, verify_md5
 from engine.storage.dvc_cache import DvcCache, pin_text
@@ -105,6 +106,19 @@ class Store:
     def put_statement(self, artifact_id: str, folder: Path) -> Path:
         """Record the statement.json (and goldens.json) of an evaluation; it must be about this very artifact."""
         return self._records.put_statement(self.resolve(artifact_id), folder)
+
+    def put_provenance(self, artifact_id: str, content: dict[str, Any], places: dict[str, str]) -> None:
+        """Record how an artifact of this store was built, and where its sources lie, which stays on this machine."""
+        self._records.put_provenance(self.resolve(artifact_id), content)
+        self._records.add_places(places)
+
+    def places(self) -> dict[str, str]:
+        """Where sources lay on this machine, by their identity."""
+        return self._records.places()
+
+    def provenance(self, artifact_id: str) -> dict[str, Any] | None:
+        """How an artifact was built; None where that was not recorded."""
+        return self._records.provenance(self.resolve(artifact_id))
 
     def evaluations(self, artifact_id: str) -> list[Statement]:
         """All statements about an artifact, the newest last."""

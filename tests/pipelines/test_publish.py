@@ -5,10 +5,13 @@ import pytest
 
 from engine.storage.artifacts import verify
 from engine.storage.store import Store
+from pipelines.provenance import STAGES, stage_keys
 from pipelines.publish import work
 from pipelines.slices import Call, run_stage, write_json
 from pipelines.sources import sha256_file
 from tests.engine.storage.tiny_artifact import make_artifact, make_statement
+
+KEY = "m-c-w4a16-1-kv8"
 
 
 @pytest.fixture
@@ -16,9 +19,14 @@ def built(tmp_path, monkeypatch):
     """A project folder in which export and evaluate have run; the call of publish, and the artifact's id."""
     monkeypatch.chdir(tmp_path)
     artifact = make_artifact(tmp_path / "build/export/k")
-    write_json(tmp_path / "build/paths.json", {"store": str(tmp_path / "store"), "cache": str(tmp_path / "cache")})
+    paths = {"store": str(tmp_path / "store"), "cache": str(tmp_path / "cache"), "sha256:1": "/data/model"}
+    write_json(tmp_path / "build/paths.json", paths)
+    for stage, name in stage_keys(KEY).items():
+        write_json(tmp_path / f"build/slices/{stage}/{name}.json", {"stage": stage})
+        code = "quantize-w4a16" if stage == "quantize" else stage
+        write_json(tmp_path / f"build/slices/code/{code}.json", {"all.py": "1", f"{stage}.py": "2"})
     inputs = {"export": tmp_path / "build/export/k", "evaluate": tmp_path / "build/evaluate/k"}
-    return Call(slice={"key": "k"}, out=tmp_path / "build/publish/k.json", inputs=inputs), artifact
+    return Call(slice={"key": KEY}, out=tmp_path / "build/publish/k.json", inputs=inputs), artifact
 
 
 @pytest.mark.parametrize("verdict", ["pass", "fail", "inconclusive"])
@@ -59,3 +67,19 @@ def test_a_statement_about_another_artifact_is_refused(built, tmp_path, capsys):
     assert run_stage(work, command) == 1
     assert capsys.readouterr().err.startswith("publish k: ")
     assert not call.out.exists()
+
+
+def test_how_it_was_built_is_kept_and_goes_along_to_a_remote_without_paths(built, tmp_path):
+    call, artifact = built
+    make_statement(call.inputs["evaluate"], artifact)
+    work(call)
+    store = Store(tmp_path / "store")
+    known = store.provenance(artifact)
+    assert known["slices"] == {stage: {"stage": stage} for stage in STAGES} and known["key"] == KEY
+    assert known["code"] == {"all.py": "1", **{f"{stage}.py": "2" for stage in STAGES}}
+    assert store.places() == {"sha256:1": "/data/model"}
+    store.push(tmp_path / "remote", artifact)
+    other = Store(tmp_path / "other")
+    other.init(tmp_path / "other-cache")
+    other.pull(tmp_path / "remote", artifact)
+    assert other.provenance(artifact) == known and other.places() == {}

@@ -234,6 +234,11 @@ def test_a_build_of_its_own_finds_what_is_built_and_leaves_the_project_alone(pro
     assert ran == ["compose", f"publish@{key}"], done.stderr
     assert {path: path.stat().st_mtime_ns for path in (project.folder / "build").rglob("*")} == before
     assert (project.folder / "params.yaml").read_bytes() == selection
+    again = [sys.executable, "-m", "pipelines.build", "--check", identity[:12]]
+    done = subprocess.run(
+        again, cwd=project.folder, env=project.environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"equal {identity}\n"), done.stderr
 
 
 def killed_build(folder, programs, *, kills, seed):

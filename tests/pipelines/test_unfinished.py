@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 from pipelines import unfinished
 from pipelines.slices import Call, write_json
 from pipelines.unfinished import run_key, unfinished_work
+from tests.pipelines.forked_stage import run_forked
 from tests.pipelines.stage import CALIBRATION, FORMULA, W4A16, Build, bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 5
 RECIPES = {"search": W4A16, "one-stream": W4A16 | {"correction": 0.0}, "formula": FORMULA}
 
@@ -46,18 +44,6 @@ class Stages:
         content = {"model": self.build.model, "weights": weights}
         return self.request(name, "quantize", content, kills, calibrate=self.calibrated)
 
-    def run(self, *requests):
-        """For each request, what each of its runs said."""
-        done = subprocess.run(
-            [sys.executable, ROOT / "tests/pipelines/killed_stage.py", *map(json.dumps, requests)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
@@ -70,7 +56,7 @@ def test_stages_that_are_killed_twice_go_on_with_the_next_layer(stages):
     os.chdir(stages.root)
     requests = [stages.calibration([1, 3])]
     requests += [stages.quantization(name, weights, [2, 4]) for name, weights in RECIPES.items()]
-    calibrated, *quantized = stages.run(*requests)
+    calibrated, *quantized = run_forked(*requests)
     for said, (first, second) in [(calibrated, (1, 3)), *((said, (2, 4)) for said in quantized)]:
         assert "resume: " not in said[0]
         assert f"resume: {first} of {LAYERS} layers were done before" in said[1]
@@ -93,7 +79,7 @@ def test_twenty_kills_at_any_time_end_with_the_same_bytes(stages, soak_row):
         requests += [stages.quantization("quantize", W4A16, [moments.uniform(0.02, 1.0)])]
         requests += [stages.calibration([moments.uniform(0.02, 0.3)])]
     for request in requests:
-        stages.run(request)
+        run_forked(request)
         name = request["argv"][3].partition("/")[0]
         soak_row["count"] += 1
         left = [path.name for path in Path(name).iterdir()]

@@ -1,20 +1,37 @@
-"""Runs stages in processes that are killed: forked from one that has loaded the libraries and computed nothing.
+"""Runs stages in processes of their own, forked from one that has loaded the libraries and computed nothing.
 
-    python tests/pipelines/killed_stage.py REQUEST...
+    python tests/pipelines/forked_stage.py REQUEST...
 
-A REQUEST is JSON: {"stage": module, "argv": [...], "unfinished": folder, "kills": [for each run that is killed: after
-how many kept layers, or after how many seconds if it is a float]}. One more run comes to its end. Prints a JSON list
-for each request, of what each of its runs said on standard error.
+A REQUEST is JSON: {"stage": module, "argv": [...], "kills": [for each run that is killed: after how many kept layers,
+or after how many seconds if it is a float], "unfinished": where layers are kept, "folder": where to run (here without
+it), "threads": how many, on as many processors}. One more run comes to its end. Prints a JSON list for each request,
+of what each of its runs said on standard error.
 """
 
 import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_forked(*requests):
+    """For each request, what each of its runs said."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(json.dumps, requests)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def run(request, kill):
@@ -42,10 +59,16 @@ def run(request, kill):
 
 
 def work(request):
+    import torch
+
     from pipelines import slices
     from pipelines.quant import resume
 
     resume.SHARE = 1e9  # keep every layer, however quick it is
+    os.chdir(request.get("folder", "."))
+    if threads := request.get("threads"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        torch.set_num_threads(threads)
     try:
         return slices.run_stage(importlib.import_module(request["stage"]).work, request["argv"])
     finally:
@@ -68,4 +91,4 @@ if __name__ == "__main__":
         *(r["stage"] for r in requests),
     ):
         importlib.import_module(module)
-    print(json.dumps([[run(request, kill) for kill in [*request["kills"], None]] for request in requests]))
+    print(json.dumps([[run(request, kill) for kill in [*request.get("kills", ()), None]] for request in requests]))
