@@ -17,7 +17,7 @@ from typing import Protocol
 import httpx
 
 from cli.arguments import Parser
-from cli.target import Target, find_target
+from cli.target import Target, find_target, open_tokenizer
 
 Message = dict[str, str]
 
@@ -179,13 +179,13 @@ class LocalPartner:
     def __init__(self, target: Target, *, temperature: float, max_tokens: int) -> None:
         from engine.config import EngineConfig, Sampling
         from engine.runtime.engine import Engine
-        from engine.runtime.tokenizer import Tokenizer
         from engine.storage.artifacts import verify
 
         if target.model.artifact_id:
             verify(target.folder, target.model.artifact_id)
-        self._tokenizer = Tokenizer(target.tokenizer_folder)
-        self._engine = Engine.from_workspace(target.folder, EngineConfig(max_batch_size=1))
+        self._tokenizer = open_tokenizer(target)
+        config = EngineConfig(max_batch_size=1, end_ids=self._tokenizer.eos_token_ids)
+        self._engine = Engine.from_workspace(target.folder, config)
         self._sampling = Sampling(temperature=temperature, max_new_tokens=max_tokens)
 
     def answer(self, messages: list[Message]) -> Generator[str, None, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cli.arguments import Parser
-from cli.target import find_target
+from cli.target import find_target, open_tokenizer
 
 SHORT_BATCH = 1
 
@@ -30,17 +30,18 @@ def main(argv: list[str]) -> int:
     # Torch takes seconds to import; what is wrong with the arguments is said before.
     from engine.config import EngineConfig, Sampling
     from engine.runtime.engine import Engine
-    from engine.runtime.tokenizer import Tokenizer
     from engine.storage.artifacts import verify
 
     if target.model.artifact_id:
         verify(target.folder, target.model.artifact_id)
-    tokenizer = Tokenizer(target.tokenizer_folder)
+    tokenizer = open_tokenizer(target)
     if options.chat:
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
     else:
         prompt_ids = tokenizer.encode(options.prompt)
-    engine = Engine.from_workspace(target.folder, EngineConfig(max_batch_size=SHORT_BATCH))
+    engine = Engine.from_workspace(
+        target.folder, EngineConfig(max_batch_size=SHORT_BATCH, end_ids=tokenizer.eos_token_ids)
+    )
     sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     [answer] = engine.generate([prompt_ids], sampling)
     print(answer.text)

@@ -19,7 +19,7 @@ import yaml
 from cli.checkout import conf_folder
 from cli.main import fail
 from cli.overrides import ServeCommand, compose_serve
-from cli.target import Target, find_target
+from cli.target import Target, find_target, open_tokenizer
 from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.tokenizer import Tokenizer
 from server.app import create_app
@@ -137,14 +137,20 @@ async def serve(target: Target, config: ServeConfig, api_key: str | None, listen
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = target.model
+    engine_config = config.engine_config()
+    tokenizer: Tokenizer | None = None
+    if model.artifact_id is None:  # where answers end may not lie in the folder
+        tokenizer = await asyncio.to_thread(open_tokenizer, target)
+        engine_config = dataclasses.replace(engine_config, end_ids=tokenizer.eos_token_ids)
     client = EngineClient(
-        target.folder, config.engine_config(), verify=model.artifact_id is not None, artifact_id=model.artifact_id
+        target.folder, engine_config, verify=model.artifact_id is not None, artifact_id=model.artifact_id
     )
     warn_unmeasured(target, config)
     print(f"loading {target.folder}", file=sys.stderr)
     try:
         loading = asyncio.create_task(client.start())
-        tokenizer = await asyncio.to_thread(Tokenizer, target.tokenizer_folder)
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(open_tokenizer, target)
         if not await first_of(loading, stop):
             return 0
         app = create_app(client, tokenizer, AppConfig(model=model, api_key=api_key))

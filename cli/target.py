@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli.checkout import open_store
 from engine.storage.artifacts import read_manifest
 from server.config import ServedModel
+
+if TYPE_CHECKING:
+    from engine.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +55,33 @@ def find_target(
         waiver=standing["waiver"],
     )
     return Target(folder=path, model=model)
+
+
+def open_tokenizer(target: Target) -> Tokenizer:
+    """The tokenizer of a target. A plain folder without a chat template of its own gets the one that the model_name of
+    its config.ini stands for: LMDeploy's folders hold none, and its name was how it was found.
+
+    `eos_token_ids` are then more than the folder says: give them to the engine, as `EngineConfig.end_ids`.
+    """
+    from engine.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(target.tokenizer_folder)
+    if target.model.artifact_id is not None or tokenizer.chat_template is not None:
+        return tokenizer
+    from engine.storage.config_ini import read_config_ini
+    from engine.storage.workspace import CONFIG_INI, WEIGHTS
+    from pipelines import chat_templates
+    from pipelines.seed_names import SEED_NAMES
+
+    name = read_config_ini(target.folder / WEIGHTS / CONFIG_INI).model_name
+    template = SEED_NAMES[name].template if name in SEED_NAMES else None
+    if template is None:
+        return tokenizer
+    said = f"chat template {template}, which model_name {name} of config.ini stands for"
+    try:
+        templated = chat_templates.open_tokenizer(target.tokenizer_folder, template)
+    except ValueError as error:
+        print(f"no {said}: {error.__cause__ or error}. The model only completes text", file=sys.stderr)
+        return tokenizer
+    print(said, file=sys.stderr)
+    return templated

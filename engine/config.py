@@ -99,6 +99,7 @@ class EngineConfig:
     - `cache_block_seq_len`: tokens in a page.
     - `quant_policy`: 4 = int8 KV cache, 0 = not.
     - `dtype`: computing type; `auto` is float32 on a CPU and the workspace's type on a GPU.
+    - `end_ids`: an answer ends at these tokens too, beside those of the workspace.
     - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: see `ModelConfig`; a factor of 0 is off.
     """
 
@@ -114,6 +115,7 @@ class EngineConfig:
     rope_scaling_factor: float | None = None
     use_logn_attn: bool | None = None
     max_position_embeddings: int | None = None
+    end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         factor, trained, size = self.rope_scaling_factor, self.max_position_embeddings, self.cache_max_entry_count

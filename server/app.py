@@ -32,6 +32,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
             "created": created,
             "owned_by": "ingot",
             "artifact_id": model.artifact_id,
+            "verified": model.artifact_id is not None,
             "recipe": model.recipe,
             "verdict": model.verdict,
             "waiver": model.waiver,

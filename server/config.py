@@ -101,7 +101,8 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What is served and what is known about it. `artifact_id` is None for a folder that nobody verified."""
+    """What is served and what is known about it. `artifact_id` is None for a folder that nobody verified, which
+    /v1/models says as `verified: false`."""
 
     name: str
     artifact_id: str | None = None

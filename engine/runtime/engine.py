@@ -62,7 +62,8 @@ class Engine:
         self._model_config = model.config
         self._tokenizer = tokenizer
         config = config.complete()
-        self.eos_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_token_ids)))
+        ends = (*model.config.eos_token_ids, *tokenizer.eos_token_ids, *config.end_ids)
+        self.eos_token_ids = tuple(dict.fromkeys(ends))
         page_len = config.cache_block_seq_len
         num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales)
         pages = PageTable(num_pages, page_len)

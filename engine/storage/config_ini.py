@@ -113,11 +113,12 @@ def read_config_ini(path: Path) -> IniConfig:
             f"{path} must have the section [{SECTION}], and may have [{ingot_section.SECTION}] after it; found: {found}"
         )
     ours = dict(parser[ingot_section.SECTION]) if parser.has_section(ingot_section.SECTION) else {}
-    texts = dict(parser[SECTION])
+    texts, ingot = dict(parser[SECTION]), ingot_section.read_section(ours, path)
     if "cache_block_seq_len" not in texts:
-        # Of TurboMind 1, which had no pages: its cache_max_entry_count is a number of sequences, and is left out.
-        texts.pop("cache_max_entry_count", None)
-    return _typed(texts, ingot_section.read_section(ours, path), path)
+        texts, dynamic_ntk = _completed(texts, path)
+        if dynamic_ntk:
+            ingot = replace(ingot, rope_scaling=RopeScaling(kind="qwen"))
+    return _typed(texts, ingot, path)
 
 
 def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
@@ -163,6 +164,25 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return config
+
+
+def _completed(texts: Mapping[str, str], path: Path) -> tuple[dict[str, str], bool]:
+    """A file of TurboMind 1 (LMDeploy v0.0.x) with the keys that its converters did not write yet, as its engine took
+    them, and whether it asks for dynamic NTK, which was Qwen's.
+
+    It had no pages: its cache_max_entry_count is a number of sequences, and is left out. Ranks are counted by their
+    files.
+    """
+    ranks = len({*path.parent.glob("layers.0.feed_forward.w2.*.*weight")})
+    missing = {"tensor_para_size": str(max(ranks, 1)), "rope_theta": "10000.0"}
+    if "head_num" in texts:
+        missing["kv_head_num"] = texts["head_num"]
+    completed = missing | dict(texts)
+    completed.pop("cache_max_entry_count", None)
+    dynamic_ntk = completed.pop("use_dynamic_ntk", "0")
+    if dynamic_ntk not in ("0", "1"):
+        raise ValueError(f"{path}: use_dynamic_ntk = {shown(dynamic_ntk)} is out of range; allowed: 0 or 1")
+    return completed, dynamic_ntk == "1"
 
 
 def _typed(texts: Mapping[str, str], ingot: IngotSection, path: Path) -> IniConfig:

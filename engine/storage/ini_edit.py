@@ -6,19 +6,22 @@ import os
 import re
 from pathlib import Path
 
-from engine.storage.config_ini import read_config_ini
+from engine.storage.config_ini import SECTION, read_config_ini
 
 
 def write_with_value(source: Path, target: Path, key: str, value: int) -> None:
     """Write `source` as `target` (the same file is allowed) with another value of a key of its section [llama].
 
-    The target is there whole or not at all, and is a file of its own: what is linked to `source` stays as it is.
-    ValueError for a file without the key, and for a value that config.ini cannot have.
+    A key that an old file does not have yet comes first in the section. The target is there whole or not at all, and is
+    a file of its own: what is linked to `source` stays as it is.
+    ValueError for a file that is no config.ini, and for a value that it cannot have.
     """
     text = source.read_text(encoding="utf-8")
     changed, count = re.subn(
         rf"^({re.escape(key)}[ \t]*[=:][ \t]*)\S+[ \t]*$", rf"\g<1>{value}", text, flags=re.MULTILINE
     )
+    if count == 0:
+        changed, count = re.subn(rf"^\[{SECTION}\][ \t]*$", rf"[{SECTION}]\n{key} = {value}", text, flags=re.MULTILINE)
     if count != 1:
         raise ValueError(f"{source} does not have the key {key} once: it is no config.ini of a TurboMind workspace")
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")

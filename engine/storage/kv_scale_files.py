@@ -53,9 +53,11 @@ def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, head_dim
     """Scale and zero point of every layer and KV head, however they are written.
 
     The reference takes scale 1 for a missing file and says nothing; here FileNotFoundError names it, and a file of a
-    wrong size is a ValueError.
+    wrong size is a ValueError. Two numbers, scales of K and V, are symmetric ones of LMDeploy's, where every file has
+    them: one alone is a file that is cut off.
     """
     layers = []
+    symmetric = _all_symmetric(folder, num_layers=num_layers, tp=tp)
     for layer in range(num_layers):
         path = folder / runs_file(layer)
         if path.is_file():
@@ -67,7 +69,8 @@ def read_kv_scales(folder: Path, *, num_layers: int, num_kv_heads: int, head_dim
                 )
             rows = np.stack([_checked(row, str(path)) for row in np.fromfile(path, dtype="<f4").reshape(-1, 4)])
         else:
-            rows = np.stack([_read_row(folder / rank_file(layer, rank)) for rank in range(tp)])
+            files = [folder / rank_file(layer, rank) for rank in range(tp)]
+            rows = np.stack([_symmetric_row(path) if symmetric else _read_row(path) for path in files])
         heads = torch.from_numpy(rows.astype(np.float32)).repeat_interleave(num_kv_heads // len(rows), dim=0)
         layers.append(heads.view(num_kv_heads, 2, 2))
     scales = torch.stack(layers)
@@ -109,6 +112,16 @@ def _checked(row: Row, what: str) -> NDArray[np.float32]:
             "(K scale, K zero point, V scale, V zero point) with scales above 0"
         )
     return values
+
+
+def _all_symmetric(folder: Path, *, num_layers: int, tp: int) -> bool:
+    paths = (folder / rank_file(layer, rank) for layer in range(num_layers) for rank in range(tp))
+    return all(path.is_file() and path.stat().st_size == BYTES // 2 for path in paths)
+
+
+def _symmetric_row(path: Path) -> NDArray[np.float32]:
+    key, value = np.fromfile(path, dtype="<f4")
+    return _checked([key, 0.0, value, 0.0], str(path))
 
 
 def _read_row(path: Path) -> NDArray[np.float32]:
