@@ -1,0 +1,115 @@
+# ruff: noqa: RET505  (a branch of constants: the other is not compiled only if it is an else)
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""4-bit weights from 16-byte loads to the registers of matrix instructions, in Gluon: see Int4Weights for their order.
+
+Two integers of a word are floats after one instruction: under the bits of 1024 (float16) or 128 (bfloat16) a number's
+lowest four bits are an integer's. That less 1024 + z is q - z, exactly.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# $4: a word of eight q; $5: -(1024 + z) twice. The high nibble of a byte makes 1024 + 16 q: a sixteenth is 64 + q.
+_FLOAT16 = """{
+    .reg .b32 q, w, z, sixteenth;
+    mov.b32 sixteenth, 0x2c002c00;
+    mov.b32 z, 0x63806380;
+    add.rn.f16x2 z, z, $5;
+    lop3.b32 q, $4, 0x000f000f, 0x64006400, 0xea;
+    add.rn.f16x2 $0, q, $5;
+    lop3.b32 q, $4, 0x00f000f0, 0x64006400, 0xea;
+    fma.rn.f16x2 $1, q, sixteenth, z;
+    shr.u32 w, $4, 8;
+    lop3.b32 q, w, 0x000f000f, 0x64006400, 0xea;
+    add.rn.f16x2 $2, q, $5;
+    lop3.b32 q, w, 0x00f000f0, 0x64006400, 0xea;
+    fma.rn.f16x2 $3, q, sixteenth, z;
+}"""
+# $5: -(128 + z) twice. Eight bits of a bfloat16 are too few for the sixteenths.
+_BFLOAT16 = """{
+    .reg .b32 q, w, one;
+    mov.b32 one, 0x3f803f80;
+    lop3.b32 q, $4, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, q, one, $5;
+    shr.u32 w, $4, 4;
+    lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $1, q, one, $5;
+    shr.u32 w, $4, 8;
+    lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $2, q, one, $5;
+    shr.u32 w, $4, 12;
+    lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $3, q, one, $5;
+}"""
+UNPACK_FLOAT16, UNPACK_BFLOAT16 = gl.constexpr(_FLOAT16), gl.constexpr(_BFLOAT16)
+# The same times $6, a scale twice.
+_TIMES = "".join(f"    mul.rn.TYPE ${i}, ${i}, $6;\n" for i in range(4)) + "}"
+SCALED_FLOAT16 = gl.constexpr(_FLOAT16[:-1] + _TIMES.replace("TYPE", "f16x2"))
+SCALED_BFLOAT16 = gl.constexpr(_BFLOAT16[:-1] + _TIMES.replace("TYPE", "bf16x2"))
+
+
+@gluon.jit
+def unpack(words, negative_zero, dtype: gl.constexpr):
+    """q - z of inputs 16i and up, i 0..3, in `dtype`: int16 words and -(1024 + z), or -(128 + z), of one shape.
+
+    Each int16 is half of a word; two that are neighbours in registers are one operand.
+    """
+    if dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            UNPACK_FLOAT16,
+            "=&r,=&r,=&r,=&r,r,r",
+            [words, negative_zero],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            UNPACK_BFLOAT16,
+            "=&r,=&r,=&r,=&r,r,r",
+            [words, negative_zero],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@gluon.jit
+def unpack_scaled(words, negative_zero, scale, dtype: gl.constexpr):
+    """`unpack`, times a scale of `dtype`, rounded once."""
+    if dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            SCALED_FLOAT16,
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [words, negative_zero, scale],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            SCALED_BFLOAT16,
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [words, negative_zero, scale],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@gluon.jit
+def negative_zeros(scale_zero, dtype: gl.constexpr):
+    """-(1024 + z) as float16, or -(128 + z) as bfloat16, of words of scale and zero."""
+    if dtype == gl.float16:
+        bits = (scale_zero >> 16) | 0x8000
+    else:
+        bits = ((scale_zero >> 16) & 15) | 0xC300
+    return bits.to(gl.int16).to(dtype, bitcast=True)
+
+
+@gluon.jit
+def scales(scale_zero):
+    """The float16 scales of words of scale and zero, as float32."""
+    return scale_zero.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)

@@ -1,0 +1,331 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment"
+# ruff: noqa: RUF005  (Gluon has no unpacking)
+"""y = x W^T with 4-bit weights on sm_90: W goes from memory to registers, x by the copy engine to shared memory.
+
+y^T = W x^T: W is the left operand of asynchronous matrix instructions, in registers, so no lane exchanges anything and
+no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
+half a tile is unpacked while the half before it is multiplied. x lies in a ring of `stages` tiles of [block_m, 128].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from engine.kernels import dependent_launch, splits
+from engine.kernels.device import Device, facts
+from engine.kernels.int4_fragments import negative_zeros, unpack_scaled
+from engine.kernels.int4_weights import Int4Weights
+from engine.kernels.tuning import Config
+
+MOST_ROWS = 512
+TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
+    """Whether this kernel can do a product here."""
+    return (
+        1 <= m <= MOST_ROWS
+        and device.capability[0] == 9
+        and weights.group_size == 128
+        and weights.in_features % 8 == 0
+        and dtype in TYPES
+    )
+
+
+def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
+    """block_m rows of x and block_n of W a program; stages of x; ahead: tiles of W in registers.
+
+    `splits` programs share a sum. settle: products are waited for after every tile (1) or every `ahead` tiles (0).
+    """
+    n, tiles = weights.out_features, weights.words.shape[1]
+    if m <= 16:
+        parts = splits.near(-(-n // 64), device.multiprocessors, (3,))[0]
+        return _config(16, 64, 4, 8, 4, min(parts, max(1, tiles // 4)), 0)
+    if m <= 32:
+        parts = splits.near(-(-n // 64), device.multiprocessors, (2,))[0]
+        return _config(32, 64, 4, 8, 4, parts, 0)
+    if m <= 64:
+        parts = splits.near(-(-n // 64), device.multiprocessors, (2,))[0]
+        return _config(64, 64, 4, 4, 2, parts, 1)
+    if n >= 8192:
+        return _config(128, 128, 4, 3, 2, 1, 1)
+    return _config(128, 64, 4, 4, 2, splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0], 0)
+
+
+def _config(block_m: int, block_n: int, warps: int, stages: int, ahead: int, parts: int, settle: int) -> dict[str, Any]:
+    return {
+        "kernel": "gluon",
+        "block_m": block_m,
+        "block_n": block_n,
+        "warps": warps,
+        "stages": stages,
+        "ahead": ahead,
+        "splits": parts,
+        "settle": settle,
+    }
+
+
+def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
+    """The configurations that tuning tries."""
+    if m > MOST_ROWS:
+        return []
+    if m <= 8:
+        shapes = [(8, 64, 4, 8, 4, 0), (8, 64, 4, 8, 8, 0), (16, 64, 4, 8, 4, 0)]
+    elif m <= 16:
+        shapes = [(16, 64, 4, 8, 8, 0), (16, 64, 4, 8, 4, 0), (16, 64, 4, 4, 4, 0), (16, 64, 4, 4, 2, 1)]
+    elif m <= 32:
+        shapes = [(32, 64, 4, 8, 8, 0), (32, 64, 4, 8, 4, 0), (32, 64, 4, 4, 4, 0), (32, 64, 4, 4, 2, 1)]
+    elif m <= 64:
+        shapes = [(64, 64, 4, 4, 4, 0), (64, 64, 4, 4, 2, 1), (64, 64, 4, 8, 8, 0), (64, 128, 8, 8, 4, 0)]
+        shapes += [(64, 128, 8, 4, 2, 1)]
+    else:
+        shapes = [(128, 128, 4, 3, 2, 1), (128, 64, 4, 4, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 4, 2, 0)]
+        if m > 128:
+            shapes += [(256, 128, 8, 3, 2, 0), (256, 64, 4, 3, 2, 0)]
+    found = []
+    for block_m, block_n, warps, stages, ahead, settle in shapes:
+        programs = -(-n // block_n) * -(-m // block_m)
+        shares = (1, 2, 3) if m <= 64 else (1, 2)
+        for parts in splits.near(programs, device.multiprocessors, shares):
+            found.append(_config(block_m, block_n, warps, stages, ahead, parts, settle))
+    return found
+
+
+def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) -> Tensor:
+    """The product for x [M, in], M up to 512."""
+    m, n, tiles = x.shape[0], weights.out_features, weights.words.shape[1]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()  # the copy engine reads from whole 16 bytes
+    block_m, block_n, ahead = config["block_m"], config["block_n"], config["ahead"]
+    grid_n, grid_m = -(-n // block_n), -(-m // block_m)
+    parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, tiles)
+    longest = -(-tiles // parts)
+    turns = -(-longest // ahead)
+    partials, arrivals = splits.buffers(x.device)
+    layout = gl.NVMMASharedLayout.get_default_for([block_m, 128], TYPES[x.dtype])
+    _gemm[(grid_n, grid_m, parts)](
+        TensorDescriptor.from_tensor(x, [block_m, 128], layout),
+        weights.words.view(torch.int16),
+        weights.scale_zero,
+        y if bias is None else bias,
+        y,
+        partials,
+        arrivals,
+        m,
+        n,
+        tiles,
+        -(-n // 64),
+        HAS_BIAS=bias is not None,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        STAGES=config["stages"],
+        AHEAD=ahead,
+        SPLITS=parts,
+        SETTLE=config["settle"],
+        FITS=turns * ahead <= config["stages"],
+        num_warps=config["warps"],
+        **dependent_launch.options(facts(x.device)),
+    )
+    return y
+
+
+@gluon.constexpr_function
+def _bases(start, end):
+    """[start, 0], [2 start, 0] ... below end."""
+    found = []
+    while start < end:
+        found.append([start, 0])
+        start *= 2
+    return found
+
+
+@gluon.constexpr_function
+def _word_layout(block_n, warps):
+    """Of [(tile of rows, w, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
+    rows = block_n * 4
+    registers = [[0, 1], [0, 2], [0, 4], [32, 0], *_bases(64 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, _bases(1, 32), _bases(64, 64 * warps), [], [rows, 8])
+
+
+@gluon.constexpr_function
+def _pair_layout(block_n, warps):
+    """Of [(tile of rows, w, r), half]: a thread has its two rows; lanes that differ in t have the same."""
+    rows = block_n // 2
+    registers = [[0, 1], *_bases(8 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, [[0, 0], [0, 0], *_bases(1, 8)], _bases(8, 8 * warps), [], [rows, 2])
+
+
+@gluon.jit
+def _load_words(words_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N: gl.constexpr):
+    """int16 [BLOCK_N * 4, 8] of a tile of inputs; zeros from `end` on and past the last rows."""
+    LAYOUT: gl.constexpr = _word_layout(BLOCK_N, gl.num_warps())
+    p = gl.arange(0, BLOCK_N * 4, layout=gl.SliceLayout(1, LAYOUT))
+    rows = first_tile + p // 256
+    first = ((rows * tiles + tile) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
+    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (rows < tile_rows) & (tile < end)
+    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=mask[:, None], other=0)
+
+
+@gluon.jit
+def _load_pairs(scale_zero_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N: gl.constexpr):
+    """Scales and zeros int32 [BLOCK_N / 2, 2] of a tile of inputs; scales of 0 where words are zeros."""
+    LAYOUT: gl.constexpr = _pair_layout(BLOCK_N, gl.num_warps())
+    q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
+    rows = first_tile + q // 32
+    first = (rows * tiles + tile) * 64 + q % 32 * 2
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (rows < tile_rows) & (tile < end)
+    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=mask[:, None], other=0)
+
+
+@gluon.jit
+def _left(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr):
+    """[BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 16] int16; no data moves."""
+    # [tile of rows, w, r, half] -> [(tile of rows, w, half, r)]
+    rows = pairs.reshape([BLOCK_N // 16, 8, 2]).permute([0, 2, 1]).reshape([BLOCK_N])
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, A), assert_trivial=True)
+    scale = rows.to(gl.int16).to(gl.float16, bitcast=True).to(dtype)
+    w = unpack_scaled(half, gl.expand_dims(negative_zeros(rows, dtype), 1), gl.expand_dims(scale, 1), dtype)
+    joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 16, i % 2, i // 2]
+    joined = joined.permute([0, 3, 2, 1]).reshape([BLOCK_N, 64])
+    return gl.convert_layout(joined, A, assert_trivial=True)
+
+
+@gluon.jit
+def _halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
+    """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
+    # [tile of rows, w, a, r, t, half, h, e] -> [(tile of rows, w, half, r), (a, t, e), h]
+    words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2, 2]).permute([0, 4, 2, 1, 3, 6, 5])
+    first, second = words.reshape([BLOCK_N, 16, 2]).split()
+    return gl.convert_layout(first, A, assert_trivial=True), gl.convert_layout(second, A, assert_trivial=True)
+
+
+@gluon.jit
+def _fetch(x_desc, first_token, tile, barrier, place):
+    mbarrier.expect(barrier, x_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(x_desc, [first_token, tile * 128], barrier, place)
+
+
+@gluon.jit(do_not_specialize=["m", "n", "tiles", "tile_rows"])
+def _gemm(
+    x_desc,
+    words_ptr,
+    scale_zero_ptr,
+    bias_ptr,
+    y_ptr,
+    partials,
+    arrivals,
+    m,
+    n,
+    tiles,
+    tile_rows,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    SPLITS: gl.constexpr,
+    SETTLE: gl.constexpr,
+    FITS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """One tile of y^T [BLOCK_N, BLOCK_M], or a part of its sum.
+
+    FITS: the ring of x holds all tiles of inputs of a program, so nothing is refilled.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    dtype: gl.constexpr = x_desc.dtype
+    column, block, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    start, end = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
+    turns = (end - start + AHEAD - 1) // AHEAD
+    first_tile, first_token = column * (BLOCK_N // 64), block * BLOCK_M
+
+    words, pairs = (), ()
+    for step in gl.static_range(AHEAD):
+        words = words + (_load_words(words_ptr, first_tile, start + step, tiles, end, tile_rows, BLOCK_N),)
+        pairs = pairs + (_load_pairs(scale_zero_ptr, first_tile, start + step, tiles, end, tile_rows, BLOCK_N),)
+    ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(stage), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    if PDL:
+        dependent_launch.depend()
+    # Tiles past `end` are fetched too, up to whole turns: their weights are zero, and past x there are zeros.
+    for stage in gl.static_range(STAGES):
+        if stage < turns * AHEAD:
+            _fetch(x_desc, first_token, start + stage, barriers.index(stage), ring.index(stage))
+
+    total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
+    for turn in range(turns):
+        for step in gl.static_range(AHEAD):
+            place = turn * AHEAD + step
+            here = place % STAGES
+            x = ring.index(here)
+            first, second = _halves(words[0], BLOCK_N, A)
+            left = _left(first, pairs[0], BLOCK_N, A, dtype)
+            mbarrier.wait(barriers.index(here), place // STAGES & 1)
+            total = warpgroup_mma(left, x.slice(0, 64, 1).permute([1, 0]), total, is_async=True)
+            total = warpgroup_mma_wait(1, deps=[total])
+            left = _left(second, pairs[0], BLOCK_N, A, dtype)
+            total = warpgroup_mma(left, x.slice(64, 64, 1).permute([1, 0]), total, is_async=True)
+            tile = start + place + AHEAD
+            words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N),)
+            pairs = pairs[1:] + (_load_pairs(scale_zero_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N),)
+            if SETTLE or step == AHEAD - 1:
+                total = warpgroup_mma_wait(0, deps=[total])
+                if not FITS:
+                    gl.thread_barrier()
+                    for back in gl.static_range(1 if SETTLE else AHEAD):
+                        used = place - back
+                        if used + STAGES < turns * AHEAD:
+                            spot = used % STAGES
+                            _fetch(x_desc, first_token, start + used + STAGES, barriers.index(spot), ring.index(spot))
+            else:
+                total = warpgroup_mma_wait(1, deps=[total])
+
+    row = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+    last = True
+    if SPLITS > 1:
+        tile = block * gl.num_programs(0) + column
+        inner = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))[:, None] * BLOCK_M
+        inner += gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
+        parts = partials + tile.to(gl.int64) * (SPLITS * BLOCK_N * BLOCK_M) + inner
+        gl.store(parts + split * (BLOCK_N * BLOCK_M), total)
+        gl.thread_barrier()  # every thread's part is written before one thread counts the program in
+        last = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            total = gl.load(parts, cache_modifier=".cg")
+            for other in gl.static_range(1, SPLITS):
+                total += gl.load(parts + other * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            gl.store(arrivals + tile, 0)
+    if last:
+        if HAS_BIAS:
+            total += gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)[:, None]
+        ACROSS: gl.constexpr = 8 if BLOCK_N == 64 else 16
+        OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+        y = gl.convert_layout(total.to(dtype).permute([1, 0]), OUT)
+        token = first_token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
+        out_row = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
+        mask = (token < m)[:, None] & (out_row < n)[None, :]
+        gl.store(y_ptr + token.to(gl.int64)[:, None] * n + out_row[None, :], y, mask=mask)

@@ -1,0 +1,193 @@
+"""Finds the fastest configuration of every matrix product on this GPU and writes the table that serving reads."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.kernels import dense_linear, int4_linear, int8_linear, reference, tuning
+from engine.kernels.device import facts
+from engine.kernels.int4_weights import FLOAT16_1024, TILE_INPUTS, TILE_ROWS, Int4Weights
+from engine.kernels.tuning import Config
+
+# N x K of the products of a layer and of the head: InternLM-7B's, then those of Llama-3-8B.
+SHAPES = (
+    (12288, 4096),
+    (4096, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+)
+HEAD = (103168, 4096)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+GROUP_SIZE = 128
+# Weights that a measurement goes round: several times what the L2 cache holds, so that each is read from memory.
+ROTATED_BYTES = 400_000_000
+LAUNCHES = 32
+REPLAYS = 5
+MODULES = {"int4_linear": int4_linear, "int8_linear": int8_linear, "dense_linear": dense_linear}
+
+
+@dataclass
+class Product:
+    """One operation at one N and K over random weights; enough copies of them that no cache holds all."""
+
+    op: str
+    n: int
+    k: int
+    device: torch.device
+    dtype: torch.dtype = torch.float16
+    rotated_bytes: int = ROTATED_BYTES
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        first = self._weight()
+        self.weight_bytes = sum(tensor.nbytes for tensor in _tensors(first))
+        copies = max(1, min(64, self.rotated_bytes // self.weight_bytes))
+        self.weights = [first, *(self._weight() for _ in range(copies - 1))]
+        self._inputs: dict[int, tuple[Tensor, ...]] = {}
+
+    def inputs(self, m: int) -> tuple[Tensor, ...]:
+        """x of m rows as the operation takes it."""
+        if m not in self._inputs:
+            x = torch.randn(m, self.k, device=self.device, generator=self.generator).to(self.dtype)
+            self._inputs[m] = reference.quantize_rows(x) if self.op == "int8_linear" else (x,)
+        return self._inputs[m]
+
+    def run(self, m: int, copy: int, config: Config | None) -> Tensor:
+        weight = self.weights[copy % len(self.weights)]
+        x = self.inputs(m)
+        if self.op == "int4_linear":
+            return int4_linear.int4_linear(x[0], weight, None, config)
+        if self.op == "int8_linear":
+            return int8_linear.int8_linear(x[0], x[1], weight[0], weight[1], None, self.dtype, config)
+        return dense_linear.dense_linear(x[0], weight, None, config)
+
+    def error(self, m: int, config: Config | None) -> float:
+        """|y - exact| / |exact| over the first weight; infinite where y has a number that is not finite."""
+        x, weight = self.inputs(m), self.weights[0]
+        if self.op == "int8_linear":
+            exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
+        else:
+            dense = weight.dequantize(torch.float32) if self.op == "int4_linear" else weight.float()
+            exact = x[0].float() @ dense.t()
+        y = self.run(m, 0, config).float()
+        error = float((y - exact).norm() / exact.norm())
+        return error if bool(torch.isfinite(y).all()) else float("inf")
+
+    def moved_bytes(self, m: int) -> int:
+        """What the product must at least move: weights and x read once, y written once."""
+        return self.weight_bytes + sum(x.nbytes for x in self.inputs(m)) + m * self.n * self.dtype.itemsize
+
+    def candidates(self, m: int) -> list[Config]:
+        return list(MODULES[self.op].candidates(m, self.n, self.k, facts(self.device)))
+
+    def _weight(self) -> Any:
+        integers: dict[str, Any] = {"device": self.device, "generator": self.generator}
+        if self.op == "int4_linear":
+            tiles, tile_inputs = -(-self.n // TILE_ROWS), -(-self.k // TILE_INPUTS)
+            words = torch.randint(-(2**31), 2**31, (tiles, tile_inputs, 2, 4, 8, 4, 2, 2), **integers).to(torch.int32)
+            shape = (tiles, tile_inputs * TILE_INPUTS // GROUP_SIZE, 4, 8, 2)
+            scale = (torch.rand(shape, **integers) * 0.02 + 0.01).half().view(torch.int16).to(torch.int32)
+            zero = torch.randint(0, 16, shape, **integers).to(torch.int32)
+            return Int4Weights(words, scale | ((zero | FLOAT16_1024) << 16), self.n, self.k, GROUP_SIZE)
+        if self.op == "int8_linear":
+            weight = torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, **integers)
+            return weight, torch.rand(self.n, **integers) * 1e-3 + 1e-3
+        return torch.randn(self.n, self.k, dtype=self.dtype, **integers) * 0.02
+
+
+def _tensors(weight: Any) -> tuple[Tensor, ...]:
+    if isinstance(weight, Int4Weights):
+        return weight.words, weight.scale_zero
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
+def microseconds(call: Callable[[int], object], launches: int = LAUNCHES, replays: int = REPLAYS) -> float:
+    """Time of call(i), i from 0 to launches - 1, a call: the median of replays of one CUDA graph of them all."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(0)  # compiles and allocates what a capture must not
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            call(i)
+    times: list[float] = []
+    for replay in range(replays + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay:  # the first one loads the graph
+            times.append(start.elapsed_time(end) * 1000 / launches)
+    return statistics.median(times)
+
+
+def time_product(product: Product, m: int, config: Config | None) -> float:
+    """Microseconds of one product, launched one after the other over the copies of the weight."""
+    copies = len(product.weights)
+    launches = LAUNCHES if copies <= LAUNCHES else copies
+    return microseconds(lambda i: product.run(m, i, config), launches)
+
+
+def tune(
+    device: torch.device | str = "cuda",
+    seconds: float = 600.0,
+    shapes: Sequence[tuple[int, int]] = (*SHAPES, HEAD),
+    rows: Sequence[int] = ROWS,
+    folder: Path = tuning.TABLES,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Times the configurations of every operation, shape and number of rows, and writes the table of the device.
+
+    `report` is given one line a product. What is not reached within `seconds` keeps its former row, or none. A
+    configuration that fails or whose result is wrong is left out.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"kernels are tuned on a GPU; the device given is {device}")
+    deadline = time.monotonic() + seconds
+    found = []
+    for n, k in shapes:
+        for op in MODULES if (n, k) != HEAD else ["dense_linear"]:
+            product = Product(op, n, k, device)
+            for m in rows:
+                best: tuple[float, Config] | None = None
+                for config in product.candidates(m):
+                    if time.monotonic() > deadline:
+                        break
+                    try:
+                        if product.error(m, config) < 2e-2:
+                            best = min(
+                                best or (float("inf"), {}), (time_product(product, m, config), config), key=_time
+                            )
+                    except Exception as problem:  # what a compiler or a launch says of one configuration
+                        report(f"{op} {n}x{k} M={m} {config}: {str(problem).splitlines()[0][:200]}")
+                if best is not None:
+                    found.append({"op": op, "n": n, "k": k, "m": m, "us": round(best[0], 2), "config": best[1]})
+                    report(f"{op} {n}x{k} M={m}: {best[0]:.1f} us, {best[1]}")
+            del product
+            torch.cuda.empty_cache()
+    return tuning.write(facts(device).name, found, versions(), folder)
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def _time(timed: tuple[float, Config]) -> float:
+    return timed[0]

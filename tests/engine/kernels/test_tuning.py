@@ -1,0 +1,55 @@
+"""Tables of configurations: written, read, and chosen from."""
+
+import json
+
+import pytest
+
+from engine.kernels import tuning
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    clear()
+    yield tmp_path
+    clear()
+
+
+def clear():
+    tuning.table.cache_clear()
+    tuning.lookup.cache_clear()
+
+
+def row(op, n, k, m, kernel):
+    return {"op": op, "n": n, "k": k, "m": m, "config": {"kernel": kernel}}
+
+
+def test_a_shape_takes_the_nearest_row_of_its_bucket(tables):
+    rows = [row("int4_linear", 4096, 4096, 16, "a"), row("int4_linear", 12288, 4096, 16, "b")]
+    tuning.write("card", rows, {"triton": "3.6.0"}, tables)
+    assert tuning.lookup("int4_linear", "card", 4096, 4096, 9) == {"kernel": "a"}
+    assert tuning.lookup("int4_linear", "card", 11008, 4096, 16) == {"kernel": "b"}
+    assert tuning.lookup("int4_linear", "card", 4096, 4096, 17) is None  # of another bucket
+    assert tuning.lookup("int4_linear", "card", 4096, 40960, 16) is None  # near no row
+    assert tuning.lookup("int8_linear", "card", 4096, 4096, 16) is None
+    assert tuning.lookup("int4_linear", "another card", 4096, 4096, 16) is None
+
+
+def test_new_rows_replace_old_ones_of_the_same_product(tables):
+    tuning.write("card", [row("x", 8, 8, 1, "old"), row("x", 16, 8, 1, "kept")], {"triton": "1"}, tables)
+    path = tuning.write("card", [row("x", 8, 8, 1, "new")], {"triton": "2"}, tables)
+    held = json.loads(path.read_text())
+    assert held["triton"] == "2" and [r["config"]["kernel"] for r in held["rows"]] == ["new", "kept"]
+    assert tuning.lookup("x", "card", 8, 8, 1) == {"kernel": "new"}
+
+
+@pytest.mark.parametrize(("m", "size"), [(1, 1), (3, 4), (16, 16), (17, 32), (5000, 4096)])
+def test_buckets(m, size):
+    assert tuning.bucket(m) == size
+
+
+@pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_hold_rows_of_known_operations(path):
+    for held in json.loads(path.read_text())["rows"]:
+        assert held["op"] in ("int4_linear", "int8_linear", "dense_linear")
+        assert held["m"] in tuning.BUCKETS and held["n"] > 0 and held["k"] > 0 and "kernel" in held["config"]
