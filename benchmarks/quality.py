@@ -83,7 +83,7 @@ def measure_model(data: Path, name: str, recipes: Sequence[str], tested: str) ->
         quantized = run(quantize, f"quantize-{weights}", content, calibrate=calibrated)
         sharded = run(shard, f"shard-{weights}", content, quantize=quantized)
         artifact = run(export, f"export-{recipe}", content, shard=sharded, quantize=quantized, calibrate=calibrated)
-        record(name, recipe, artifact, baseline, content, tested)
+        record(name, recipe, artifact, baseline, content, tested, calibrated)
 
 
 def stories(data: Path, tokenizer: Tokenizer, length: int) -> tuple[list[Item], list[str]]:
@@ -125,11 +125,19 @@ def run(stage: Any, out: str, content: dict[str, Any], **inputs: Path) -> Path:
     return path
 
 
-def record(name: str, recipe: str, artifact: Path, baseline: Baseline, content: dict[str, Any], tested: str) -> None:
+def record(
+    name: str,
+    recipe: str,
+    artifact: Path,
+    baseline: Baseline,
+    content: dict[str, Any],
+    tested: str,
+    calibrated: Path,
+) -> None:
     """Evaluate the artifact, append its row, and print it."""
     evaluation = {"name": name, "gates": {"confidence": 0.95}}
     asked = {"evaluation": evaluation, "recipe": content["recipe"], "toolchain": toolchain()}
-    statement, _ = evaluate(artifact, baseline, asked)
+    statement, _ = evaluate(artifact, baseline, asked, calibration=calibrated)
     predicate = statement["predicate"]
     metrics, sizes = predicate["metrics"], predicate["sizes"]
     ratio = metrics["perplexity_ratio"]

@@ -84,7 +84,8 @@ def show(store: Store, options: argparse.Namespace) -> None:
     print(f"names        {', '.join(called) or 'none'}")
     print(f"recipe       {manifest.recipe}")
     print(f"tp           {manifest.tp}")
-    print(f"calibration  {manifest.calibration or 'none'}")
+    calibration = [f"{digest[:SHORT]} ({what})" for what, digest in (manifest.calibration or {}).items()]
+    print(f"calibration  {', '.join(calibration) or 'none'}")
     print(f"files        {len(manifest.files)}, {manifest.size / 2**20:.1f} MiB, in {folder}")
     for name, digest in sorted(manifest.sources.items()):
         print(f"source       {digest[:SHORT]}  {name}")

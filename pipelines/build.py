@@ -36,6 +36,7 @@ from pipelines.outcomes import human_size, read_outcome
 from pipelines.schema import Config
 from pipelines.selection import AXES
 from pipelines.sources import model_files
+from pipelines.text_options import text_parts
 from pipelines.verify import broken, locked
 from pipelines.worktree import JOBS, cache_folder, isolate, project_root, run_dvc
 
@@ -117,7 +118,7 @@ def absolute_paths(root: Path, config: Config) -> list[str]:
     """Overrides that make every relative path of a configuration absolute: a copy has not all that the project has."""
     places = {
         "model.path": config.model.path,
-        "calibration.path": config.calibration.path,
+        **{f"{key}.path": text.path for key, text in text_parts(config.calibration).items()},
         "evaluation.text.path": config.evaluation.text.path,
         "evaluation.questions": config.evaluation.questions,
         "store": config.store,

@@ -7,11 +7,14 @@ failing gate is an outcome, not a crash.
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from engine.config import EngineConfig
 from engine.models.cache import page_bytes
@@ -20,24 +23,31 @@ from engine.runtime.engine import Engine
 from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import canonical_json, verify
 from engine.storage.workspace import Workspace, load_workspace
+from pipelines.data.calibration_set import blocks_digest
 from pipelines.evaluation import metrics
 from pipelines.evaluation.gates import judge
 from pipelines.evaluation.goldens import NUM_TOKENS, choose_prompts, record_goldens
 from pipelines.evaluation.kept import Baseline, read_baseline
+from pipelines.evaluation.overlap import NOTABLE, calibration_overlap
 from pipelines.evaluation.statement import make_statement
 from pipelines.slices import Call, output, run_stage
 
 
 def work(call: Call) -> None:
     baseline = read_baseline(call.inputs["baseline"])
-    statement, goldens = evaluate(call.inputs["export"], baseline, call.slice)
+    statement, goldens = evaluate(call.inputs["export"], baseline, call.slice, calibration=call.inputs["calibrate"])
     with output(call.out) as folder:
         (folder / "statement.json").write_bytes(canonical_json(statement))
         (folder / "goldens.json").write_bytes(canonical_json(goldens))
 
 
-def evaluate(folder: Path, baseline: Baseline, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The statement about the artifact in `folder`, and its goldens. `content` is the slice."""
+def evaluate(
+    folder: Path, baseline: Baseline, content: dict[str, Any], *, calibration: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The statement about the artifact in `folder`, and its goldens. `content` is the slice.
+
+    `calibration` is the folder of the calibration that the artifact names; of one that names none it is not read.
+    """
     evaluation, toolchain = content["evaluation"], content["toolchain"]
     manifest, workspace = verify(folder), Workspace(folder)
     tokenizer = Tokenizer(workspace.tokenizer_folder)
@@ -85,8 +95,20 @@ def evaluate(folder: Path, baseline: Baseline, content: dict[str, Any]) -> tuple
         },
         gates=gates,
         goldens=hashlib.sha256(canonical_json(goldens)).hexdigest(),
+        calibration=None if manifest.calibration is None else _overlap(manifest.calibration, calibration, baseline),
     )
     return statement, goldens
+
+
+def _overlap(named: Mapping[str, str], calibration: Path, baseline: Baseline) -> dict[str, Any]:
+    """What of the scored tokens the artifact was calibrated on, said on stderr too where that is notable."""
+    blocks = load_file(calibration / "blocks.safetensors")["tokens"]
+    if blocks_digest(blocks) != named["blocks"]:
+        raise ValueError(f"{calibration} is not the calibration that the artifact names: run `dvc repro` again.")
+    found = calibration_overlap((block.tolist() for block in blocks), baseline.items)
+    if found.share > NOTABLE:
+        print(f"evaluate: {found.warning()}", file=sys.stderr)
+    return {"blocks": named["blocks"], **asdict(found)}
 
 
 if __name__ == "__main__":

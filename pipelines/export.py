@@ -60,7 +60,7 @@ def work(call: Call) -> None:
             folder,
             recipe=recipe,
             sources=json.loads((inputs["quantize"] / "source.json").read_text(encoding="utf-8"))["files"],
-            calibration=content["calibration"],
+            calibration=calibrated_on(content["calibration"], inputs["calibrate"]),
             chat_template=digest_of(tokenizer.chat_template),
             tp=tp,
             written=written,
@@ -79,6 +79,15 @@ def write_scales(
         divisor = smoothing.get(names.layer_name(layer, "self_attn.v_proj"))
         scales = layer_scales(statistics, layer, tp=tp, smoothing=divisor, symmetric=kv["symmetric"])
         write_kv_scales(weights, layer, scales)
+
+
+def calibrated_on(declared: str | None, calibration: Path) -> dict[str, str] | None:
+    """The digests by which a manifest names a calibration: what was declared of it, and what it came to."""
+    if declared is None:
+        return None
+    about = json.loads((calibration / "calibration.json").read_text(encoding="utf-8"))
+    named = {name: about[name] for name in ("blocks", "tokenizer", "template") if about[name] is not None}
+    return {"declared": declared, **named}
 
 
 def copy_tokenizer(source: Path, target: Path, template: str | None) -> Tokenizer:

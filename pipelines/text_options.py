@@ -90,7 +90,8 @@ def text_problems(key: str, text: Text, *, kinds: tuple[str, ...] = TEXT_KINDS) 
     if text.kind in ("text", "chat"):
         if not text.path and not text.digest:
             files = ".jsonl, or a folder of them" if text.kind == "chat" else ".txt, .jsonl, or a folder of them"
-            yield f"{key} has no source: give {key}.path=FILE ({files})"
+            several = " or, for a mixture, calibration.parts" if key == "calibration" else ""
+            yield f"{key} has no source: give {key}.path=FILE ({files}){several}"
     elif not text.path and not text.digest:
         if not text.repo:
             yield f"{key}.kind={text.kind} has no pinned hub copy: give {key}.path=COPY, a local copy of the data set"

@@ -16,7 +16,7 @@ from engine.config import Recipe
 from engine.wording import cut, shown
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SHORT = 12
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
@@ -45,7 +45,7 @@ class Manifest:
     recipe: Recipe
     tp: int
     sources: Mapping[str, str]
-    calibration: str | None
+    calibration: Mapping[str, str] | None
     chat_template: str | None
     files: tuple[FileEntry, ...]
 
@@ -66,18 +66,19 @@ def write_manifest(
     *,
     recipe: Recipe,
     sources: Mapping[str, str],
-    calibration: str | None,
+    calibration: Mapping[str, str] | None,
     chat_template: str | None,
     tp: int,
     written: Iterable[FileEntry] = (),
 ) -> str:
     """Hash every file under `folder`, write manifest.json beside them and return the id.
 
-    `sources` maps file names of the checkpoint to their SHA-256; `calibration` and `chat_template` are digests.
+    `sources` maps file names of the checkpoint to their SHA-256, `calibration` what was calibrated on, None where
+    nothing was: `declared`, `blocks`, `tokenizer` and, for chats, `template`. `chat_template` is a digest too.
     `written` are files that were hashed while they were written, and are not read again.
     Refuses links, empty folders and anything that is not a regular file, naming it, and what is not as it was written.
     """
-    for what, digest in [*sources.items(), ("calibration", calibration), ("chat_template", chat_template)]:
+    for what, digest in [*sources.items(), *(calibration or {}).items(), ("chat_template", chat_template)]:
         if digest is not None and not _DIGEST.fullmatch(digest):
             raise ArtifactError(f"the digest of {what} is {digest!r}: a manifest needs 64 lower-case hex digits")
     found, refused = list_files(folder)
@@ -94,7 +95,7 @@ def write_manifest(
         "recipe": asdict(recipe),
         "tp": tp,
         "sources": dict(sources),
-        "calibration": calibration,
+        "calibration": None if calibration is None else dict(calibration),
         "chat_template": chat_template,
         "files": [{"path": path, "size": found[path], "sha256": digests[path]} for path in sorted(found)],
     }
@@ -231,8 +232,8 @@ def _parse(raw: bytes, path: Path) -> Manifest:
             id=hashlib.sha256(raw).hexdigest(),
             recipe=_recipe(**content["recipe"]),
             tp=_whole(content["tp"], least=1),
-            sources={str(name): _digest(digest) for name, digest in dict(content["sources"]).items()},
-            calibration=None if content["calibration"] is None else _digest(content["calibration"]),
+            sources=_digests(content["sources"]),
+            calibration=None if content["calibration"] is None else _digests(content["calibration"]),
             chat_template=None if content["chat_template"] is None else _digest(content["chat_template"]),
             files=tuple(_entry(**entry) for entry in content["files"]),
         )
@@ -263,6 +264,10 @@ def _whole(value: object, *, least: int) -> int:
     if type(value) is not int or not least <= value < 2**63:
         raise ValueError(f"{shown(value)} is not a whole number from {least} on")
     return value
+
+
+def _digests(value: Mapping[str, object]) -> dict[str, str]:
+    return {str(name): _digest(digest) for name, digest in dict(value).items()}
 
 
 def _digest(value: object) -> str:

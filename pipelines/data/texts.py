@@ -165,7 +165,10 @@ def _from_hub(record: Mapping[str, Any]) -> Iterator[str]:
 def _field(row: Any, column: str, where: str) -> str:
     if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
         has = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"{where} has no text in {column!r} (it has {has}): set `column` to the field with the text.")
+        raise ValueError(
+            f"{where} has no text in {column!r} (it has {has}): set `column` to the field with the text, or, to "
+            "calibrate on conversations, `kind` to chat."
+        )
     return str(row[column])
 
 

@@ -30,11 +30,14 @@ def make_statement(
     sizes: Mapping[str, int],
     gates: Sequence[Gate],
     goldens: str,
+    calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """JSON values only, without times and paths: the same evaluation is the same bytes.
 
     `items` and `goldens` are digests, `baseline` is what the weights were that the artifact was compared with: fp16, or
-    w4a16 where the checkpoint itself is quantized. A number that is not finite (an interval without an end) is null.
+    w4a16 where the checkpoint itself is quantized. `calibration` says by the digest of its blocks what the artifact was
+    calibrated on and how much of that is asked here again; None for one that was not.
+    A number that is not finite (an interval without an end) is null.
     """
     predicate: dict[str, Any] = {
         "evaluation": name,
@@ -43,6 +46,7 @@ def make_statement(
         "device_class": toolchain["device"],
         "toolchain": dict(toolchain),
         "items": {"sha256": items, **counts},
+        "calibration": None if calibration is None else dict(calibration),
         "confidence": confidence,
         "metrics": {metric: _finite(asdict(estimate)) for metric, estimate in metrics.items()},
         "answers": None if flips is None else asdict(flips),

@@ -26,7 +26,7 @@ class Chain:
         for row in rows:
             self.slices |= row_slices(row, known, toolchain(), "no store")
         paths = root / PATHS
-        paths.parent.mkdir(parents=True)
+        paths.parent.mkdir(parents=True, exist_ok=True)
         paths.write_text(json.dumps(known.paths))
 
     def artifact(self, key: str) -> Path:
@@ -43,8 +43,9 @@ class Chain:
 
     def evaluation(self, key: str, evaluation: str) -> Path:
         """The evaluation of an artifact against the baseline of its model."""
-        kept = self.baseline(f"{key.split('-')[0]}-{evaluation}")
-        return self.run(evaluate, key, export=self.artifact(key), baseline=kept)
+        model, calibration, *_ = key.split("-")
+        kept, calibrated = self.baseline(f"{model}-{evaluation}"), self.run(calibrate, f"{model}-{calibration}")
+        return self.run(evaluate, key, export=self.artifact(key), baseline=kept, calibrate=calibrated)
 
     def run(self, stage: Any, key: str, **inputs: Path) -> Path:
         name = stage.__name__.rpartition(".")[2]

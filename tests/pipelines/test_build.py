@@ -15,6 +15,7 @@ from engine.runtime.capability import Device
 from engine.storage.checkpoint import Checkpoint
 from pipelines import build
 from pipelines.schema import Config, Model, Weights
+from pipelines.selection import Selection, read_rows
 from tests.pipelines.built import write_built
 from tests.pipelines.tiny_checkpoint import write_tiny_checkpoint
 
@@ -220,6 +221,19 @@ def test_the_estimate_counts_pickled_weights_where_they_are_read(project, name):
     less = build.estimate(project, config)
     (project / "pickled" / name).write_bytes(bytes(6_000_000))
     assert build.estimate(project, config) - less == 5_000_000
+
+
+def test_paths_of_a_mixture_are_made_absolute_too(project, repro):
+    parts = "{chat:{kind:chat,path:chat.jsonl,weight:3},text:{path:/data/text.txt}}"
+    assert build.main(["calibration=mixture", f"+calibration.parts={parts}"]) == 0
+    [selection] = repro.seen
+    assert selection["calibrations"] == ["mixture"]
+    wanted = {"chat": f"'{project}/chat.jsonl'", "text": "'/data/text.txt'"}
+    for name, path in wanted.items():
+        assert f"calibration.parts.{name}.path={path}" in selection["overrides"]
+    rows = read_rows(project, Selection(**selection))
+    assert rows[0].config.calibration.parts["chat"].path == f"{project}/chat.jsonl"
+    assert rows[0].config.calibration.parts["chat"].weight == 3
 
 
 def test_paths_with_quotes_arrive_unchanged(project):

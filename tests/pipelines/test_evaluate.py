@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import ArtifactError, read_manifest, write_manifest
 from pipelines.baseline import ask_checkpoint
 from pipelines.evaluate import evaluate
+from pipelines.evaluation.kept import read_baseline
 from pipelines.evaluation.texts import document_items
 from tests.pipelines.chain import Chain, tiny_rows
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
@@ -130,6 +131,30 @@ def test_scores_take_about_390_bytes_a_token(chain: Chain) -> None:
     assert kept == 392
 
 
+def test_what_was_calibrated_on_and_is_asked_again_is_counted_and_said(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chain calibrates on the beginning of the text that it evaluates on, which says one sentence over and over."""
+    assert _predicate(chain, "fp16", "kv16")["calibration"] is None
+    seen = _predicate(chain, "w4a16", "kv16")["calibration"]
+    assert seen["blocks"] == read_manifest(chain.artifact("tiny-c-w4a16-1-kv16")).calibration["blocks"]
+    assert seen["run"] == 13 and seen["num_items"] == 28 and seen["seen_items"] >= 20
+    assert 0.6 < seen["seen_tokens"] / seen["num_tokens"] <= 1
+    other = _chain(tmp_path, questions=0)
+    capsys.readouterr()
+    other.evaluation("tiny-c-fp16-1-kv8", "e")
+    said = capsys.readouterr().err
+    assert "% of the scored tokens, in 20 of 20 items, stand in the calibration text too, in runs of 13" in said
+
+
+def test_another_calibration_than_the_artifact_names_is_refused(chain: Chain, tmp_path: Path) -> None:
+    folder = chain.artifact("tiny-c-w4a16-1-kv16")
+    save_file({"tokens": torch.zeros(4, 16, dtype=torch.int32)}, tmp_path / "blocks.safetensors")
+    baseline, asked = read_baseline(chain.baseline("tiny-e")), chain.slices["evaluate/tiny-c-w4a16-1-kv16"]
+    with pytest.raises(ValueError, match="is not the calibration that the artifact names: run `dvc repro` again"):
+        evaluate(folder, baseline, asked, calibration=tmp_path)
+
+
 def _forge(folder: Path, path: Path, content: bytes) -> None:
     """Replace a file and its entry in the manifest, as a wrong stage would have written both."""
     manifest = read_manifest(folder)
@@ -156,7 +181,11 @@ def test_an_int8_cache_costs_stories15m_almost_nothing(tmp_path: Path) -> None:
     tokenizer = Tokenizer(checkpoint)
     items = document_items(stories[:5], tokenizer, length=256, max_tokens=10_000)
     baseline = ask_checkpoint(checkpoint, tokenizer, items, [], answer_tokens=1)
-    statement, _ = evaluate(chain.artifact("tiny-c-fp16-1-kv8"), baseline, chain.slices["evaluate/tiny-c-fp16-1-kv8"])
+    artifact, calibration = chain.artifact("tiny-c-fp16-1-kv8"), chain.root / "build/calibrate/tiny-c"
+    asked = chain.slices["evaluate/tiny-c-fp16-1-kv8"]
+    statement, _ = evaluate(artifact, baseline, asked, calibration=calibration)
+    seen = statement["predicate"]["calibration"]
+    assert (seen["seen_tokens"], seen["num_items"]) == (0, 5)
     metrics = statement["predicate"]["metrics"]
     cost = metrics["perplexity"]["value"] - metrics["perplexity_base"]["value"]
     assert metrics["kl_mean"]["value"] > 1e-5, "the cache is not int8"

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,8 +88,11 @@ def test_weight_files_are_not_read_again_and_one_that_changed_since_is_found(bui
 
 
 def test_what_was_calibrated_names_its_calibration(build):
-    assert read_manifest(build.artifact(FP16, "kv8")).calibration == "0" * 64
-    assert read_manifest(build.artifact(W4A16, "kv16")).calibration == "0" * 64
+    expected = {"declared": "0" * 64}
+    about = json.loads((build.calibrate() / "calibration.json").read_text())
+    expected |= {"blocks": about["blocks"], "tokenizer": about["tokenizer"]}
+    assert read_manifest(build.artifact(FP16, "kv8")).calibration == expected
+    assert read_manifest(build.artifact(W4A16, "kv16")).calibration == expected
     assert read_manifest(build.artifact(FP16, "kv16")).calibration is None
 
 
@@ -122,7 +126,15 @@ def test_symmetric_scales_are_written_with_zero_points_and_the_engine_runs_on_th
 
 def test_scales_of_the_smoothed_model_match_a_fresh_calibration_of_it(build, tmp_path):
     """w4a16-kv8 divides V's recorded range; calibrating the model whose v_proj is divided finds the same scales."""
-    artifact = build.artifact(W4A16 | {"activation_exponents": [0.0, 0.6]}, "kv8")
+    generator = torch.Generator().manual_seed(5)
+    uneven = {  # values of very different size, so that a scale is worth its while
+        f"model.layers.{layer}.self_attn.v_proj.weight": torch.randn(32, 64, generator=generator)
+        * torch.linspace(-5, 0, 32).exp2()[torch.randperm(32, generator=generator)].unsqueeze(1)
+        for layer in range(2)
+    }
+    shutil.rmtree(tmp_path / "model")
+    build = Build(tmp_path / "out", write_tiny_checkpoint(tmp_path / "model", replace=uneven), tmp_path / "text.txt")
+    artifact = build.artifact(W4A16 | {"activation_exponents": [0.0, 0.3]}, "kv8")
     smoothing = load_file(build.root / "quantize-w4a16/smoothing.safetensors")
     source = Checkpoint(tmp_path / "model")
     divided = {}

@@ -8,6 +8,8 @@ tokens are not compared there, and sketches are.
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import read_manifest
 from engine.storage.workspace import Workspace
 from pipelines.selection import read_rows, read_selection
-from pipelines.toolchain import device_class
+from pipelines.toolchain import device_class, fix_instruction_set
 from tests.pipelines.chain import Chain
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,15 @@ NUM_TOKENS = 8
 def demo_chain(root: Path) -> Chain:
     """The stages of the demo as conf/ and params.yaml declare them, run in `root`."""
     return Chain(root, read_rows(PROJECT, read_selection(PROJECT / "params.yaml")), project=PROJECT)
+
+
+def built_chain(root: Path) -> Chain:
+    """`demo_chain` with every rung built by a process of its own, which computes as its device class does.
+
+    Which instructions torch computes with is settled by its first operation, and other tests may have had theirs.
+    """
+    subprocess.run([sys.executable, "-m", "tests.regression.ladder", str(root)], cwd=PROJECT, check=True)
+    return demo_chain(root)
 
 
 def key(rung: str) -> str:
@@ -130,3 +141,10 @@ def _kv_scales(key_scales: Tensor, value_scales: Tensor) -> dict[str, list[float
         for layer in range(len(key_scales))
         for kind, scales in (("k", key_scales), ("v", value_scales))
     }
+
+
+if __name__ == "__main__":
+    fix_instruction_set(device_class())
+    building = demo_chain(Path(sys.argv[1]))
+    for each in RUNGS:
+        building.artifact(key(each))

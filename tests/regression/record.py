@@ -7,14 +7,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from pipelines.toolchain import device_class, fix_instruction_set
-from tests.regression.ladder import GOLDENS, RUNGS, demo_chain, key, measure
+from pipelines.toolchain import device_class
+from tests.regression.ladder import GOLDENS, RUNGS, built_chain, key, measure
 
 
 def main() -> None:
-    fix_instruction_set(device_class())
     with tempfile.TemporaryDirectory() as root:
-        chain = demo_chain(Path(root))
+        chain = built_chain(Path(root))
         goldens = {rung: measure(chain.artifact(key(rung))) for rung in RUNGS}
     # A line for a value of a rung's: a change shows as the lines that it concerns.
     rungs = []

@@ -24,9 +24,9 @@ from tests.pipelines.chain import Chain
 from tests.regression.ladder import (
     PROJECT,
     RUNGS,
+    built_chain,
     compare,
     compare_tensors,
-    demo_chain,
     key,
     measure,
     read_goldens,
@@ -36,7 +36,7 @@ from tests.regression.ladder import (
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return demo_chain(tmp_path_factory.mktemp("ladder"))
+    return built_chain(tmp_path_factory.mktemp("ladder"))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_the_id_is_the_digest_of_what_the_artifact_is(tmp_path):
         make_artifact(tmp_path / "c", content=b"other"),
         make_artifact(tmp_path / "d", recipe=Recipe(kv="kv8")),
         make_artifact(tmp_path / "e", tp=2),
-        make_artifact(tmp_path / "f", calibration=DIGEST),
+        make_artifact(tmp_path / "f", calibration={"declared": DIGEST, "blocks": DIGEST}),
         make_artifact(tmp_path / "g", chat_template=DIGEST),
         make_artifact(tmp_path / "h", sources={"config.json": "0" * 64}),
     }
@@ -57,7 +57,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
     assert [entry.path for entry in manifest.files] == sorted(FILES)
     assert manifest.size == sum((tmp_path / "a" / path).stat().st_size for path in FILES)
     assert (manifest.recipe, manifest.tp) == (Recipe(weights="w4a16", group_size=32), 1)
-    assert json.loads((tmp_path / "a" / MANIFEST).read_bytes())["format"] == 1
+    assert json.loads((tmp_path / "a" / MANIFEST).read_bytes())["format"] == 2
 
 
 def _flip(path, at):
@@ -148,7 +148,7 @@ def test_a_manifest_cannot_lead_out_of_the_artifact(tmp_path, path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.update(format=2),
+        lambda content: content.update(format=3),
         lambda content: content.pop("recipe"),
         lambda content: content["recipe"].update(colour="red"),
         lambda content: content["files"].reverse(),
@@ -195,8 +195,25 @@ def test_a_new_manifest_leaves_links_to_the_old_one_alone(tmp_path):
 
 def test_wrong_digests_are_refused_by_name(tmp_path):
     make_artifact(tmp_path / "a")
-    with pytest.raises(ArtifactError, match="the digest of calibration is 'abc'"):
-        write_manifest(tmp_path / "a", recipe=Recipe(), sources={}, calibration="abc", chat_template=None, tp=1)
+    with pytest.raises(ArtifactError, match="the digest of blocks is 'abc'"):
+        make_artifact(tmp_path / "b", calibration={"declared": DIGEST, "blocks": "abc"})
+
+
+@pytest.mark.parametrize("calibration", [DIGEST, ["a"], {"blocks": 1}, {"blocks": "abc"}, 7])
+def test_a_manifest_with_another_calibration_than_digests_by_name_is_refused(tmp_path, calibration):
+    make_artifact(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    path.write_bytes(canonical_json(json.loads(path.read_bytes()) | {"calibration": calibration}))
+    with pytest.raises(ArtifactError, match="is not a manifest that can be read"):
+        read_manifest(tmp_path / "a")
+
+
+def test_a_manifest_of_the_format_before_says_so(tmp_path):
+    make_artifact(tmp_path / "a")
+    path = tmp_path / "a" / MANIFEST
+    path.write_bytes(canonical_json(json.loads(path.read_bytes()) | {"format": 1}))
+    with pytest.raises(ArtifactError, match="has format 1; this version reads format 2"):
+        read_manifest(tmp_path / "a")
 
 
 def test_files_that_were_hashed_while_they_were_written_are_not_read_again(tmp_path):

@@ -272,7 +272,7 @@ def test_an_artifact_gets_a_new_id_and_keeps_its_provenance(tmp_path):
     told = {
         "recipe": Recipe(kv="kv8"),
         "sources": {"config.json": "ab" * 32},
-        "calibration": "cd" * 32,
+        "calibration": {"declared": "cd" * 32, "blocks": "12" * 32},
         "chat_template": "ef" * 32,
     }
     old = write_manifest(folder, **told, tp=1)

@@ -25,6 +25,7 @@ def _statement(value: float) -> dict[str, Any]:
         sizes={"artifact_bytes": 5},
         gates=judge({"kl_mean_max": 1.0}, metrics),
         goldens="ef" * 32,
+        calibration={"blocks": "12" * 32, "seen_tokens": 3},
     )
 
 
@@ -33,6 +34,7 @@ def test_the_subject_is_the_id_and_the_verdict_that_of_the_gates() -> None:
     assert statement["subject"] == [{"name": ID, "digest": {"sha256": ID}}]
     assert statement["predicate"]["verdict"] == "inconclusive"
     assert statement["predicate"]["device_class"] == "cpu-avx2"
+    assert statement["predicate"]["calibration"] == {"blocks": "12" * 32, "seen_tokens": 3}
     assert statement["predicate"]["baseline"] == {"weights": "w4a16"}
 
 
