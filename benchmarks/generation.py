@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.options import option, read_options
+from benchmarks.peers import PeerOptions, check_peer, run_peer
 from benchmarks.rows import RESULTS, provenance, record
-from benchmarks.subject import SubjectOptions, find_subject, tokens_per_step
+from benchmarks.subject import Subject, find_subject, tokens_per_step
+from benchmarks.timeline import Run, milliseconds, run
+from benchmarks.workload import Request
 
 ABOUT = """
 Prompts and answers of fixed lengths, `batch` of them at once, one row a batch size. Answers are greedy and never end
@@ -19,6 +23,7 @@ share of it that was reached.
 """
 WARM_UP_TOKENS = 16
 SHOWN = (
+    "engine",
     "model",
     "recipe",
     "batch",
@@ -33,11 +38,11 @@ SHOWN = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(SubjectOptions):
+class Options(PeerOptions):
     batch: tuple[int, ...] = option((1, 16, 64), "requests at once; a row each", least=1)
     input: int = option(1, "tokens of a prompt", least=1)
     output: int = option(2048, "tokens of an answer", least=1)
-    repeats: int = option(1, "runs of each case; the median one is the row", least=1)
+    repeats: int = option(1, "runs of each case; the median one is the row (a peer runs once)", least=1)
     num_tokens_per_iter: int = option(0, "token budget of a step; 0 is 8192 on a GPU, 512 on a CPU", least=0)
     cache_max_entry_count: float = option(0.0, "KV cache: a share of free memory, or pages; 0 is just enough", least=0)
     cache_block_seq_len: int = option(0, "tokens in a page; 0 is what the engine says", least=0)
@@ -47,13 +52,45 @@ class Options(SubjectOptions):
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench generation", about=ABOUT)
     subject = find_subject(options)
+    if options.peer is not None:
+        check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
     from benchmarks.floor import cost, generation_seconds
-    from benchmarks.timeline import run
 
     ceilings = measure_ceilings(subject.device, subject.dtype)
-    begun = time.perf_counter()
+    of = cost(subject.config, subject.recipe, subject.dtype)
+    lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
+    cases = [workload.fixed(batch, options.input, options.output, **lengths) for batch in options.batch]
+    for batch, done in zip(options.batch, answered(options, subject, cases), strict=True):
+        timeline = done.timeline
+        least = generation_seconds(of, ceilings, batch=batch, inputs=options.input, outputs=options.output)
+        row = {
+            **provenance(subject.device),
+            "engine": done.engine,
+            **subject.columns,
+            "batch": batch,
+            "input": options.input,
+            "output": options.output,
+            "seconds": round(timeline.seconds, 4),
+            "tokens_per_second": round(timeline.tokens_per_second, 2),
+            "first_token_ms": milliseconds(timeline.time_to_first),
+            "step_ms": milliseconds(timeline.step),
+            **ceilings.columns,
+            "floor_tokens_per_second": round(batch * options.output / least, 1),
+            "share_of_floor": round(least / timeline.seconds, 4),
+            "load_seconds": round(done.load_seconds, 2),
+        }
+        record(options.out, row, SHOWN)
+    return 0
+
+
+def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Request]]) -> Iterator[Run]:
+    """What the engine, or the peer, made of each case, one after the other."""
     largest = max(options.batch)
+    if options.peer is not None:
+        yield from run_peer(options, subject, cases, at_once=largest)
+        return
+    begun = time.perf_counter()
     engine = subject.engine(
         session_len=max(options.input + options.output, 2),
         max_batch_size=largest,
@@ -63,32 +100,10 @@ def main(argv: list[str]) -> int:
         cache_block_seq_len=options.cache_block_seq_len,
     )
     load_seconds = time.perf_counter() - begun
-    floor = cost(subject.config, subject.recipe, subject.dtype)
-    for batch in options.batch:
-        lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
-        run(engine, workload.fixed(batch, options.input, min(options.output, WARM_UP_TOKENS), **lengths))
-        requests = workload.fixed(batch, options.input, options.output, **lengths)
-        timelines = sorted((run(engine, requests) for _ in range(options.repeats)), key=lambda each: each.seconds)
-        timeline = timelines[len(timelines) // 2]
-        least = generation_seconds(floor, ceilings, batch=batch, inputs=options.input, outputs=options.output)
-        row = {
-            **provenance(subject.device),
-            "engine": "ingot",
-            **subject.columns,
-            "batch": batch,
-            "input": options.input,
-            "output": options.output,
-            "seconds": round(timeline.seconds, 4),
-            "tokens_per_second": round(timeline.tokens_per_second, 2),
-            "first_token_ms": round(timeline.time_to_first * 1e3, 3),
-            "step_ms": "" if timeline.step is None else round(timeline.step * 1e3, 4),
-            **ceilings.columns,
-            "floor_tokens_per_second": round(batch * options.output / least, 1),
-            "share_of_floor": round(least / timeline.seconds, 4),
-            "load_seconds": round(load_seconds, 2),
-        }
-        record(options.out, row, SHOWN)
-    return 0
+    for case in cases:
+        run(engine, [Request(each.prompt_ids, min(each.new_tokens, WARM_UP_TOKENS)) for each in case])
+        timelines = sorted((run(engine, case) for _ in range(options.repeats)), key=lambda each: each.seconds)
+        yield Run(timeline=timelines[len(timelines) // 2], engine="ingot", load_seconds=load_seconds)
 
 
 def enough_pages(sequences: int, tokens: int, page_len: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.options import option, read_options
+from benchmarks.peers import PeerOptions, check_peer, run_peer
 from benchmarks.rows import RESULTS, provenance, record
-from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
+from benchmarks.subject import Subject, find_subject, tokens_per_step
+from benchmarks.timeline import Run, milliseconds, run
 from benchmarks.workload import Request
 
 ABOUT = f"""
@@ -18,6 +21,7 @@ deviation {workload.INPUT_DEVIATION} of the logarithm, out with {workload.OUTPUT
 {workload.OUTPUT_DEVIATION}, cut to {workload.SHORTEST}..{workload.LONGEST}: means of 240 and 229.
 """
 SHOWN = (
+    "engine",
     "model",
     "recipe",
     "requests",
@@ -32,7 +36,7 @@ DEFAULT_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(SubjectOptions):
+class Options(PeerOptions):
     requests: int = option(1000, "how many", least=1)
     at_once: int = option(256, "most requests in a step", least=1)
     data: Path | None = option(None, "a JSON file in ShareGPT's format, in place of log-normal lengths")
@@ -47,27 +51,21 @@ class Options(SubjectOptions):
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench throughput", about=ABOUT)
     subject = find_subject(options)
+    if options.peer is not None:
+        check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
     from benchmarks.floor import cost, throughput_seconds
-    from benchmarks.timeline import run
 
     requests = asked(subject, options.data, options.requests)
     ceilings = measure_ceilings(subject.device, subject.dtype)
-    engine = subject.engine(
-        session_len=workload.longest(requests),
-        max_batch_size=options.at_once,
-        num_tokens_per_iter=tokens_per_step(subject.device, options.num_tokens_per_iter),
-        cache_max_entry_count=options.cache_max_entry_count or DEFAULT_SHARE,
-        cache_block_seq_len=options.cache_block_seq_len,
-    )
-    run(engine, [Request(request.prompt_ids, min(request.new_tokens, 4)) for request in requests[: options.at_once]])
-    timeline = run(engine, requests)
+    done = answered(options, subject, requests)
+    timeline = done.timeline
     lengths = [(len(request.prompt_ids), request.new_tokens) for request in requests]
     floor = cost(subject.config, subject.recipe, subject.dtype)
     least = throughput_seconds(floor, ceilings, lengths, at_once=min(options.at_once, len(requests)))
     row = {
         **provenance(subject.device),
-        "engine": "ingot",
+        "engine": done.engine,
         **subject.columns,
         "data": "log_normal" if options.data is None else options.data.name,
         "seed": subject.seed,
@@ -78,13 +76,31 @@ def main(argv: list[str]) -> int:
         "seconds": round(timeline.seconds, 3),
         "requests_per_second": round(len(requests) / timeline.seconds, 3),
         "tokens_per_second": round(timeline.tokens_per_second, 1),
-        "first_token_ms": round(timeline.time_to_first * 1e3, 2),
+        "first_token_ms": milliseconds(timeline.time_to_first),
         **ceilings.columns,
         "floor_requests_per_second": round(len(requests) / least, 2),
         "share_of_floor": round(least / timeline.seconds, 4),
     }
     record(options.out, row, SHOWN)
     return 0
+
+
+def answered(options: Options, subject: Subject, requests: list[Request]) -> Run:
+    """What the engine, or the peer, made of the requests."""
+    if options.peer is not None:
+        [done] = run_peer(options, subject, [requests], at_once=options.at_once, time_first=False)
+        return done
+    begun = time.perf_counter()
+    engine = subject.engine(
+        session_len=workload.longest(requests),
+        max_batch_size=options.at_once,
+        num_tokens_per_iter=tokens_per_step(subject.device, options.num_tokens_per_iter),
+        cache_max_entry_count=options.cache_max_entry_count or DEFAULT_SHARE,
+        cache_block_seq_len=options.cache_block_seq_len,
+    )
+    load_seconds = time.perf_counter() - begun
+    run(engine, [Request(request.prompt_ids, min(request.new_tokens, 4)) for request in requests[: options.at_once]])
+    return Run(timeline=run(engine, requests), engine="ingot", load_seconds=load_seconds)
 
 
 def asked(subject: Subject, data: Path | None, count: int) -> list[Request]:

@@ -30,14 +30,23 @@ class Timeline:
         return self.tokens / self.seconds
 
     @property
-    def time_to_first(self) -> float:
-        """The median over the requests."""
-        return statistics.median(self.first)
+    def time_to_first(self) -> float | None:
+        """The median over the requests; None where no engine told."""
+        return statistics.median(self.first) if self.first else None
 
     @property
     def step(self) -> float | None:
         """The median length of a decode step; None where there was none."""
         return statistics.median(self.steps) if self.steps else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What an engine made of one case: when tokens came, its name and version, and how long it took to be ready."""
+
+    timeline: Timeline
+    engine: str
+    load_seconds: float
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> Timeline:
@@ -72,6 +81,11 @@ def run(engine: Engine, requests: Sequence[Request]) -> Timeline:
     if timeline.tokens != expected:
         raise ValueError(f"the engine gave {timeline.tokens} tokens where {expected} were asked for.")
     return timeline
+
+
+def milliseconds(seconds: float | None) -> float | str:
+    """For a row: rounded to a ten-thousandth of a millisecond, empty for None."""
+    return "" if seconds is None else round(seconds * 1e3, 4)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -18,7 +18,12 @@ TINY = shape("tiny")
 
 @pytest.mark.parametrize(
     ("recipe", "tp"),
-    [(Recipe(), 1), (Recipe(weights="w4a16", kv="kv8", group_size=64), 1), (Recipe(kv="kv8"), 2)],
+    [
+        (Recipe(), 1),
+        (Recipe(weights="w8a8"), 1),
+        (Recipe(weights="w4a16", kv="kv8", group_size=64), 1),
+        (Recipe(kv="kv8"), 2),
+    ],
     ids=str,
 )
 def test_a_workspace_is_whole_and_holds_the_weights_of_its_seed(recipe: Recipe, tp: int, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""A model with random weights as a Hugging Face checkpoint, for engines that read nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.random_weights import RandomWeights
+from benchmarks.random_workspace import write_tokenizer
+from engine.config import ModelConfig, Recipe
+from engine.models import names
+from engine.storage.hf_config import HF_AWQ, hf_config, quantization_config
+
+WEIGHTS = ("fp16", "w4a16")
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, recipe: Recipe, *, seed: int = 0) -> None:
+    """The weights of `RandomWeights` with this seed: a file a layer, float16 or HF-AWQ, with config.json and tokenizer.
+
+    ValueError for weights that have no such form, and for a model that no config.json says.
+    """
+    if recipe.weights not in WEIGHTS:
+        raise ValueError(
+            f"a checkpoint of random {recipe.weights} weights cannot be written; {', '.join(WEIGHTS)} can."
+        )
+    content = hf_config(config, tied=config.tie_word_embeddings)
+    if recipe.weights == "w4a16":
+        content["quantization_config"] = quantization_config(HF_AWQ, recipe.group_size)
+    weights = RandomWeights(config, recipe, device="cpu", seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_tokenizer(folder, config.vocab_size)
+    layers: dict[int | None, list[str]] = {}
+    for name in weights:
+        layers.setdefault(names.split_name(name)[0], []).append(name)
+    placed: dict[str, str] = {}
+    total = 0
+    for number, of_layer in enumerate(layers.values()):
+        file = f"model-{number + 1:05}-of-{len(layers):05}.safetensors"
+        tensors: dict[str, Tensor] = {name: weights[name] for name in of_layer}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
