@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from engine.config import Sampling
 from engine.runtime.client import EngineClient, Stream
 from engine.runtime.event import Event
-from server import openai
+from server import shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +65,11 @@ class Answers:
                 pump.cancel()
             self.close()
 
-    async def texts(self) -> list[tuple[str, str | None]]:
-        """(whole text, finish reason) of every answer."""
-        pieces: list[list[str]] = [[] for _ in self._jobs]
-        async with contextlib.aclosing(self.events()) as events:
-            async for index, event in events:
-                pieces[index].append(event.text)
-        return [("".join(pieces[i]), self._latest[i].finish_reason) for i in range(len(self._jobs))]
-
     def usage(self) -> dict[str, Any]:
         """Tokens so far, in OpenAI's words."""
         firsts = {job.prompt: index for index, job in reversed(list(enumerate(self._jobs)))}
         prompts = [self._latest[index] for index in firsts.values() if index in self._latest]
-        return openai.usage(
+        return shapes.usage(
             prompt_tokens=sum(event.prompt_tokens for event in prompts),
             completion_tokens=sum(event.completion_tokens for event in self._latest.values()),
             cached_tokens=sum(event.cached_tokens for event in prompts),

@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
 from server.config import AppConfig
-from server.endpoints import Generation
+from server.endpoints import OpenAIEndpoints
 from server.errors import RequestError, add_error_handlers
+from server.generation import Generation
 from server.guard import KeyGuard
 
 
@@ -21,7 +22,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     # No page at /docs: the framework's own would make the reader's browser fetch scripts from elsewhere.
     app = FastAPI(title="Ingot", docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    app.include_router(Generation(client, tokenizer, config.model).router)
+    generation = Generation(client, tokenizer, config.model)
+    app.include_router(OpenAIEndpoints(generation).router)
     created = int(time.time())
 
     def model_entry() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.runtime.client import EngineError
-from server.openai import RefusedField, error_body
+from server.shapes import RefusedField, error_body
 
 FIELD = re.compile(r"[a-z][a-z_]*")
 UNION_TAGS = {"body", "str", "int", "none"}
@@ -71,7 +71,10 @@ def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
     error = max(errors, key=lambda each: len(each["loc"]))
     refused = error.get("ctx", {}).get("error")
     if isinstance(refused, RefusedField):
-        return error_body(str(refused), kind="invalid_request_error", param=refused.param, code=refused.code)
+        param = refused.param
+        if param.startswith("."):
+            param = (_param(error["loc"]) + param).removeprefix(".")
+        return error_body(str(refused), kind="invalid_request_error", param=param, code=refused.code)
     if error["type"] == "json_invalid":
         return error_body("The body is not valid JSON.", kind="invalid_request_error")
     param = _param(error["loc"])

@@ -1,60 +1,45 @@
-"""OpenAI's request shapes, as far as they can be honoured, and the bodies of its answers.
-
-A field is either honoured, accepted because its value asks for nothing, or refused by name: none is dropped in silence.
-"""
+"""OpenAI's request shapes, as far as they can be honoured, with the options that this engine adds."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from engine.config import Sampling
+from engine.runtime.sequence import LARGEST_BIAS, MOST_LOGPROBS
+from server.messages import MOST_MESSAGES, Message
+from server.response_format import ResponseFormat, TextFormat
+from server.shapes import RefusedField, Shape, StopString, TokenId, same_value
+from server.tools import NamedChoice, Tool, ToolChoice, Tools, callable_tools, check_tools
 
 LARGEST_SEED = 2**63 - 1
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+MOST_STOPS = 16
+MOST_BIASES = 1024
+Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
+BiasedToken = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+Name = Annotated[str, StringConstraints(max_length=512)]
 
-# Fields of OpenAI's schema whose function is not here; the values listed ask for nothing.
+# Fields of OpenAI's schema, and of LMDeploy's, whose function is not here; the values listed ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "metadata": (None, {}),
-    "min_p": (None, 0),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
+    # A request is its whole conversation here, so each begins anew, as LMDeploy's -1 and true say.
+    "renew_session": (None, False, True),
+    "session_id": (None, -1),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-
-
-class RefusedField(ValueError):
-    """A field, or a value of it, that this server cannot honour."""
-
-    def __init__(self, message: str, *, param: str, code: str = "unsupported_value") -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
-
-
-class Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class StreamOptions(Shape):
@@ -62,48 +47,30 @@ class StreamOptions(Shape):
     include_obfuscation: Literal[False] | None = None
 
 
-class TextPart(Shape):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Shape):
-    """One turn. `developer` is OpenAI's newer word for `system` and is passed to the template as that."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-    annotations: Literal[None] | list[None] = None
-
-    def for_template(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": text, **named}
-
-
 class Request(Shape):
     """What both endpoints have in common. `user` and the like identify callers and change no answer."""
 
-    model: str
+    model: Name
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MOST_BIASES)] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    stop: Literal[False] | StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -111,14 +78,25 @@ class Request(Shape):
         if not isinstance(content, dict):
             return content
         for name in content.keys() & NEUTRAL.keys():
-            # `==` alone would take True for 1 and 0 for False.
-            if not any(content[name] == value and _same_kind(content[name], value) for value in NEUTRAL[name]):
+            if not any(same_value(content[name], value) for value in NEUTRAL[name]):
                 raise RefusedField(
                     f"This server cannot honour {name!r} with this value: leave it out.",
                     param=name,
                     code="unsupported_parameter",
                 )
         return {name: value for name, value in content.items() if name not in NEUTRAL}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def stop_is_no_command(cls, stop: Any) -> Any:
+        if stop is True:
+            raise RefusedField(
+                "'stop': true stops a session, which has answers at /v1/chat/interactive alone; here give the strings "
+                "to stop at, or close the connection.",
+                param="stop",
+                code="invalid_value",
+            )
+        return None if stop is False else stop
 
     @model_validator(mode="after")
     def options_need_a_stream(self) -> Request:
@@ -133,7 +111,11 @@ class Request(Shape):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return () if not self.stop else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        raise NotImplementedError
 
     def sampling(self, *, most: int, answer: int) -> Sampling:
         """Sampling of answer number `answer`: with a seed, each answer gets one of its own."""
@@ -142,32 +124,84 @@ class Request(Shape):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             seed=None if self.seed is None else (self.seed + answer) % 2**63,
             stop=self.stop_strings,
-            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            logprobs=self.wanted_logprobs,
         )
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """`messages` may be text, as in LMDeploy: one message of the user."""
+
+    messages: str | Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
-    def one_limit(self) -> ChatRequest:
+    def fields_fit_together(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RefusedField(
                 "'max_tokens' and 'max_completion_tokens' mean the same: give one of them.", param="max_tokens"
             )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RefusedField("'top_logprobs' is only allowed with 'logprobs': true.", param="top_logprobs")
+        check_tools(self.tools, self.tool_choice)
+        structured = self.response_format is not None and not isinstance(self.response_format, TextFormat)
+        if structured and self.callable:
+            raise RefusedField(
+                "'response_format' cannot be followed by an answer that may call tools: set 'tool_choice' to \"none\".",
+                param="response_format",
+            )
+        if self.ignore_eos and (structured or self.must_call):
+            raise RefusedField(
+                "'ignore_eos' is for text: a structured answer ends where it is whole.", param="ignore_eos"
+            )
         return self
+
+    @property
+    def turns(self) -> list[Message]:
+        if isinstance(self.messages, str):
+            return [Message(role="user", content=self.messages)]
+        return self.messages
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return callable_tools(self.tools, self.tool_choice)
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or self.names_function
+
+    @property
+    def names_function(self) -> bool:
+        return isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(Request):
-    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=1000)]
+    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=1 << 20)]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS, strict=True)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -178,19 +212,6 @@ class CompletionRequest(Request):
             return [[token_id for token_id in self.prompt if isinstance(token_id, int)]]
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
-
-def _same_kind(given: Any, neutral: Any) -> bool:
-    return isinstance(given, bool) == isinstance(neutral, bool)
-
-
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def usage(*, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs

@@ -25,7 +25,9 @@ SESSION_LEN = 128
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def write_tiny_artifact(folder: Path, *, chat_template: str | None = TEMPLATE, seed: int = 0) -> str:
+def write_tiny_artifact(
+    folder: Path, *, chat_template: str | None = TEMPLATE, seed: int = 0, session_len: int = SESSION_LEN
+) -> str:
     """Write the artifact into `folder` and return its id. Every id of the vocabulary has text except BOS and EOS."""
     tokenizer = folder / TOKENIZER
     tokenizer.mkdir(parents=True)
@@ -40,7 +42,7 @@ def write_tiny_artifact(folder: Path, *, chat_template: str | None = TEMPLATE, s
         head_dim=16,
         intermediate_size=96,
         norm_eps=1e-5,
-        max_position_embeddings=SESSION_LEN,
+        max_position_embeddings=session_len,
         bos_token_id=0,
         eos_token_ids=(1,),
     )
@@ -58,7 +60,7 @@ def write_tiny_artifact(folder: Path, *, chat_template: str | None = TEMPLATE, s
         model_name="tiny",
         recipe=recipe,
         tp=1,
-        session_len=SESSION_LEN,
+        session_len=session_len,
         weight_type=weight_type_of(config, recipe),
     )
     write_repository(folder, model_name="tiny", tp=1)

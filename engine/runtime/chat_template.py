@@ -56,10 +56,20 @@ class ChatTemplate:
         with self._lock:
             self._start()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The prompt for `messages`. ValueError with the template's own words when it refuses them, and where it takes
-        more than SECONDS of computing or MEMORY_BYTES."""
-        asked = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt for `messages`, with `tools` in OpenAI's shape. ValueError with the template's own words when it
+        refuses them, and where it takes more than SECONDS of computing or MEMORY_BYTES."""
+        asked = {
+            "messages": [dict(message) for message in messages],
+            "tools": None if tools is None else [dict(tool) for tool in tools],
+            "add_generation_prompt": add_generation_prompt,
+        }
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from engine.config import EngineConfig, Sampling
+from engine.config import EngineConfig, Grammar, Sampling
 from engine.runtime import channel
 from engine.runtime.channel import Message
 from engine.runtime.event import Event
@@ -157,6 +157,12 @@ class EngineClient:
                 yield event
         finally:
             stream.close()
+
+    async def learn_grammar(self, grammar: Grammar, compiled: Grammar) -> None:
+        """Send the engine what a GrammarCompiler made of a grammar, ahead of the requests that name it."""
+        writer = self._ready_writer()
+        writer.write(channel.pack({"type": "grammar", "grammar": asdict(grammar), "compiled": asdict(compiled)}))
+        await writer.drain()
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages; one that is over is left alone."""

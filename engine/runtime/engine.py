@@ -82,7 +82,7 @@ class Engine:
             num_tokens_per_iter=config.num_tokens_per_iter,
             prefix_caching=config.prefix_caching,
         )
-        self._grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
+        self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}
         self._aborted: list[Event] = []
 
@@ -135,7 +135,7 @@ class Engine:
             rope_base=self._rope_base(limit),
             sampling=sampling,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-            constraint=None if sampling.grammar is None else self._grammars.constraint(sampling.grammar),
+            constraint=None if sampling.grammar is None else self.grammars.constraint(sampling.grammar),
         )
         decoder = IncrementalDecoder(self._tokenizer, prompt_ids=prompt_ids, skip_special=sampling.skip_special_tokens)
         answer = Answer(decoder, stop=sampling.stop)

@@ -60,10 +60,19 @@ class Grammars:
             compiler = self._compiler
             with grammar_errors(grammar):
                 found = self._compile(compiler, grammar)
-        self._compiled[grammar] = found
+        self._remember(grammar, found)
+        return found
+
+    def learn(self, grammar: Grammar, compiled: Grammar) -> None:
+        """Remember what another process of the same vocabulary made of a grammar, with `serialized`."""
+        with grammar_errors(grammar):
+            self._remember(grammar, self._compile(self._compiler, compiled))
+
+    def _remember(self, grammar: Grammar, compiled: xgrammar.CompiledGrammar) -> None:
+        self._compiled.pop(grammar, None)
+        self._compiled[grammar] = compiled
         while len(self._compiled) > 1 and sum(c.memory_size_bytes for c in self._compiled.values()) > self._most_bytes:
             del self._compiled[next(iter(self._compiled))]
-        return found
 
     def serialized(self, grammar: Grammar) -> Grammar:
         """The grammar compiled, as text that `constraint` of the same vocabulary reads in a tenth of the time."""

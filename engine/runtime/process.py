@@ -1,7 +1,7 @@
 """The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
 
-In come `load` (first), `add`, `abort` and `state`; out go `ready` or `failed`, then `accepted`, `refused`, `events`
-and `state`. The loop sleeps in the socket while nothing is to be computed, and takes messages in between steps.
+In come `load` (first), `add`, `grammar`, `abort` and `state`; out go `ready` or `failed`, then `accepted`, `refused`,
+`events` and `state`. The loop sleeps in the socket while nothing is to be computed; messages come in between steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Grammar
 from engine.runtime.channel import Channel, Message
 from engine.runtime.messages import pack_event, unpack_sampling
 from engine.storage import artifacts
@@ -71,6 +71,8 @@ class Service:
         match message["type"]:
             case "add":
                 self._add(message)
+            case "grammar":
+                self._engine.grammars.learn(Grammar(**message["grammar"]), Grammar(**message["compiled"]))
             case "abort":
                 self._engine.abort(message["request_id"])
                 self._unfinished.discard(message["request_id"])

@@ -53,7 +53,7 @@ def compiled(text: str) -> jinja2.Template:
 
 def rendered(template: jinja2.Template, line: bytes, special_tokens: Mapping[str, str]) -> str:
     """The prompt for the messages of a line; ValueError for one of many more characters than the line has."""
-    text = template.render(**json.loads(line), tools=None, documents=None, **special_tokens)
+    text = template.render(**{"tools": None, **json.loads(line)}, documents=None, **special_tokens)
     if len(text) > (most := ADDED + TIMES * len(line)):
         raise ValueError(f"the text has {len(text)} characters, and at most {most} are taken for these messages")
     return text

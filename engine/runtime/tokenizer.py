@@ -52,13 +52,26 @@ class Tokenizer:
         decoder = IncrementalDecoder(self, skip_special=skip_special)
         return decoder.push(ids) + decoder.flush()
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """`messages` rendered by the model's chat template; ValueError when it has none or refuses them."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Ids of the rendered messages. The template writes BOS itself, so none is added."""
-        return self.encode(self.chat(messages, add_generation_prompt=add_generation_prompt), add_special=False)
+        text = self.chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self.encode(text, add_special=False)
 
     def token_id(self, text: str) -> int | None:
         """The id of a special or added token (or of a vocabulary entry, as it is spelled there); None for no token."""

@@ -1,90 +1,43 @@
-"""One server for all tests here: uvicorn in a thread, on a loopback port, over an engine process with a tiny model."""
+"""One server for all tests here, and one with more room for those that tell a model of tools."""
 
-import asyncio
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 
 from engine.config import EngineConfig
-from engine.runtime.client import EngineClient
-from engine.runtime.tokenizer import Tokenizer
-from server.app import create_app
-from server.config import AppConfig, ServedModel
+from tests.server.running import KEY, Served, serving
 from tests.tiny_artifact import write_tiny_artifact
 
-KEY = "a-test-key"
-
-
-@dataclass(slots=True, kw_only=True)
-class Served:
-    url: str
-    artifact_id: str
-    tokenizer: Tokenizer
-    client: EngineClient
-    loop: asyncio.AbstractEventLoop
-
-    def unfinished(self) -> int:
-        """How many requests the engine holds, after it has checked its pages."""
-        return asyncio.run_coroutine_threadsafe(self.client.unfinished(), self.loop).result(20)
+CONFIG = EngineConfig(max_batch_size=8, num_tokens_per_iter=64, cache_max_entry_count=300, cache_block_seq_len=16)
+ROOMY = EngineConfig(max_batch_size=16, num_tokens_per_iter=256, cache_max_entry_count=600, cache_block_seq_len=64)
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    artifact_id = write_tiny_artifact(folder)
-    ready: threading.Event = threading.Event()
-    found: list[Served] = []
-    errors: list[BaseException] = []
-    stop: list[uvicorn.Server] = []
+    with serving(folder, write_tiny_artifact(folder), CONFIG) as found:
+        yield found
 
-    async def run() -> None:
-        config = EngineConfig(
-            max_batch_size=8, num_tokens_per_iter=64, cache_max_entry_count=300, cache_block_seq_len=16
-        )
-        tokenizer = Tokenizer(folder / "triton_models/tokenizer")
-        async with EngineClient(folder, config, artifact_id=artifact_id) as client:
-            model = ServedModel(name="tiny", artifact_id=artifact_id, recipe="fp16", verdict="pass")
-            app = create_app(client, tokenizer, AppConfig(model=model, api_key=KEY))
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-            serving = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            loop = asyncio.get_running_loop()
-            url = f"http://127.0.0.1:{port}"
-            found.append(Served(url=url, artifact_id=artifact_id, tokenizer=tokenizer, client=client, loop=loop))
-            stop.append(server)
-            ready.set()
-            await serving
 
-    def thread() -> None:
-        try:
-            asyncio.run(run())
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ready.set()
-
-    worker = threading.Thread(target=thread)
-    worker.start()
-    assert ready.wait(120)
-    if errors:
-        raise errors[0]
-    yield found[0]
-    stop[0].should_exit = True
-    worker.join(30)
-    assert not worker.is_alive()
-    assert not errors
+@pytest.fixture(scope="session")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """2048 tokens a session, where `served` has 128."""
+    folder = tmp_path_factory.mktemp("roomy")
+    with serving(folder, write_tiny_artifact(folder, session_len=2048), ROOMY) as found:
+        yield found
 
 
 @pytest.fixture
 def api(served: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def wide(roomy: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
 
 

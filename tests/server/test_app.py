@@ -10,7 +10,7 @@ from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import AppConfig, ServedModel
-from tests.server.conftest import KEY, Served
+from tests.server.running import KEY, Served
 
 
 def ask(folder: Path, method: str, path: str, *, api_key: str | None = None, **options: object) -> httpx.Response:

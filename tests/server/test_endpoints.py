@@ -7,11 +7,20 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import KEY, Served
+from tests.server.running import KEY, Served
 
 HELLO = [{"role": "user", "content": "the cat sat"}]
+FUNCTION = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+def schema_of(schema: object) -> dict[str, object]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def called(arguments: str) -> dict[str, object]:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
 
 
 def test_models(api: openai.OpenAI, served: Served) -> None:
@@ -156,7 +165,6 @@ def test_an_answer_ends_with_the_session(api: openai.OpenAI, served: Served) -> 
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "unsupported_value"),
         ({"stop": ""}, "stop", "invalid_value"),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
-        ({"stop": False}, "stop", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": None}, "messages", "invalid_value"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
@@ -170,11 +178,34 @@ def test_an_answer_ends_with_the_session(api: openai.OpenAI, served: Served) -> 
         ({"messages": [{"role": "user", "content": "cat " * 400}]}, "messages", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "lone \ud800"}]}, None, None),
         ({"stream_options": {"include_usage": True}}, "stream_options", "unsupported_value"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools", "invalid_value"),
+        ({"tools": [FUNCTION] * 129}, "tools", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "invalid_value"),
+        ({"tool_choice": "auto"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
+        ({"tools": [FUNCTION], "response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "unsupported_value"),
+        ({"response_format": {"type": "nonsense"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "grammar", "grammar": "root ::= x"}}, "response_format", "invalid_value"),
+        (schema_of({"not": {}}), "response_format.json_schema.schema", "invalid_json_schema"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "invalid_value"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [called("[1]")]}]},
+            "messages",
+            "invalid_value",
+        ),
+        ({"stop": True}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 17}, "stop", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, None, "invalid_value"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"9999": 1}}, None, "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "unsupported_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"session_id": 5}, "session_id", "unsupported_parameter"),
         ({"wibble": 1}, "wibble", "unknown_parameter"),
     ],
 )
@@ -201,6 +232,7 @@ def test_neutral_values_are_accepted(api: openai.OpenAI) -> None:
         max_tokens=1,
         n=1,
         logprobs=False,
+        stop=None,
         presence_penalty=0,
         frequency_penalty=0.0,
         logit_bias={},
@@ -220,10 +252,10 @@ def test_neutral_values_are_accepted(api: openai.OpenAI) -> None:
         ({"prompt": [-1]}, "invalid_value"),
         ({"prompt": [1] * 128}, "context_length_exceeded"),
         ({"prompt": ["a"] * 500, "n": 3}, "invalid_value"),
+        ({"logprobs": 21}, "invalid_value"),
+        ({"logprobs": True}, "invalid_value"),
         ({"echo": True}, "unsupported_parameter"),
         ({"suffix": "x"}, "unsupported_parameter"),
-        ({"logprobs": 1}, "unsupported_parameter"),
-        ({"logprobs": 0}, "unsupported_parameter"),
         ({"best_of": 2}, "unsupported_parameter"),
     ],
 )
