@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from server.schema_types import apart, has_type
 from server.shapes import RefusedField
 
 LARGEST = 64 << 10
@@ -97,7 +98,7 @@ class _Rewriter:
             values = value if keyword == "enum" else [value]
             if not isinstance(values, list):
                 raise self._refused(place, "has an 'enum' that is no list")
-            fitting = [each for each in values if _has_type(each, self._types(said, place))]
+            fitting = [each for each in values if has_type(each, self._types(said, place))]
             if not fitting:
                 raise self._refused(place, f"has no value of its type in {keyword!r}")
             return {"enum": fitting}
@@ -106,7 +107,7 @@ class _Rewriter:
         nodes = [self._node(each, f"{place}/{keyword}/{index}", depth + 1) for index, each in enumerate(value)]
         if keyword == "allOf" and len(nodes) > 1:
             raise self._refused(place, "has 'allOf' of more than one schema, which cannot be followed")
-        if keyword == "oneOf" and not _apart([self._node(self._meant(each), place, depth + 1) for each in value]):
+        if keyword == "oneOf" and not apart([self._node(self._meant(each), place, depth + 1) for each in value]):
             raise self._refused(
                 place, "has a 'oneOf' whose schemas may hold together: give each its own type, or a constant of its own"
             )
@@ -253,52 +254,3 @@ class _Rewriter:
         if most is not None and most < least:
             raise self._refused(place, f"has {low!r} above {high!r}")
         return least, most
-
-
-def _type_of(value: Any) -> str:
-    match value:
-        case bool():
-            return "boolean"
-        case None:
-            return "null"
-        case int():
-            return "integer"
-        case float():
-            return "integer" if value.is_integer() else "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-    return "object"
-
-
-def _has_type(value: Any, types: list[str]) -> bool:
-    found = _type_of(value)
-    return not types or found in types or (found == "integer" and "number" in types)
-
-
-def _apart(nodes: list[dict[str, Any]]) -> bool:
-    """Whether no value can hold for two of the schemas: by their types, or by a required property's constants."""
-    return all(_two_apart(nodes[i], nodes[j]) for i in range(len(nodes)) for j in range(i))
-
-
-def _two_apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    kinds = [_kinds(node) for node in (one, other)]
-    if all(kinds) and not set(kinds[0]) & set(kinds[1]):
-        return True
-    if "enum" in one and "enum" in other:
-        return not any(left == right for left in one["enum"] for right in other["enum"])
-    return any(
-        _two_apart(one["properties"][name], other["properties"][name])
-        for name in set(one.get("required", ())) & set(other.get("required", ()))
-        if name in one.get("properties", {}) and name in other.get("properties", {})
-    )
-
-
-def _kinds(node: dict[str, Any]) -> list[str]:
-    """The types of a rewritten schema; empty where they are open. integer is one of number's."""
-    if "enum" in node:
-        found = [_type_of(value) for value in node["enum"]]
-    else:
-        found = [node["type"]] if "type" in node else []
-    return ["number" if name == "integer" else name for name in found]
