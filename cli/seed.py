@@ -1,6 +1,8 @@
 """The commands of LMDeploy v0.1.0 on plain folders, without a build, a store or an evaluation.
 
     ingot convert NAME PATH [--model-format awq --group-size 128 --tp 2 --dst-path ./workspace]
+    ingot lite calibrate MODEL [--calib-dataset ptb --calib-samples 128 --calib-seqlen 2048 --work-dir DIR]
+    ingot lite auto_awq MODEL [--w-bits 4 --w-group-size 128 --work-dir DIR]
     ingot lite kv_qparams WORK_DIR TURBOMIND_DIR [--kv-sym] [--num-tp 1]
 
 Flags are written with hyphens or underscores; one that is not known is an error.
@@ -12,11 +14,11 @@ import argparse
 import difflib
 import sys
 from pathlib import Path
+from typing import Any
 
 from cli.arguments import Parser
 
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-LITE = ("kv_qparams",)
 
 
 def convert(argv: list[str]) -> int:
@@ -67,12 +69,59 @@ def lite(argv: list[str]) -> int:
         print(__doc__)
         return 0
     verb = argv[0].replace("-", "_") if argv else ""
-    if verb not in LITE:
+    verbs = {"calibrate": calibrate, "auto_awq": auto_awq, "kv_qparams": kv_qparams}
+    if verb not in verbs:
         raise ValueError(
-            f"`ingot lite {argv[0] if argv else ''}` is not there: `ingot lite` has {', '.join(LITE)}. Weights are "
-            "calibrated and quantized by `ingot build`."
+            f"`ingot lite {argv[0] if argv else ''}` is not there: `ingot lite` has {', '.join(verbs)}. Artifacts, and "
+            "every other recipe, are made by `ingot build`."
         )
-    return kv_qparams(argv[1:])
+    return verbs[verb](argv[1:])
+
+
+def calibrate(argv: list[str]) -> int:
+    parser = Parser(prog="ingot lite calibrate", description="what flows through a model", allow_abbrev=False)
+    _calibration_flags(parser)
+    options = _parse(parser, argv)
+    model, data = _model(options), _data(options)
+    from pipelines.lite import Data, calibrate_folder
+
+    about = calibrate_folder(model, options.work_dir, Data(**data), allow_bin=options.allow_bin, device=options.device)
+    [part] = about["sources"].values()
+    print(f"{options.work_dir}: calibrated on {part['blocks']} blocks of {about['asked']['sequence_length']} tokens")
+    return 0
+
+
+def auto_awq(argv: list[str]) -> int:
+    parser = Parser(prog="ingot lite auto_awq", description="4-bit weights, as HF-AWQ", allow_abbrev=False)
+    _calibration_flags(parser)
+    parser.add_argument("--w-bits", type=int, default=4, metavar="4")
+    parser.add_argument("--w-group-size", type=int, default=128, metavar="N", help="inputs in a group (128)")
+    _switch(parser, "--w-sym", "zero points in the middle")
+    methods = "awq+gptq (default), awq, gptq, rtn; reference: LMDeploy's own formula"
+    parser.add_argument("--method", default="awq+gptq", metavar="M", help=methods)
+    options = _parse(parser, argv)
+    model, data = _model(options), _data(options)
+    if options.w_bits != 4:
+        raise ValueError(f"--w-bits {options.w_bits} is not supported: AWQ weights have 4 bits")
+    from pipelines.lite import Data
+    from pipelines.lite import auto_awq as quantize
+
+    fresh = quantize(
+        model,
+        options.work_dir,
+        Data(**data) if data else None,
+        group_size=options.w_group_size,
+        method=options.method,
+        symmetric=options.w_sym,
+        allow_bin=options.allow_bin,
+        device=options.device,
+    )
+    calibrated = "calibrated and quantized" if fresh else "quantized on the calibration that was there"
+    if options.method == "rtn":
+        calibrated = "quantized"
+    print(f"{options.work_dir}: {calibrated}, 4 bits in groups of {options.w_group_size}")
+    print(f"`ingot convert NAME {options.work_dir} --model-format awq` makes a workspace of it.", file=sys.stderr)
+    return 0
 
 
 def kv_qparams(argv: list[str]) -> int:
@@ -97,6 +146,41 @@ def kv_qparams(argv: list[str]) -> int:
     if written.warning:
         print(f"ingot: {written.warning}", file=sys.stderr)
     return 0
+
+
+def _calibration_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("given", nargs="?", type=Path, metavar="MODEL", help="the folder of the checkpoint")
+    parser.add_argument("--model", type=Path, metavar="MODEL", help="the same, as a flag")
+    kinds = "c4 (default), ptb, wikitext2, pileval; text or chat: your own, with --calib-path"
+    parser.add_argument("--calib-dataset", metavar="SET", help=kinds)
+    parser.add_argument("--calib-path", type=Path, metavar="PATH", help="a local copy of the set: its file or folder")
+    parser.add_argument("--calib-samples", type=int, metavar="N", help="blocks to calibrate on (128)")
+    parser.add_argument("--calib-seqlen", type=int, metavar="N", help="tokens of a block (2048)")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dir"), metavar="DIR", help="(./work_dir)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu (default) or cuda")
+    _switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
+
+
+def _model(options: argparse.Namespace) -> Path:
+    if (options.given is None) == (options.model is None):
+        raise ValueError("give the folder of the checkpoint once: as the first argument, or with --model")
+    return Path(options.given or options.model)
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the calibration data, by the names that it has in pipelines.lite."""
+    said = {
+        "dataset": options.calib_dataset,
+        "path": options.calib_path,
+        "samples": options.calib_samples,
+        "sequence_length": options.calib_seqlen,
+    }
+    if options.calib_path is not None and options.calib_dataset is None:
+        raise ValueError(
+            f"--calib-path {options.calib_path} goes with --calib-dataset: say which set it is a copy of, or "
+            "that it is text or chat"
+        )
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

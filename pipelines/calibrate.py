@@ -9,6 +9,7 @@ digests of the blocks, the tokenizer, the chat template and the texts.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def work(call: Call) -> None:
 
 
 def calibration_blocks(
-    calibration: dict[str, Any], checkpoint: Checkpoint, template: str | None = None
+    calibration: dict[str, Any],
+    checkpoint: Checkpoint,
+    template: str | None = None,
+    *,
+    locate: Callable[[Mapping[str, Any]], Path] = locate,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The token blocks of a slice's calibration, and what calibration.json says of them.
 
@@ -55,7 +60,7 @@ def calibration_blocks(
             f"calibration.sequence_length={length} is longer than the {longest} positions of {checkpoint.folder}: "
             f"set it to at most {longest}."
         )
-    return calibration_set(calibration, open_tokenizer(checkpoint.folder, template))
+    return calibration_set(calibration, open_tokenizer(checkpoint.folder, template), locate=locate)
 
 
 @torch.inference_mode()

@@ -8,21 +8,37 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.storage.hf_config import FORMS, HF_AWQ, hf_config, quantization_config
 from engine.storage.packed_weights import pack_linear
-from engine.storage.workspace import Workspace
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
 
 
-def export_checkpoint(workspace: Workspace, folder: Path, *, form: str, shard_bytes: int = SHARD_BYTES) -> None:
+class Weights(Protocol):
+    """What is written: a workspace, or anything else that holds w4a16 weights by their canonical names."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def tokenizer_folder(self) -> Path: ...
+    def names(self) -> list[str]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+def export_checkpoint(workspace: Weights, folder: Path, *, form: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json (with its `quantization_config`), safetensors and the tokenizer into a new `folder`.
 
     Rank cuts are merged, rotary order is Hugging Face's, scales are fp16. The output matrix is left out, and the model
@@ -52,7 +68,7 @@ def export_checkpoint(workspace: Workspace, folder: Path, *, form: str, shard_by
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(workspace: Workspace, folder: Path, *, form: str, tied: bool, shard_bytes: int) -> None:
+def _write_weights(workspace: Weights, folder: Path, *, form: str, tied: bool, shard_bytes: int) -> None:
     """Shards of at most `shard_bytes` (or one layer, if that is more), of which one is in memory at a time."""
     pending: dict[str, Tensor] = {}
     where: dict[str, int] = {}
@@ -96,7 +112,7 @@ def _packed(block: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def _blocks(workspace: Workspace, *, tied: bool) -> Iterator[dict[str, Tensor]]:
+def _blocks(workspace: Weights, *, tied: bool) -> Iterator[dict[str, Tensor]]:
     """The tensors outside the layers, then one layer after the other."""
     blocks: dict[int | None, list[str]] = {}
     for name in workspace.names():
@@ -106,7 +122,7 @@ def _blocks(workspace: Workspace, *, tied: bool) -> Iterator[dict[str, Tensor]]:
         yield {name: workspace.tensor(name).contiguous() for name in block}
 
 
-def _copy_tokenizer(workspace: Workspace, folder: Path) -> None:
+def _copy_tokenizer(workspace: Weights, folder: Path) -> None:
     """Everything of the tokenizer folder but code, the config and the index of the weights it came from."""
     if not workspace.tokenizer_folder.is_dir():
         return
