@@ -16,6 +16,7 @@ BENCHMARKS = {
     "memory": ("benchmarks.memory", "memory against batch size, KV cache as computed and as int8"),
     "serving": ("benchmarks.serving", "through HTTP at request rates: latencies, and what HTTP costs"),
     "throughput": ("benchmarks.throughput", "many requests of different lengths: requests and tokens a second"),
+    "tune": ("benchmarks.tune", "find the fastest configurations of the kernels on this GPU and write its table"),
     "workspace": ("benchmarks.workspace", "write a named shape with random weights as a workspace folder"),
     "plot": ("benchmarks.plots", "draw the rows of a benchmark"),
 }

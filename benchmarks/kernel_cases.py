@@ -12,10 +12,8 @@ from torch import Tensor
 from benchmarks.kernel_registry import Case, Setting, implementations, register
 from benchmarks.random_weights import KV_REACH
 from engine.kernels import reference
-from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages, KVScales
-from engine.models.linear import DenseLinear, Int4Linear
 
 PAGE_LEN = 64
 PREFILL_TOKENS = 2048
@@ -36,7 +34,7 @@ def _norm(setting: Setting, op: str, *, out_bytes: int, residual: bool) -> Case:
     return Case(
         kernel=op,
         size=f"{tokens}x{hidden}",
-        inputs=lambda: (_values(setting, tokens, hidden), _values(setting, hidden), setting.config.norm_eps),
+        inputs=lambda: (values(setting, tokens, hidden), values(setting, hidden), setting.config.norm_eps),
         run=implementations(op, setting.device, "engine.kernels.norm"),
         bytes=tokens * hidden * (item + out_bytes) + hidden * item,
     )
@@ -57,7 +55,7 @@ def _silu(setting: Setting, op: str, *, out_bytes: int) -> Case:
     return Case(
         kernel=op,
         size=f"{tokens}x{2 * inner}",
-        inputs=lambda: (_values(setting, tokens, 2 * inner),),
+        inputs=lambda: (values(setting, tokens, 2 * inner),),
         run=implementations(op, setting.device, "engine.kernels.activation"),
         bytes=tokens * inner * (2 * setting.dtype.itemsize + out_bytes),
     )
@@ -69,7 +67,7 @@ def apply_rope(setting: Setting) -> Iterator[Case]:
     heads, width = config.num_heads + config.num_kv_heads, config.head_dim
 
     def inputs() -> tuple[Any, ...]:
-        query, key = (_values(setting, tokens, count, width) for count in (config.num_heads, config.num_kv_heads))
+        query, key = (values(setting, tokens, count, width) for count in (config.num_heads, config.num_kv_heads))
         angles = torch.rand(tokens, width // 2, device=setting.device)
         return query, key, angles.cos(), angles.sin()
 
@@ -85,11 +83,11 @@ def apply_rope(setting: Setting) -> Iterator[Case]:
 @register("write_kv")
 def write_kv(setting: Setting) -> Iterator[Case]:
     config, tokens = setting.config, setting.tokens
-    values = 2 * tokens * config.num_kv_heads * config.head_dim
+    count = 2 * tokens * config.num_kv_heads * config.head_dim
     for kv in ("kv16", "kv8"):
 
         def inputs(kv: str = kv) -> tuple[Any, ...]:
-            key, value = (_values(setting, tokens, config.num_kv_heads, config.head_dim) for _ in range(2))
+            key, value = (values(setting, tokens, config.num_kv_heads, config.head_dim) for _ in range(2))
             slots = torch.randperm(-(-tokens // PAGE_LEN) * PAGE_LEN, device=setting.device)[:tokens]
             return key, value, _pages(setting, kv, -(-tokens // PAGE_LEN)), slots
 
@@ -98,7 +96,7 @@ def write_kv(setting: Setting) -> Iterator[Case]:
             size=f"{tokens}x{config.num_kv_heads}x{config.head_dim} {kv}",
             inputs=inputs,
             run=implementations("write_kv", setting.device),
-            bytes=values * (setting.dtype.itemsize + _kv_item(setting, kv)),
+            bytes=count * (setting.dtype.itemsize + _kv_item(setting, kv)),
         )
 
 
@@ -121,7 +119,7 @@ def decode_attention(setting: Setting) -> Iterator[Case]:
             count = -(-context // PAGE_LEN)
             pages = _pages(setting, kv, batch * count)
             table = torch.randperm(batch * count, device=setting.device).view(batch, count).int()
-            query = _values(setting, batch, config.num_heads, config.head_dim)
+            query = values(setting, batch, config.num_heads, config.head_dim)
             return query, pages, _decoding(table, batch, context, setting.device)
 
         yield Case(
@@ -157,7 +155,7 @@ def causal_attention(setting: Setting) -> Iterator[Case]:
 
     def inputs() -> tuple[Any, ...]:
         query, key, value = (
-            _values(setting, tokens, count, config.head_dim)
+            values(setting, tokens, count, config.head_dim)
             for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         )
         return query, key, value, starts, config.head_dim**-0.5
@@ -172,88 +170,8 @@ def causal_attention(setting: Setting) -> Iterator[Case]:
     )
 
 
-@register("dense_linear")
-def dense_linear(setting: Setting) -> Iterator[Case]:
-    """The four products of a layer, by torch: what the others are compared with."""
-    for outputs, inputs in _shapes(setting):
-
-        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
-            return DenseLinear(_values(setting, outputs, inputs)), _values(setting, setting.tokens, inputs)
-
-        yield Case(
-            kernel="dense_linear",
-            size=f"{setting.tokens} of {outputs}x{inputs}",
-            inputs=make,
-            run={"torch": lambda linear, x: linear.forward(x)},
-            bytes=(outputs * inputs + setting.tokens * (outputs + inputs)) * setting.dtype.itemsize,
-            operations=2 * setting.tokens * outputs * inputs,
-        )
-
-
-@register("int4_unpack")
-def int4_unpack(setting: Setting) -> Iterator[Case]:
-    """int4 groups to a dense weight, which the CPU path does once."""
-    for outputs, inputs in _shapes(setting):
-        if inputs % setting.group_size:
-            continue
-
-        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
-            packed = _packed(setting, outputs, inputs)
-            return packed.qweight, packed.qzeros, packed.scales
-
-        groups = inputs // setting.group_size
-        yield Case(
-            kernel="int4_unpack",
-            size=f"{outputs}x{inputs} g{setting.group_size}",
-            inputs=make,
-            run=implementations("unpack_int4", setting.device),
-            bytes=outputs * inputs // 2 + groups * outputs * 5 // 2 + outputs * inputs * 4,
-        )
-
-
-@register("int8_linear")
-def int8_linear(setting: Setting) -> Iterator[Case]:
-    for outputs, inputs in _shapes(setting):
-
-        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
-            x, weight = (
-                torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device=setting.device)
-                for rows in (setting.tokens, outputs)
-            )
-            scales = (torch.rand(rows, device=setting.device) / inputs for rows in (setting.tokens, outputs))
-            return x, next(scales), weight, next(scales), None, setting.dtype
-
-        yield Case(
-            kernel="int8_linear",
-            size=f"{setting.tokens} of {outputs}x{inputs}",
-            inputs=make,
-            run=implementations("int8_linear", setting.device, "engine.kernels.int8_linear"),
-            bytes=outputs * inputs + setting.tokens * (inputs + outputs * setting.dtype.itemsize),
-            operations=2 * setting.tokens * outputs * inputs,
-        )
-
-
-def _shapes(setting: Setting) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the four products of a layer: q, k and v, and gate and up, as one each."""
-
-    def of(*modules: str) -> tuple[int, int]:
-        shapes = [names.linear_shape(setting.config, module) for module in modules]
-        return sum(shape[0] for shape in shapes), shapes[0][1]
-
-    return [of(*names.QKV), of(names.OUTPUT), of(*names.GATE_UP), of(names.DOWN)]
-
-
-def _values(setting: Setting, *shape: int) -> Tensor:
+def values(setting: Setting, *shape: int) -> Tensor:
     return torch.randn(shape, device=setting.device).to(setting.dtype)
-
-
-def _packed(setting: Setting, outputs: int, inputs: int) -> Int4Linear:
-    groups = inputs // setting.group_size
-    qweight, qzeros = (
-        torch.randint(-(2**31), 2**31, (rows, outputs // 8), dtype=torch.int32, device=setting.device)
-        for rows in (inputs, groups)
-    )
-    return Int4Linear(qweight, qzeros, torch.rand(groups, outputs, device=setting.device).half() * 0.01)
 
 
 def _kv_item(setting: Setting, kv: str) -> int:

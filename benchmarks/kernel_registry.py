@@ -13,7 +13,7 @@ import torch
 from engine.config import ModelConfig
 
 # Modules that register cases when they are imported; one that times further kernels is named here.
-MODULES = ("benchmarks.kernel_cases",)
+MODULES = ("benchmarks.kernel_cases", "benchmarks.linear_cases")
 REFERENCE = "engine.kernels.reference"
 
 
@@ -75,13 +75,16 @@ def cases(kernel: str, setting: Setting) -> Iterator[Case]:
     yield from _PROVIDERS[kernel](setting)
 
 
-def implementations(op: str, device: str, *modules: str) -> dict[str, Callable[..., object]]:
-    """The function `op` of the reference and of those `modules` that are there, if they have it, by the module's name.
+def implementations(
+    op: str, device: str, *modules: str, reference: str = REFERENCE
+) -> dict[str, Callable[..., object]]:
+    """The function `op` of the module `reference`, by that name, and of those `modules` that are there and have it, by
+    the module's own.
 
     The others are Triton's: on a CPU the reference runs alone.
     """
-    reference = importlib.import_module(REFERENCE)
-    found = {"reference": getattr(reference, op)} if hasattr(reference, op) else {}
+    plain = importlib.import_module(reference)
+    found = {"reference": getattr(plain, op)} if hasattr(plain, op) else {}
     if device.startswith("cuda"):
         for name in modules:
             if importlib.util.find_spec(name) and hasattr(module := importlib.import_module(name), op):

@@ -1,0 +1,123 @@
+"""Cases of the products of a layer: dense, int4 and int8 weights, the Triton kernels beside what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_cases import values
+from benchmarks.kernel_registry import Case, Setting, implementations, register
+from engine.config import ModelConfig
+from engine.kernels.int4_weights import Int4Weights
+from engine.models import names
+
+LINEARS = "engine.kernels.linear_reference"
+
+
+@register("dense_linear")
+def dense_linear(setting: Setting) -> Iterator[Case]:
+    """The four products of a layer with dense weights; torch's own is what the others are compared with."""
+    run = implementations("dense_linear", setting.device, "engine.kernels.dense_linear", reference=LINEARS)
+    del run["reference"]  # torch's own product, but for its roundings
+    run["torch"] = torch.nn.functional.linear
+    for outputs, inputs in layer_products(setting.config):
+
+        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            return values(setting, setting.tokens, inputs), values(setting, outputs, inputs)
+
+        yield Case(
+            kernel="dense_linear",
+            size=f"{setting.tokens} of {outputs}x{inputs}",
+            inputs=make,
+            run=run,
+            bytes=(outputs * inputs + setting.tokens * (outputs + inputs)) * setting.dtype.itemsize,
+            operations=2 * setting.tokens * outputs * inputs,
+        )
+
+
+@register("int4_linear")
+def int4_linear(setting: Setting) -> Iterator[Case]:
+    """The same with int4 weights in the order of the tensor cores; bytes are those of the packed weights."""
+    for outputs, inputs in layer_products(setting.config):
+        if inputs % setting.group_size:
+            continue
+
+        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            return values(setting, setting.tokens, inputs), Int4Weights.pack(*_packed(setting, outputs, inputs))
+
+        groups = inputs // setting.group_size
+        yield Case(
+            kernel="int4_linear",
+            size=f"{setting.tokens} of {outputs}x{inputs} g{setting.group_size}",
+            inputs=make,
+            run=implementations("int4_linear", setting.device, "engine.kernels.int4_linear", reference=LINEARS),
+            bytes=outputs * inputs // 2
+            + groups * outputs * 4
+            + setting.tokens * (outputs + inputs) * setting.dtype.itemsize,
+            operations=2 * setting.tokens * outputs * inputs,
+        )
+
+
+@register("int4_unpack")
+def int4_unpack(setting: Setting) -> Iterator[Case]:
+    """int4 groups to a dense weight, which the CPU path does once."""
+    for outputs, inputs in layer_products(setting.config):
+        if inputs % setting.group_size:
+            continue
+
+        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            return _packed(setting, outputs, inputs)
+
+        groups = inputs // setting.group_size
+        yield Case(
+            kernel="int4_unpack",
+            size=f"{outputs}x{inputs} g{setting.group_size}",
+            inputs=make,
+            run=implementations("unpack_int4", setting.device),
+            bytes=outputs * inputs // 2 + groups * outputs * 5 // 2 + outputs * inputs * 4,
+        )
+
+
+@register("int8_linear")
+def int8_linear(setting: Setting) -> Iterator[Case]:
+    for outputs, inputs in layer_products(setting.config):
+
+        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            x, weight = (
+                torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device=setting.device)
+                for rows in (setting.tokens, outputs)
+            )
+            scales = (torch.rand(rows, device=setting.device) / inputs for rows in (setting.tokens, outputs))
+            return x, next(scales), weight, next(scales), None, setting.dtype
+
+        yield Case(
+            kernel="int8_linear",
+            size=f"{setting.tokens} of {outputs}x{inputs}",
+            inputs=make,
+            run=implementations("int8_linear", setting.device, "engine.kernels.int8_linear"),
+            bytes=outputs * inputs + setting.tokens * (inputs + outputs * setting.dtype.itemsize),
+            operations=2 * setting.tokens * outputs * inputs,
+        )
+
+
+def layer_products(config: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the four products of a layer: q, k and v, and gate and up, as one each."""
+
+    def of(*modules: str) -> tuple[int, int]:
+        shapes = [names.linear_shape(config, module) for module in modules]
+        return sum(shape[0] for shape in shapes), shapes[0][1]
+
+    return [of(*names.QKV), of(names.OUTPUT), of(*names.GATE_UP), of(names.DOWN)]
+
+
+def _packed(setting: Setting, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qweight, qzeros and scales in the AWQ layout."""
+    groups = inputs // setting.group_size
+    qweight, qzeros = (
+        torch.randint(-(2**31), 2**31, (rows, outputs // 8), dtype=torch.int32, device=setting.device)
+        for rows in (inputs, groups)
+    )
+    return qweight, qzeros, torch.rand(groups, outputs, device=setting.device).half() * 0.01

@@ -1,0 +1,53 @@
+"""`ingot bench tune`: the fastest configuration of every matrix product on this GPU, in a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.options import option, read_options
+from benchmarks.shapes import SHAPES, shape
+
+ABOUT = """
+Times the configurations of the matrix products (int4, int8 and dense) at the sizes of a model's shape, and writes the
+fastest into the table of this device, which the engine reads when it serves; nothing is tuned while serving. A device
+without a table runs on defaults. What is not reached in the time keeps the row that it had. Prints a line a product.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    shape: str = option("internlm7b", "the model whose sizes are tuned", choices=tuple(SHAPES))
+    tokens: tuple[int, ...] = option((), "rows of a step; every size that a table has, where left out", least=1)
+    seconds: float = option(600.0, "for everything", least=1)
+    device: str = option("auto", "cuda or cuda:N")
+    out: Path | None = option(None, "the folder of the table; the engine's own, where left out")
+
+
+def main(argv: list[str]) -> int:
+    options = read_options(Options, argv, prog="ingot bench tune", about=ABOUT)
+    from benchmarks.subject import find_device
+
+    device = find_device(options.device)
+    if not device.startswith("cuda"):
+        raise ValueError("kernels are tuned on a GPU, and this machine has none; on a CPU there is nothing to tune.")
+    from engine.kernels import tune, tuning
+
+    path = tune.tune(
+        device,
+        seconds=options.seconds,
+        shapes=products(options.shape),
+        rows=options.tokens or tune.ROWS,
+        folder=options.out or tuning.TABLES,
+        report=lambda line: print(line, flush=True),
+    )
+    print(path)
+    return 0
+
+
+def products(name: str) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the products of a shape: those of a layer and that of the output matrix."""
+    from benchmarks.linear_cases import layer_products
+
+    config = shape(name)
+    return [*layer_products(config), (config.vocab_size, config.hidden_size)]
