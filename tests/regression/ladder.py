@@ -136,8 +136,11 @@ def compare_tensors(recorded: Mapping[str, list[float]], here: Mapping[str, list
 
 
 def _kv_scales(key_scales: Tensor, value_scales: Tensor) -> dict[str, list[float]]:
+    """A head's pair once: its channels share it, as the file has it."""
+    for scales in (key_scales, value_scales):
+        assert torch.equal(scales, scales[:, :, :1].expand_as(scales))
     return {
-        f"model.layers.{layer}.self_attn.{kind} (KV scales)": selftest.sketch(scales[layer])
+        f"model.layers.{layer}.self_attn.{kind} (KV scales)": selftest.sketch(scales[layer, :, 0])
         for layer in range(len(key_scales))
         for kind, scales in (("k", key_scales), ("v", value_scales))
     }
