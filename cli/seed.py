@@ -185,7 +185,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 def _switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
     """A flag that is given alone or, as LMDeploy took it, with True or False."""
-    parser.add_argument(flag, nargs="?", const=True, default=False, type=_truth, metavar="", help=text)
+    parser.add_argument(flag, nargs="?", const=True, default=False, type=_truth, metavar="True", help=text)
 
 
 def _truth(text: str) -> bool:

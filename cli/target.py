@@ -14,6 +14,8 @@ from server.config import ServedModel
 if TYPE_CHECKING:
     from engine.runtime.tokenizer import Tokenizer
 
+CONFIG_INI = Path("triton_models/weights/config.ini")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -39,6 +41,12 @@ def find_target(
         path = Path(folder).expanduser().absolute()
         if not path.is_dir():
             raise ValueError(f"folder={folder} is not a folder.")
+        if not (path / CONFIG_INI).is_file():
+            checkpoint = (path / "config.json").is_file() or (path / "params.json").is_file()
+            advice = (
+                f". It is a checkpoint: `ingot convert NAME {folder}` makes a workspace of it" if checkpoint else ""
+            )
+            raise ValueError(f"folder={folder} is no TurboMind workspace: it has no {CONFIG_INI}{advice}.")
         print(f"UNVERIFIED FOLDER {path}: its bytes and its quality were not checked", file=sys.stderr)
         return Target(folder=path, model=ServedModel(name=model_name or path.name, waiver=waiver))
     assert artifact is not None
@@ -69,11 +77,10 @@ def open_tokenizer(target: Target) -> Tokenizer:
     if target.model.artifact_id is not None or tokenizer.chat_template is not None:
         return tokenizer
     from engine.storage.config_ini import read_config_ini
-    from engine.storage.workspace import CONFIG_INI, WEIGHTS
     from pipelines import chat_templates
     from pipelines.seed_names import SEED_NAMES
 
-    name = read_config_ini(target.folder / WEIGHTS / CONFIG_INI).model_name
+    name = read_config_ini(target.folder / CONFIG_INI).model_name
     template = SEED_NAMES[name].template if name in SEED_NAMES else None
     if template is None:
         return tokenizer

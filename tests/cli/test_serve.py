@@ -103,18 +103,24 @@ def test_a_busy_port_is_one_paragraph(folder: Path, capsys: pytest.CaptureFixtur
         ([], "say what to run"),
         (["artifact=abcd", "folder=/tmp"], "one of them"),
         (["folder=/nowhere/at/all"], "is not a folder"),
+        (["folder=conf"], "folder=conf is no TurboMind workspace: it has no triton_models/weights/config.ini."),
+        (["folder=demo/model"], "It is a checkpoint: `ingot convert NAME demo/model`"),
         (["artifact=abcd", "store=/nowhere/at/all"], "no artifact 'abcd'"),
         (["folder=/tmp", "serve.host=0.0.0.0"], "no key is set"),
-        (["folder=/tmp", "serve.host=no.such.host.invalid", "serve.api_key=k"], "not an address of this machine"),
+        (["folder={folder}", "serve.host=no.such.host.invalid", "serve.api_key=k"], "not an address of this machine"),
         (["folder=/tmp", "--cfg", "hydra"], "--cfg job"),
         (["folder=/tmp", "serve.api_key_file=/nowhere/key"], "/nowhere/key"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("INGOT_API_KEY", raising=False)
-    assert main(["serve", *arguments]) == 1
+    assert main(["serve", *(text.format(folder=folder) for text in arguments)]) == 1
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
