@@ -56,6 +56,7 @@ bench: setup  ## run the benchmarks that need no GPU; rows go to benchmarks/resu
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.calibration_memory
 	$(BIN)/python -m benchmarks.conversion
+	$(BIN)/ingot bench memory shape=internlm7b device=cpu
 
 clean:  ## remove what builds left behind (.venv, build/ and store/ stay unless named)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache outputs multirun

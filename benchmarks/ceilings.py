@@ -31,13 +31,23 @@ class Ceilings:
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measured now, the median of seven; takes about a second, and 4 GiB of a GPU for that time."""
     kind = torch.device(device).type
-    source = torch.zeros(COPY_BYTES[kind], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
-    size = MATRIX[kind]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = 2 * size**3 / median_seconds(lambda: left @ right, device)
+    copy = _copy_speed(device)
+    matmul = _matmul_speed(device, dtype)
+    if kind == "cuda":
+        torch.cuda.empty_cache()  # what is measured next sizes its KV cache by what is free
     return Ceilings(copy=copy, matmul=matmul)
+
+
+def _copy_speed(device: str) -> float:
+    source = torch.zeros(COPY_BYTES[torch.device(device).type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
+
+
+def _matmul_speed(device: str, dtype: torch.dtype) -> float:
+    size = MATRIX[torch.device(device).type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, device)
 
 
 def median_seconds(work: Callable[[], object], device: str, repeats: int = REPEATS) -> float:

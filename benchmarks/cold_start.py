@@ -22,7 +22,7 @@ def main() -> int:
     from engine.runtime.process import load
 
     engine, _ = load(job)
-    if torch.cuda.is_available():
+    if job["config"]["device"].startswith("cuda"):
         torch.cuda.synchronize()
     ended["loaded"] = time.monotonic()
     engine.add(list(range(3, 3 + PROMPT_TOKENS)), Sampling(max_new_tokens=1, temperature=0.0, ignore_eos=True))

@@ -30,7 +30,7 @@ def seconds_of(
     """(seconds of one call, how it was timed): the median of seven rounds over all sets.
 
     `graph`: one CUDA graph of at least 24 calls; `stream`: the same calls one after the other, host time and all, for
-    what cannot be captured; `cpu`: rounds until 0.2 seconds are over.
+    what is `eager` or cannot be captured; `cpu`: rounds until 0.2 seconds are over.
     """
     for arguments in sets[:2]:
         run(*arguments)
@@ -38,20 +38,29 @@ def seconds_of(
         return _on_cpu(run, sets), "cpu"
     calls = [sets[index % len(sets)] for index in range(max(LEAST_LAUNCHES, len(sets)))]
     torch.cuda.synchronize(device)
-    if eager:
 
-        def once() -> None:
-            for arguments in calls:
-                run(*arguments)
+    def once() -> None:
+        for arguments in calls:
+            run(*arguments)
 
+    graph = None if eager else captured(once)
+    if graph is None:
         return _of_stream(once) / len(calls), "stream"
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # What they return is kept until the capture is over: the next call must not take its memory.
-        kept = [run(*arguments) for arguments in calls]
-    seconds = _of_stream(graph.replay) / len(calls)
-    del kept
-    return seconds, "graph"
+    return _of_stream(graph.replay) / len(calls), "graph"
+
+
+def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    """`work` as a CUDA graph; None where it does what a graph cannot hold, such as a copy from the host."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError:
+        # A capture that broke off leaves its own stream behind.
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize()
+        return None
+    return graph
 
 
 def _on_cpu(run: Callable[..., object], sets: Sequence[tuple[Any, ...]]) -> float:

@@ -100,8 +100,10 @@ def measure(subject: Subject, batch: int, context: int) -> dict[str, object]:
             cache_max_entry_count=batch * pages_of(context),
             quant_policy=4 if subject.recipe.kv == "kv8" else 0,
         )
-        pages = page_bytes_of(subject, batch, context)
-        weights = torch.cuda.memory_allocated(device) - allocated - pages
+        # What the engine itself says of weights and pages, where it does.
+        said = getattr(engine, "memory", None)
+        pages = page_bytes_of(subject, batch, context) if said is None else said.pages
+        weights = torch.cuda.memory_allocated(device) - allocated - pages if said is None else said.weights
         torch.cuda.empty_cache()  # what loading left behind is none of the model's
         lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
         run(engine, workload.fixed(batch, context - NEW_TOKENS, NEW_TOKENS, **lengths))

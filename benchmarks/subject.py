@@ -157,6 +157,8 @@ def find_device(asked: str) -> str:
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     probe_device(device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # events and graphs belong to the current one
     return device
 
 

@@ -63,18 +63,19 @@ def run(engine: Engine, requests: Sequence[Request]) -> Timeline:
     while engine.has_work():
         events = engine.step()
         now = time.perf_counter()
-        fresh = 0
+        tokens = fresh = over = 0
         for event in events:
-            timeline.tokens += len(event.token_ids)
-            if event.token_ids and event.request_id in waiting:
+            tokens += len(event.token_ids)
+            if waiting and event.token_ids and event.request_id in waiting:
                 waiting.remove(event.request_id)
-                timeline.first.append(now - begun)
                 fresh += 1
-            if event.finish_reason is not None:
-                timeline.ended.append(now - begun)
+            over += event.finish_reason is not None
+        timeline.tokens += tokens
+        timeline.first += [now - begun] * fresh
+        timeline.ended += [now - begun] * over
         if events and not fresh and len(events) >= running:
             timeline.steps.append(now - before)
-        running = len(events) - sum(event.finish_reason is not None for event in events)
+        running = len(events) - over
         before = now
     timeline.seconds = before - begun
     expected = sum(request.new_tokens for request in requests)
