@@ -32,11 +32,13 @@ from engine.config import EngineConfig, Recipe
 from pipelines import schema
 from pipelines.hydra_errors import paragraph
 from pipelines.ini_options import check_overrides
-from pipelines.outcomes import human_size, read_outcome
+from pipelines.outcomes import read_outcome
+from pipelines.recipe_fields import UNCALIBRATED, weights_part
 from pipelines.schema import Config
 from pipelines.selection import AXES
 from pipelines.sources import model_files
 from pipelines.text_options import text_parts
+from pipelines.units import human_size
 from pipelines.verify import broken, locked
 from pipelines.worktree import JOBS, cache_folder, isolate, project_root, run_dvc
 
@@ -90,6 +92,7 @@ def build(root: Path, config: Config, choices: dict[str, str], overrides: Sequen
     schema.check(config)
     key = "-".join([choices["model"], choices["calibration"], choices["weights"], str(config.tp), choices["kv"]])
     check_device(root, config)
+    check_memory(root, config)
     _check_disk(root, key, config)
     folder = Path(tempfile.mkdtemp(prefix=f"job-{os.getpid()}-", dir=root / JOBS))
     try:
@@ -147,6 +150,27 @@ def check_device(root: Path, config: Config) -> None:
     # The baseline runs the checkpoint as it lies, with the KV cache as computed.
     for each in (checkpoint.recipe, replace(recipe, kv=config.kv.name)):
         check_capability(checkpoint.config, each, options, probe_device(options.device), session_len=length)
+
+
+def check_memory(root: Path, config: Config) -> None:
+    """ValueError where calibrating or quantizing would not fit into memory: said before the first of them begins."""
+    folder = _checkpoint_folder(root, config)
+    if folder is None:
+        return
+    from engine.storage.checkpoint import Checkpoint
+    from pipelines.forecast import check_fits, load_of
+    from pipelines.machine import free_memory
+    from pipelines.quant.cost import calibration_cost, quantization_cost
+
+    model = Checkpoint(folder, allow_bin=config.model.allow_bin, allow_quantized=True).config
+    load = load_of(model, config.calibration.samples, config.calibration.sequence_length, "cpu")
+    free = free_memory("cpu")
+    check_fits("calibrate", load, lambda some, _: calibration_cost(model, some), {}, device="cpu", free=free)
+    if config.weights.name not in UNCALIBRATED:
+        weights = weights_part(config.weights)
+        check_fits(
+            "quantize", load, lambda some, w: quantization_cost(model, w, some), weights, device="cpu", free=free
+        )
 
 
 def _checkpoint_folder(root: Path, config: Config) -> Path | None:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from engine.storage.checkpoint import Checkpoint
 from pipelines.chat_templates import open_tokenizer
 from pipelines.data.calibration_set import calibration_set
+from pipelines.forecast import forecast, load_of
+from pipelines.quant.cost import calibration_cost
 from pipelines.quant.observers import KEY, VALUE, Observer, channel_statistics, head_statistics, with_means
 from pipelines.quant.resume import LayerResult, Resume
 from pipelines.quant.stream import LayerTensors, Stream, Workers, side_by_side
@@ -32,15 +34,18 @@ from pipelines.unfinished import unfinished_work
 def work(call: Call) -> None:
     record = call.slice["model"]
     checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=True)
-    blocks, about = calibration_blocks(call.slice["calibration"], checkpoint, call.slice.get("template"))
-    with (
-        unfinished_work(call, "calibrate") as unfinished,
-        output(call.out) as folder,
-        side_by_side(device=call.device) as workers,
-    ):
-        save_file({"tokens": blocks}, folder / "blocks.safetensors")
-        write_json(folder / "calibration.json", about)
-        save_file(calibrate(checkpoint, blocks, workers, call.device, unfinished), folder / "stats.safetensors")
+    calibration, config = call.slice["calibration"], checkpoint.config
+    load = load_of(config, calibration["samples"], calibration["sequence_length"], call.device)
+    with forecast(call, "calibrate", load, lambda some, _: calibration_cost(config, some), {}):
+        blocks, about = calibration_blocks(calibration, checkpoint, call.slice.get("template"))
+        with (
+            unfinished_work(call, "calibrate") as unfinished,
+            output(call.out) as folder,
+            side_by_side(device=call.device) as workers,
+        ):
+            save_file({"tokens": blocks}, folder / "blocks.safetensors")
+            write_json(folder / "calibration.json", about)
+            save_file(calibrate(checkpoint, blocks, workers, call.device, unfinished), folder / "stats.safetensors")
 
 
 def calibration_blocks(

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from engine.config import Recipe
 from engine.storage.store import Store
-from pipelines.outcomes import SHORT, Outcome, human_size, number, print_table, read_outcome
+from pipelines.outcomes import SHORT, Outcome, number, print_table, read_outcome
 from pipelines.selection import read_selection
 from pipelines.slices import PATHS, read_slice
+from pipelines.units import human_size
 from pipelines.worktree import project_root, run_dvc
 
 RUNGS = (

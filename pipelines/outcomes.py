@@ -76,15 +76,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table, highlight=False, markup=False)
 
 
-def human_size(num_bytes: float) -> str:
-    """Bytes in the unit that keeps the number below 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
 def number(value: float | None) -> str:
     """A figure for a table, `-` where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"

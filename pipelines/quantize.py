@@ -7,7 +7,8 @@ lies what the recipe's package writes: nothing for `fp16`, a report for `as_is`.
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 from pipelines.quantized_source import check_weights
 from pipelines.slices import Call, locate, output, run_stage, write_json
@@ -27,8 +28,12 @@ def work(call: Call) -> None:
     recipe = importlib.import_module(f"pipelines.quant.{weights['name']}")
     folder, name = locate(record), weights["name"]
     check_weights(folder, name)
-    keeping = nullcontext(None) if name in TAKEN else unfinished_work(call, "quantize", name)
-    with keeping as unfinished, output(call.out) as out:
+    with ExitStack() as around:
+        unfinished: Path | None = None
+        if name not in TAKEN:
+            around.enter_context(_forecast(call, folder))
+            unfinished = around.enter_context(unfinished_work(call, "quantize", name))
+        out = around.enter_context(output(call.out))
         recipe.quantize(
             weights,
             folder,
@@ -40,6 +45,23 @@ def work(call: Call) -> None:
         )
         files = {path.name: sha256_file(path) for path in model_files(folder, allow_bin=pickled(record))}
         write_json(out / SOURCE, {"source": identity(record), "files": files})
+
+
+def _forecast(call: Call, source: Path) -> AbstractContextManager[None]:
+    # Torch takes seconds to import, and weights that are taken as they are do not need it.
+    from safetensors import safe_open
+
+    from engine.storage.checkpoint import Checkpoint
+    from pipelines.forecast import forecast, load_of
+    from pipelines.quant.cost import quantization_cost
+
+    config = Checkpoint(source, allow_bin=pickled(call.slice["model"])).config
+    with safe_open(call.inputs["calibrate"] / "blocks.safetensors", framework="pt") as opened:
+        samples, length = opened.get_slice("tokens").get_shape()
+    load = load_of(config, samples, length, call.device)
+    return forecast(
+        call, "quantize", load, lambda some, weights: quantization_cost(config, weights, some), call.slice["weights"]
+    )
 
 
 if __name__ == "__main__":

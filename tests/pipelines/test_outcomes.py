@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pipelines.outcomes import human_size, number, print_table, read_outcome, selected_keys
+from pipelines.outcomes import number, print_table, read_outcome, selected_keys
 from tests.pipelines.built import MISS, write_built
 
 
@@ -34,7 +34,4 @@ def test_a_table_keeps_to_120_columns_and_wraps_only_its_last(capsys):
 
 
 def test_figures():
-    assert [human_size(size) for size in (999, 1500, 2_500_000, 3e9, 4e12)] == [
-        "999 B", "1.5 kB", "2.5 MB", "3.0 GB", "4.0 TB"
-    ]  # fmt: skip
     assert [number(value) for value in (None, math.nan, 1.23456)] == ["-", "-", "1.2346"]

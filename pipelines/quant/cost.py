@@ -1,0 +1,171 @@
+"""What calibrating and quantizing a model take: memory at the worst moment, arithmetic and disk, before it is done.
+
+Formulas of what `stream`, `walk` and the recipes hold at once; each is checked against measured peaks by
+`benchmarks/forecast.py`. The time is arithmetic at the rate that this machine shows, so it is rough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import ModelConfig
+from engine.models import names
+from pipelines.quant.pairs import PAIRS
+
+STEP_SECONDS = 60e-6
+"""One column of error feedback, or one of the smallest operations, takes this long whatever its size."""
+LIBRARIES = 60_000_000
+"""What the libraries take when they compute for the first time, above what they take when they are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What goes through the model: `samples` blocks of `length` tokens, by `workers` side by side, of a type of
+    `element` bytes (4 on a CPU, the checkpoint's own on a GPU)."""
+
+    samples: int
+    length: int
+    workers: int = 1
+    element: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.samples * self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Bytes of memory by what takes them (above the loaded libraries, at the worst moment), floating-point operations
+    of products, steps one after the other, bytes of the output, and bytes kept beside it while it runs."""
+
+    memory: Mapping[str, int]
+    operations: float
+    steps: float
+    disk: int
+    kept: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory in all."""
+        return sum(self.memory.values())
+
+
+def calibration_cost(config: ModelConfig, load: Load) -> Cost:
+    """The cost of the stage `calibrate`."""
+    size = _Sizes.of(config)
+    hidden = load.tokens * config.hidden_size * load.element
+    statistics = 5 * 4 * (size.inputs + 2 * size.kv)
+    return Cost(
+        memory={
+            "hidden states": hidden,
+            "one layer": size.layer * load.element + size.stacked * load.element,
+            "samples under way": load.workers * (size.sample(load) + 2 * statistics),
+            "statistics": config.num_layers * statistics,
+            "libraries": LIBRARIES,
+        },
+        operations=config.num_layers * _forward(config, size, load),
+        steps=config.num_layers * load.samples * 100.0,
+        disk=config.num_layers * statistics + 4 * load.tokens,
+        kept=config.num_layers * statistics + 2 * hidden,
+    )
+
+
+def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Load) -> Cost:
+    """The cost of the stage `quantize` with the slice's part `weights`; it computes nothing for weights as they are."""
+    size = _Sizes.of(config)
+    bits = 8 if weights["name"] == "w8a8" else 4
+    packed = size.layer * bits // 8 + size.layer * 5 // 2 // weights.get("group_size", 128)
+    out = config.num_layers * packed
+    if weights.get("search") == "none" or weights.get("method") == "rtn" or ("name" in weights and bits == 8):
+        streamed = bits == 8 and weights.get("search") != "none"
+        hidden = load.tokens * config.hidden_size * load.element if streamed else 0
+        forward = _forward(config, size, load) if streamed else 0.0
+        return Cost(
+            memory={
+                "hidden states": hidden,
+                "one layer": size.layer * 8 + size.largest * 16,
+                "samples under way": load.workers * size.sample(load) if streamed else 0,
+                "libraries": LIBRARIES,
+            },
+            operations=config.num_layers * (forward * 2 + size.layer * 64.0),
+            steps=config.num_layers * 1000.0,
+            disk=out,
+            kept=out + 2 * hidden,
+        )
+    drift, feedback = bool(weights.get("correction")), "gptq" in weights["method"]
+    streams = 2 if drift else 1
+    hidden = load.tokens * config.hidden_size * load.element
+    between = load.tokens * max(size.query, config.hidden_size) * load.element
+    tried = 1 + len(weights.get("activation_exponents", ())) * len(weights.get("weight_exponents", ()))
+    search, operations, steps = 0, 0.0, 0.0
+    for pair in PAIRS:
+        inputs = names.linear_shape(config, pair.after[0])[1]
+        outputs = sum(names.linear_shape(config, module)[0] for module in pair.after)
+        square, weight = inputs * inputs, inputs * outputs
+        grams = (2 + load.workers) * streams * 4 * square
+        factor = (5 * 8 + 4 + 4 * streams) * square if feedback or drift else 4 * square
+        rounding = 4 * square * (2 + load.workers) + load.workers * 13 * weight + 12 * weight
+        search = max(search, grams, factor, rounding)
+        operations += streams * 2.0 * load.tokens * square + (8.0 / 3) * square * inputs
+        operations += (tried + 2) * 2.0 * weight * (inputs / 2 if feedback else inputs)
+        if weights["clip"]:
+            operations += 2 * 7 * 2.0 * weight * weights["group_size"]
+        steps += (tried + 2) * inputs * 5.0 if feedback else 0.0
+    return Cost(
+        memory={
+            "hidden states": streams * hidden + between,
+            "one layer": size.layer * (7 + (load.element if load.element != 4 else 0))
+            + size.stacked * load.element
+            + (streams - 1) * (size.layer + size.stacked) * load.element,
+            "search": search,
+            "samples under way": load.workers * size.sample(load),
+            "libraries": LIBRARIES,
+        },
+        operations=config.num_layers * (operations + 2.0 * streams * _forward(config, size, load)),
+        steps=config.num_layers * (steps + load.samples * 200.0),
+        disk=out,
+        kept=out + 2 * streams * hidden,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Numbers of values: of a layer, of its linears that are stacked, of its largest linear, of all inputs of linears,
+    of queries and of keys a token, and what one token is within a layer."""
+
+    layer: int
+    stacked: int
+    largest: int
+    inputs: int
+    query: int
+    kv: int
+    token: int
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> _Sizes:
+        shapes = {module: names.linear_shape(config, module) for module in names.LINEARS}
+        count = {module: math.prod(shape) for module, shape in shapes.items()}
+        query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        intermediate = shapes[names.DOWN][1]
+        return cls(
+            layer=sum(math.prod(shape) for shape in names.layer_tensors(config).values()),
+            stacked=sum(count[module] for module in (*names.QKV, *names.GATE_UP)),
+            largest=max(count.values()),
+            inputs=sum(shape[1] for shape in shapes.values()),
+            query=query,
+            kv=kv,
+            token=4 * config.hidden_size + 3 * (query + 2 * kv) + 5 * intermediate,
+        )
+
+    def sample(self, load: Load) -> int:
+        """Bytes that one sample takes on its way through a layer."""
+        return load.length * self.token * 4
+
+
+def _forward(config: ModelConfig, size: _Sizes, load: Load) -> float:
+    """Operations of all tokens through one layer."""
+    return 2.0 * size.layer * load.tokens + 2.0 * load.tokens * load.length * size.query
