@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,17 +101,17 @@ def measure(folder: Path, samples: int, sequence_length: int) -> dict[str, float
     return {"peak": resident("VmHWM") - start, "seconds": time.perf_counter() - begun}
 
 
-def write_checkpoint(folder: Path) -> int:
-    """A checkpoint of SHAPE with random weights, written tensor by tensor; returns the bytes of its weights."""
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    config = model_config(SHAPE)
-    shapes = {name: shape for name, shape in names.model_tensors(config).items() if name != names.HEAD}
+def write_checkpoint(folder: Path, shape: Mapping[str, Any] = SHAPE) -> int:
+    """A checkpoint of a shape with random weights, written tensor by tensor; returns the bytes of its weights."""
+    (folder / "config.json").write_text(json.dumps(shape))
+    config = model_config(shape)
+    shapes = {name: size for name, size in names.model_tensors(config).items() if name != names.HEAD}
     generator = torch.Generator().manual_seed(0)
-    plan = {name: (torch.float16, shape) for name, shape in shapes.items()}
+    plan = {name: (torch.float16, size) for name, size in shapes.items()}
     with TensorFile(folder / "model.safetensors", plan) as file:
-        for name, shape in shapes.items():
-            values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-            file.write(name, torch.ones(shape, dtype=torch.float16) if len(shape) == 1 else values.half())
+        for name, size in shapes.items():
+            values = torch.randn(size, generator=generator) * size[-1] ** -0.5
+            file.write(name, torch.ones(size, dtype=torch.float16) if len(size) == 1 else values.half())
     return (folder / "model.safetensors").stat().st_size
 
 

@@ -107,7 +107,7 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
         outputs = sum(names.linear_shape(config, module)[0] for module in pair.after)
         square, weight = inputs * inputs, inputs * outputs
         grams = (2 + load.workers) * streams * 4 * square
-        factor = (5 * 8 + 4 + 4 * streams) * square if feedback or drift else 4 * square
+        factor = (6 * 8 + 4 + 4 * streams) * square if feedback or drift else 4 * square
         rounding = 4 * square * (2 + load.workers) + load.workers * 13 * weight + 12 * weight
         search = max(search, grams, factor, rounding)
         operations += streams * 2.0 * load.tokens * square + (8.0 / 3) * square * inputs
