@@ -153,7 +153,13 @@ async def serve(target: Target, config: ServeConfig, api_key: str | None, listen
             tokenizer = await asyncio.to_thread(open_tokenizer, target)
         if not await first_of(loading, stop):
             return 0
-        app = create_app(client, tokenizer, AppConfig(model=model, api_key=api_key))
+        app_config = AppConfig(
+            model=model,
+            api_key=api_key,
+            session_timeout=config.session_timeout,
+            max_sessions=config.max_sessions,
+        )
+        app = create_app(client, tokenizer, app_config)
         server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH))
         announce(target, client, listener, guarded=api_key is not None)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -46,6 +46,13 @@ class Answers:
         for stream in self._streams:
             stream.close()
 
+    def stop(self) -> None:
+        """End what is unfinished here and now: its last event says "abort"."""
+        for index, stream in enumerate(self._streams):
+            latest = self._latest.get(index)
+            if latest is None or latest.finish_reason is None:
+                stream.cut(latest)
+
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """(number of the answer, event) of all answers until each is finished."""
         arrived: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()

@@ -11,19 +11,27 @@ from fastapi.responses import JSONResponse
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
 from server.config import AppConfig
+from server.conversations import Conversations
+from server.docs_page import docs_router
 from server.endpoints import OpenAIEndpoints
 from server.errors import RequestError, add_error_handlers
 from server.generation import Generation
 from server.guard import KeyGuard
+from server.interactive import Interactive
+from server.tokenization import Tokenization
 
 
 def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) -> FastAPI:
     """The application. `client` must be started by the time that requests come, and is closed by its owner."""
-    # No page at /docs: the framework's own would make the reader's browser fetch scripts from elsewhere.
+    # The framework's own pages would make the reader's browser fetch scripts from elsewhere.
     app = FastAPI(title="Ingot", docs_url=None, redoc_url=None)
+    app.include_router(docs_router("Ingot"))
     add_error_handlers(app)
     generation = Generation(client, tokenizer, config.model)
     app.include_router(OpenAIEndpoints(generation).router)
+    app.include_router(Tokenization(generation).router)
+    conversations = Conversations(timeout=config.session_timeout, most=config.max_sessions)
+    app.include_router(Interactive(generation, conversations).router)
     created = int(time.time())
 
     def model_entry() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 from engine.cache_size import CACHE_SIZES
@@ -43,6 +44,8 @@ class ServeConfig:
     model_name: str | None = None
     api_key: str | None = None
     api_key_file: str | None = None
+    session_timeout: float = 3600.0
+    max_sessions: int = 1024
     device: str = "cpu"
     dtype: str = "auto"
     session_len: int | None = None
@@ -61,6 +64,8 @@ class ServeConfig:
         rules = (
             ("port", 0 <= self.port <= 65535, "0 to 65535 (0 picks a free one)"),
             ("model_name", self.model_name != "", "null or a name"),
+            ("session_timeout", 0 < self.session_timeout < math.inf, "a number of seconds above 0"),
+            ("max_sessions", self.max_sessions >= 1, "at least 1"),
             *(
                 (name, count is None or count > 0, "null (what the artifact says) or at least 1")
                 for name, count in counts
@@ -121,10 +126,13 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
-    """What the application needs beside an engine. With an `api_key`, every route asks for it."""
+    """What the application needs beside an engine. With an `api_key`, every route asks for it. Sessions that the server
+    keeps are forgotten after `session_timeout` idle seconds, and beyond `max_sessions` of one key."""
 
     model: ServedModel
     api_key: str | None = None
+    session_timeout: float = 3600.0
+    max_sessions: int = 1024
 
 
 def check_exposure(host: str, api_key: str | None) -> None:

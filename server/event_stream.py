@@ -24,10 +24,10 @@ def event_line(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class EventStream(StreamingResponse):
+class LineStream(StreamingResponse):
     """Sends `lines` as they come. `close` is called at the end, whether all was sent, failed, or the client left."""
 
-    media_type = "text/event-stream"
+    media_type = "application/x-ndjson"
 
     def __init__(self, lines: AsyncGenerator[str, None], *, close: Callable[[], None]) -> None:
         super().__init__(lines, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -40,6 +40,12 @@ class EventStream(StreamingResponse):
         finally:
             self._close()
             await self._lines.aclose()
+
+
+class EventStream(LineStream):
+    """Lines that are server-sent events."""
+
+    media_type = "text/event-stream"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:

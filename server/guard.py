@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
+from hashlib import sha256
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.shapes import error_body
 
+OWNER = "ingot.owner"
+PAGES = ("/docs", "/openapi.json")
+
+
+def owner_of(request: Request) -> str:
+    """Whose request it is: a digest of the key that it came with, empty on a server without keys."""
+    owner: str = request.scope.get(OWNER, "")
+    return owner
+
 
 class KeyGuard:
-    """Answers 401 to every request without `Authorization: Bearer KEY`. Keys are compared in constant time."""
+    """Answers 401 to every request without `Authorization: Bearer KEY`. Keys are compared in constant time.
+
+    A browser has no way to send that when it opens a page, so `Basic` with the key as password is taken as well; for
+    the pages at /docs the browser is asked for it.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = api_key.encode()
+        self._owner = sha256(self._expected).hexdigest()[:16]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._admits(scope):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+        elif self._admits(scope):
+            await self._app({**scope, OWNER: self._owner}, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -29,11 +49,19 @@ class KeyGuard:
                 kind="invalid_request_error",
                 code="invalid_api_key",
             )
-            response = JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
+            asks = 'Basic realm="Ingot"' if scope["path"].startswith(PAGES) else "Bearer"
+            response = JSONResponse(body, status_code=401, headers={"WWW-Authenticate": asks})
             await response(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         given = Headers(scope=scope).get("authorization", "")
         scheme, _, key = given.partition(" ")
-        normal = f"{scheme.capitalize()} {key.strip()}"
-        return hmac.compare_digest(normal.encode("latin-1", "replace"), self._expected)
+        found = key.strip().encode("latin-1", "replace")
+        if scheme.lower() == "basic":
+            try:
+                found = base64.b64decode(found, validate=True).partition(b":")[2]
+            except binascii.Error:
+                found = b""
+        elif scheme.lower() != "bearer":
+            found = b""
+        return hmac.compare_digest(found, self._expected)

@@ -54,6 +54,22 @@ class Stream:
     def put(self, arrived: Event | Exception) -> None:
         self._arrived.put_nowait(arrived)
 
+    def cut(self, latest: Event | None) -> None:
+        """Abort the request and let the iteration end with an event that says so, after `latest`."""
+        counts = (latest.prompt_tokens, latest.cached_tokens, latest.completion_tokens) if latest else (0, 0, 0)
+        self.put(
+            Event(
+                request_id=self.request_id,
+                token_ids=(),
+                text="",
+                finish_reason="abort",
+                prompt_tokens=counts[0],
+                cached_tokens=counts[1],
+                completion_tokens=counts[2],
+            )
+        )
+        self._client.abort(self.request_id)
+
     def close(self) -> None:
         self._over = True
         self._client.abort(self.request_id)
