@@ -116,12 +116,19 @@ class ServedModel:
     waiver: str | None = None
 
     @property
-    def fingerprint(self) -> str | None:
+    def short_id(self) -> str | None:
         return self.artifact_id[:12] if self.artifact_id else None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Artifact, recipe and verdict of its evaluation, as `3f9c1b2a77e0-w4a16-kv8-pass`."""
+        if self.artifact_id is None:
+            return None
+        return f"{self.short_id}-{self.recipe or 'unknown'}-{self.verdict or 'unmeasured'}"
 
     def answers_to(self, name: str) -> bool:
         """True for the served name, the artifact's id and its first 12 digits."""
-        return name in {self.name, self.artifact_id, self.fingerprint}
+        return name in {self.name, self.artifact_id, self.short_id}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ def test_chat_whole_and_streamed_are_one_text(api: openai.OpenAI, served: Served
     whole = api.chat.completions.create(model="tiny", messages=HELLO, max_tokens=30, **GREEDY)
     prompt_tokens = len(served.tokenizer.encode_chat(HELLO))
     assert whole.object == "chat.completion"
-    assert whole.system_fingerprint == served.artifact_id[:12]
+    assert whole.system_fingerprint == f"{served.artifact_id[:12]}-fp16-pass"
     assert whole.choices[0].message.role == "assistant"
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (prompt_tokens, 30)
@@ -65,7 +65,7 @@ def test_chat_whole_and_streamed_are_one_text(api: openai.OpenAI, served: Served
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the same prompt came before
     assert all(chunk.id == chunks[0].id and chunk.created and chunk.model == "tiny" for chunk in chunks)
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
-    assert {chunk.system_fingerprint for chunk in chunks} == {served.artifact_id[:12]}
+    assert {chunk.system_fingerprint for chunk in chunks} == {f"{served.artifact_id[:12]}-fp16-pass"}
 
 
 def test_the_stream_on_the_wire(served: Served) -> None:
