@@ -68,6 +68,10 @@ class FileWriter:
             self._flushes.append(self._flush.submit(self._to_disk, *self._closed()))
         self._wait(WAITING_BLOCKS, WAITING_FLUSHES)
 
+    def settle(self) -> None:
+        """Return when all blocks have been written and hashed, so that nothing holds any more what they lie in."""
+        self._wait(0, WAITING_FLUSHES)
+
     def __enter__(self) -> FileWriter:
         return self
 

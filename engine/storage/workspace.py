@@ -66,6 +66,7 @@ def write_weights(
             if canonical != names.FINAL_NORM and (missing := -rows.shape[0] % tp):
                 writer.append(name, _data(torch.zeros(missing, config.hidden_size, dtype=dtype)))
             del rows, some  # mapped, or made, until here: the next one would come on top
+            writer.settle()
         for layer in range(config.num_layers):
             for name, (within, values) in files.norm_files(config).items():
                 canonical = names.layer_name(layer, within)

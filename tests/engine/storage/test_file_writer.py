@@ -1,8 +1,11 @@
 import hashlib
+import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.storage import file_writer
@@ -65,6 +68,20 @@ def test_no_more_than_a_few_blocks_wait_where_one_job_is_slow(tmp_path, monkeypa
     slow.may.set()
     thread.join(20)
     assert slow.blocks == 100
+
+
+def test_once_it_has_settled_nothing_holds_the_blocks_any_more(tmp_path, monkeypatch):
+    slow, block = SlowDigest(), np.zeros(10, dtype=np.uint8)
+    monkeypatch.setattr(file_writer, "_Begun", partial(file_writer._Begun, digest=slow))
+    with FileWriter(tmp_path, {"a": 40}) as writer:
+        for _ in range(4):
+            writer.append("a", block.data)
+        held = sys.getrefcount(block)
+        threading.Timer(0.1, slow.may.set).start()
+        writer.settle()
+        assert slow.blocks == 4
+        while sys.getrefcount(block) >= held:  # a thread lets go of its last job a moment after it has told
+            time.sleep(0.001)
 
 
 def test_a_full_disk_is_an_error_of_whoever_appends(tmp_path):
