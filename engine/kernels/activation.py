@@ -1,0 +1,88 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""silu(gate) * up in Triton, and rounding of rows to int8."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from engine.kernels.launch import LAUNCH, ROUNDER
+
+BLOCK = 1024
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """The contract of `reference.silu_and_mul`."""
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    count, inner = len(rows), rows.shape[1] // 2
+    out = torch.empty(count, inner, dtype=gate_up.dtype, device=gate_up.device)
+    if count:
+        grid = (triton.cdiv(inner, BLOCK), count)
+        _silu[grid](rows, out, rows.stride(0), inner, block=BLOCK, num_warps=4, **LAUNCH)
+    return out.view(*gate_up.shape[:-1], inner)
+
+
+def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The contract of `reference.silu_and_mul_int8`."""
+    return _to_int8(gate_up, gate_up.shape[1] // 2, gated=True)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The contract of `reference.quantize_rows`."""
+    return _to_int8(x, x.shape[1], gated=False)
+
+
+def _to_int8(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
+    count = len(x)
+    values = torch.empty(count, width, dtype=torch.int8, device=x.device)
+    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    if count:
+        padded = triton.next_power_of_2(width)
+        warps = min(max(padded // 512, 1), 16)
+        _rows_to_int8[(count,)](
+            x, values, scales, x.stride(0), width=width, padded=padded, gated=gated, num_warps=warps, **LAUNCH
+        )
+    return values, scales
+
+
+@triton.jit
+def _gate(gate, up):
+    wide = gate.to(tl.float32)
+    return wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
+
+
+@triton.jit
+def _silu(gate_up, out, stride, inner, block: tl.constexpr, pdl: tl.constexpr):
+    if pdl:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    inside = column < inner
+    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * stride + inner + column, mask=inside, other=0.0)
+    tl.store(out + row * inner + column, _gate(gate, up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_to_int8(
+    x, values, scales, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, pdl: tl.constexpr
+):
+    if pdl:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, padded)
+    inside = column < width
+    value = tl.load(x + row * stride + column, mask=inside, other=0.0)
+    if gated:
+        value = _gate(value, tl.load(x + row * stride + width + column, mask=inside, other=0.0))
+    wide = value.to(tl.float32)
+    scale = tl.max(tl.abs(wide), axis=0) / 127.0
+    scale = tl.where(scale > 0, scale, 1.0)
+    step = tl.div_rn(wide, scale)
+    tl.store(values + row * width + column, ((step + ROUNDER) - ROUNDER).to(tl.int8), mask=inside)
+    tl.store(scales + row, scale)

@@ -1,0 +1,66 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""How kernels read rows of K and V from pages: whole pages at a time, bytes as words of four."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.reference import Pages
+
+# What lies beside the bytes: nothing (values as computed), scales of channels, or scales of tokens.
+PLAIN, CHANNELS, TOKENS = "plain", "channels", "tokens"
+
+
+def storage_of(pages: Pages) -> str:
+    """PLAIN, CHANNELS or TOKENS."""
+    return TOKENS if pages.key_steps is not None else CHANNELS if pages.key_scale is not None else PLAIN
+
+
+def pointers(pages: Pages, unused: Tensor) -> tuple[Tensor, ...]:
+    """key, value, key_scale, key_zero, value_scale, value_zero, key_steps, value_steps for a kernel; `unused` stands
+    for those that are not there."""
+    beside = (
+        pages.key_scale,
+        pages.key_zero,
+        pages.value_scale,
+        pages.value_zero,
+        pages.key_steps,
+        pages.value_steps,
+    )
+    return pages.key, pages.value, *(unused if tensor is None else tensor for tensor in beside)
+
+
+def can_read(pages: Pages) -> bool:
+    """Whether the kernels can read these pages: bytes lie in whole words."""
+    return storage_of(pages) == PLAIN or pages.key.shape[3] % 4 == 0
+
+
+@triton.jit
+def places(table, first, token, head, kv_heads: tl.constexpr, page_len: tl.constexpr, block: tl.constexpr):
+    """Rows of `block` tokens from `first` (a multiple of `block`) in pages [.., kv_heads, page_len, ..]."""
+    if page_len % block == 0:
+        page = tl.load(table + first // page_len).to(tl.int64)
+        return (page * kv_heads + head) * page_len + first % page_len + tl.arange(0, block)
+    else:
+        page = tl.load(table + token // page_len).to(tl.int64)
+        return (page * kv_heads + head) * page_len + token % page_len
+
+
+@triton.jit
+def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr, plain: tl.constexpr):
+    """Rows at `place` as they are stored: [block, padded], bytes as float32 0..255."""
+    if plain:
+        column = tl.arange(0, padded)
+        mask = inside[:, None] & (column < head_dim)[None, :]
+        return tl.load(pages + place[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
+    else:
+        words: tl.constexpr = head_dim // 4
+        column = tl.arange(0, padded // 4)
+        mask = inside[:, None] & (column < words)[None, :]
+        pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
+        word = tl.load(pointer, mask=mask, other=0)
+        even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
+        odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
+        return tl.join(even, odd).reshape(word.shape[0], padded)

@@ -1,0 +1,161 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Causal attention of many new tokens a sequence over its pages, in Triton: one program a block of queries and head
+(Dao 2023, FlashAttention-2, the forward pass)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from engine.kernels.decode_attention import LOG2E, _dequantized
+from engine.kernels.launch import INTERPRETED, LAUNCH
+from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
+from engine.kernels.reference import Pages
+
+# Queries in a block: what `engine.models.batch.query_blocks` cuts sequences into.
+QUERIES = 128
+
+
+def prefill_attention(
+    query: Tensor,
+    pages: Pages,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    page_table: Tensor,
+    blocks: Tensor,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale) v, causally, for the queries of `blocks`: query [T, heads, head_dim] -> the same shape.
+
+    `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERIES of its queries. Rows of `out` that
+    no block names are left as they are.
+    """
+    tokens, heads, head_dim = query.shape
+    _, kv_heads, page_len, _ = pages.key.shape
+    out = torch.empty_like(query) if out is None else out
+    if not tokens or not len(blocks):
+        return out
+    wide = query.dtype == torch.float32
+    _prefill[(len(blocks), heads)](
+        query,
+        *pointers(pages, query),
+        query_starts,
+        context_lens,
+        page_table,
+        blocks,
+        out,
+        page_table.stride(0),
+        scale * LOG2E,
+        window=window or 0,
+        heads=heads,
+        kv_heads=kv_heads,
+        page_len=page_len,
+        head_dim=head_dim,
+        padded=max(triton.next_power_of_2(head_dim), 16),
+        queries=QUERIES,
+        block=32 if wide else 64,
+        stored=storage_of(pages),
+        stages=1 if INTERPRETED or wide else 3,
+        num_warps=8,
+        **LAUNCH,
+    )
+    return out
+
+
+@triton.jit
+def _prefill(
+    query,
+    key,
+    value,
+    key_scale,
+    key_zero,
+    value_scale,
+    value_zero,
+    key_steps,
+    value_steps,
+    query_starts,
+    context_lens,
+    page_table,
+    blocks,
+    out,
+    table_stride,
+    factor,
+    window: tl.constexpr,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    page_len: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded: tl.constexpr,
+    queries: tl.constexpr,
+    block: tl.constexpr,
+    stored: tl.constexpr,
+    stages: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    head = tl.program_id(1)
+    kv_head = head // (heads // kv_heads)
+    kind: tl.constexpr = query.dtype.element_ty
+    sequence = tl.load(blocks + tl.program_id(0) * 2).to(tl.int64)
+    first_query = tl.load(blocks + tl.program_id(0) * 2 + 1)
+    start = tl.load(query_starts + sequence)
+    count = tl.load(query_starts + sequence + 1) - start
+    length = tl.load(context_lens + sequence)
+    column = tl.arange(0, padded)
+    here = column < head_dim
+    row = first_query + tl.arange(0, queries)
+    mask = (row < count)[:, None] & here[None, :]
+    at = ((start + row).to(tl.int64) * heads + head)[:, None] * head_dim + column[None, :]
+    channel = kv_head * head_dim + column
+    if pdl:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    q = tl.load(query + at, mask=mask, other=0.0)
+    reach = tl.full([queries], 1.0, tl.float32)
+    if stored == CHANNELS:
+        wide = q.to(tl.float32) * tl.load(key_scale + channel, mask=here, other=0.0)[None, :]
+        reach = tl.max(tl.abs(wide), axis=1)
+        reach = tl.where(reach > 0, reach, 1.0)
+        q = (wide / reach[:, None]).to(kind)
+    reach = reach * factor
+    # The place of each query in its sequence, and the range of keys that this block sees.
+    position = length - count + row
+    end = tl.minimum(length - count + first_query + queries, length)
+    oldest = 0
+    if window:
+        oldest = tl.maximum(length - count + first_query - window + 1, 0) // block * block
+    table = page_table + sequence * table_stride
+    best = tl.full([queries], float("-inf"), tl.float32)
+    weight = tl.zeros([queries], tl.float32)
+    acc = tl.zeros([queries, padded], tl.float32)
+    for first in tl.range(oldest, end, block, num_stages=stages):
+        token = first + tl.arange(0, block)
+        inside = token < end
+        place = places(table, first, tl.minimum(token, end - 1), kv_head, kv_heads, page_len, block)
+        k = read_rows(key, place, inside, head_dim, padded, stored == PLAIN)
+        if stored == TOKENS:
+            k = _dequantized(k, key_steps, place, inside)
+        score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee") * reach[:, None]
+        seen = inside[None, :] & (token[None, :] <= position[:, None])
+        if window:
+            seen = seen & (token[None, :] > position[:, None] - window)
+        score = tl.where(seen, score, float("-inf"))
+        highest = tl.maximum(best, tl.max(score, axis=1))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        p = tl.exp2(score - shift[:, None]).to(kind)
+        keep = tl.exp2(best - shift)
+        best = highest
+        weight = weight * keep + tl.sum(p.to(tl.float32), axis=1)
+        v = read_rows(value, place, inside, head_dim, padded, stored == PLAIN)
+        if stored == TOKENS:
+            v = _dequantized(v, value_steps, place, inside)
+        acc = acc * keep[:, None] + tl.dot(p, v.to(kind), input_precision="ieee")
+    o = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+    if stored == CHANNELS:
+        scale = tl.load(value_scale + channel, mask=here, other=0.0)
+        o = (o - 128.0) * scale[None, :] + tl.load(value_zero + channel, mask=here, other=0.0)[None, :]
+    tl.store(out + at, o.to(kind), mask=mask)
