@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from engine.kernels.launch import LAUNCH, ROUNDER
+from engine.kernels.launch import LAUNCH, round_row
 
 BLOCK = 1024
 
@@ -80,9 +80,6 @@ def _rows_to_int8(
     value = tl.load(x + row * stride + column, mask=inside, other=0.0)
     if gated:
         value = _gate(value, tl.load(x + row * stride + width + column, mask=inside, other=0.0))
-    wide = value.to(tl.float32)
-    scale = tl.max(tl.abs(wide), axis=0) / 127.0
-    scale = tl.where(scale > 0, scale, 1.0)
-    step = tl.div_rn(wide, scale)
-    tl.store(values + row * width + column, ((step + ROUNDER) - ROUNDER).to(tl.int8), mask=inside)
+    code, scale = round_row(value.to(tl.float32))
+    tl.store(values + row * width + column, code, mask=inside)
     tl.store(scales + row, scale)

@@ -39,6 +39,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     splits: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v for one token a sequence: query [B, heads, head_dim] -> the same shape.
 
@@ -48,7 +49,7 @@ def decode_attention(
     batch, heads, head_dim = query.shape
     _, kv_heads, page_len, _ = pages.key.shape
     group = heads // kv_heads
-    out = torch.empty_like(query)
+    out = torch.empty_like(query) if out is None else out
     if not batch:
         return out
     splits = splits or splits_for(batch, kv_heads, query.device)

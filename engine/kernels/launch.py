@@ -1,10 +1,12 @@
-"""What every Triton kernel here is launched with, and the numbers that they share."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""What every Triton kernel here is launched with, and the arithmetic that they share."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+import triton
 import triton.language as tl
 
 # 1.5 * 2^23: added to a float32 of magnitude below 2^22 and taken away, it rounds halves to even.
@@ -29,3 +31,11 @@ LAUNCH = {"pdl": True, "launch_pdl": True} if _PDL else {"pdl": False}
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def round_row(x):
+    """`reference.quantize_rows` of one row in float32: codes and scale."""
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=0), 1e-7), 127.0)
+    step = tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0)
+    return ((step + ROUNDER) - ROUNDER).to(tl.int8), scale

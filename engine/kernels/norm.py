@@ -9,10 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from engine.kernels.launch import LAUNCH, ROUNDER
-
-LARGEST_INT8 = tl.constexpr(127.0)
-TINY = tl.constexpr(1e-30)
+from engine.kernels.launch import LAUNCH, round_row
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -113,10 +110,8 @@ def _norm(
     wide = value.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps) * factor
     if quantizes:
-        scale = tl.max(tl.abs(normed), axis=0) / LARGEST_INT8
-        scale = tl.where(scale > 0, scale, 1.0)
-        step = tl.div_rn(normed, scale)
-        tl.store(out + row * width + column, ((step + ROUNDER) - ROUNDER).to(tl.int8), mask=inside)
+        code, scale = round_row(normed)
+        tl.store(out + row * width + column, code, mask=inside)
         tl.store(scales + row, scale)
     else:
         tl.store(out + row * width + column, normed.to(out.dtype.element_ty), mask=inside)

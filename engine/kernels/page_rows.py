@@ -32,11 +32,6 @@ def pointers(pages: Pages, unused: Tensor) -> tuple[Tensor, ...]:
     return pages.key, pages.value, *(unused if tensor is None else tensor for tensor in beside)
 
 
-def can_read(pages: Pages) -> bool:
-    """Whether the kernels can read these pages: bytes lie in whole words."""
-    return storage_of(pages) == PLAIN or pages.key.shape[3] % 4 == 0
-
-
 @triton.jit
 def places(table, first, token, head, kv_heads: tl.constexpr, page_len: tl.constexpr, block: tl.constexpr):
     """Rows of `block` tokens from `first` (a multiple of `block`) in pages [.., kv_heads, page_len, ..]."""

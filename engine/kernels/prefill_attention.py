@@ -13,10 +13,7 @@ from triton.language.extra import cuda
 from engine.kernels.decode_attention import LOG2E, _dequantized
 from engine.kernels.launch import INTERPRETED, LAUNCH
 from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
-from engine.kernels.reference import Pages
-
-# Queries in a block: what `engine.models.batch.query_blocks` cuts sequences into.
-QUERIES = 128
+from engine.kernels.reference import QUERY_BLOCK, Pages
 
 
 def prefill_attention(
@@ -32,7 +29,7 @@ def prefill_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v, causally, for the queries of `blocks`: query [T, heads, head_dim] -> the same shape.
 
-    `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERIES of its queries. Rows of `out` that
+    `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERY_BLOCK of its queries. Rows of `out` that
     no block names are left as they are.
     """
     tokens, heads, head_dim = query.shape
@@ -57,7 +54,7 @@ def prefill_attention(
         page_len=page_len,
         head_dim=head_dim,
         padded=max(triton.next_power_of_2(head_dim), 16),
-        queries=QUERIES,
+        queries=QUERY_BLOCK,
         block=32 if wide else 64,
         stored=storage_of(pages),
         stages=1 if INTERPRETED or wide else 3,

@@ -8,20 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.reference import QUERY_BLOCK as QUERY_BLOCK
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """B sequences with T scheduled tokens, packed one after the other; decode is a sequence with one token.
 
-    token_ids    int64 [T]
-    positions    int64 [T]     place of each token in its own sequence
+    token_ids    int [T]
+    positions    int [T]       place of each token in its own sequence
     query_starts int32 [B+1]   cumulative: tokens of sequence b are query_starts[b] .. query_starts[b+1]
     context_lens int32 [B]     tokens of the sequence after this step, cached and new
     page_table   int32 [B, P]  pages of each sequence in order; entries beyond its context are not used
-    slots        int64 [T]     page * page_len + offset where K and V of each token are written
-    logits_at    int64 [R]     indices into T of the tokens whose logits are wanted
+    slots        int [T]       page * page_len + offset where K and V of each token are written
+    logits_at    int [R]       indices into T of the tokens whose logits are wanted
     rope_bases   float64 [B]   base of each sequence's rotary embedding, fixed at its start, where the model's base
                                depends on the length (see `rope_base`); None: as fits context_lens, for whole sequences
+    decodes      int           the first so many sequences have one token each
+    blocks       int32 [N, 2]  the others, cut into blocks of QUERY_BLOCK tokens: sequence and first token of each block
     """
 
     token_ids: Tensor
@@ -32,6 +36,8 @@ class Batch:
     slots: Tensor
     logits_at: Tensor
     rope_bases: Tensor | None = None
+    decodes: int = 0
+    blocks: Tensor | None = None
 
 
 def packed(sequences: Sequence[Sequence[int]] | Tensor, *, device: torch.device | str = "cpu") -> Batch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.kernels import reference as ops
+from engine.kernels import ops, reference
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
@@ -52,7 +52,10 @@ class DecoderLayer:
         linear by its module name, and "self_attn.k" (K after rotary) and "self_attn.v", each [T, kv_heads, head_dim].
         """
         normed = self.attention_input(hidden)
-        attended = self.attend(normed, batch, pages, rope, observe)
+        if pages is None:
+            attended = self.attend(normed, batch, rope, observe)
+        else:
+            attended = self.attend_cached(normed, batch, pages, rope)
         _tell(observe, (names.OUTPUT,), attended)
         hidden = self.after_attention(hidden, attended)
         normed = self.mlp_input(hidden)
@@ -67,30 +70,36 @@ class DecoderLayer:
         """What q, k and v read: [T, hidden]; int8 rows where they are int8."""
         return self._normed(hidden, self._attention_norm, self._qkv)
 
-    def attend(
-        self, normed: Rows, batch: Batch, pages: KVPages | None, rope: Rope, observe: Observe | None = None
-    ) -> Tensor:
-        """What o reads: [T, heads * head_dim]."""
+    def attend(self, normed: Rows, batch: Batch, rope: Rope, observe: Observe | None = None) -> Tensor:
+        """What o reads: [T, heads * head_dim], from packed whole sequences that attend to themselves alone."""
         config = self.config
         _tell(observe, names.QKV, normed)
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = self._qkv.forward(normed).view(-1, heads + 2 * kv_heads, config.head_dim)
-        query, key, value = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        query, key, value = ops.split_heads(self._qkv.forward(normed), config.num_heads, config.head_dim)
         if config.qk_norm:
             query, key = (
-                ops.rms_norm(x, weight, config.norm_eps)
+                reference.rms_norm(x, weight, config.norm_eps)
                 for x, weight in zip((query, key), self._head_norms, strict=True)
             )
-        query, key = ops.apply_rope(query, key, *rope)
+        query, key = reference.apply_rope(query, key, *rope)
         _tell(observe, ("self_attn.k",), key)
         _tell(observe, ("self_attn.v",), value)
         scale = config.head_dim**-0.5
-        if pages is None:
-            attended = ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window)
-        else:
-            ops.write_kv(key, value, pages, batch.slots)
-            attended = ops.paged_attention(query, pages, batch, scale, config.sliding_window)
-        return attended.flatten(1)
+        return ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window).flatten(1)
+
+    def attend_cached(self, normed: Rows, batch: Batch, pages: KVPages, rope: Rope) -> Tensor:
+        """The same over the cache, in which K and V of the batch's tokens are afterwards."""
+        config = self.config
+        query = ops.rope_write_kv(
+            self._qkv.forward(normed),
+            *rope,
+            (self._head_norms[0], self._head_norms[1]) if config.qk_norm else None,
+            config.norm_eps,
+            pages,
+            batch.slots,
+            config.num_heads,
+        )
+        scale = config.head_dim**-0.5
+        return ops.paged_attention(query, pages, batch, scale, config.sliding_window).flatten(1)
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The residual stream between attention and MLP: [T, hidden]."""
@@ -110,6 +119,24 @@ class DecoderLayer:
     def after_mlp(self, hidden: Tensor, inner: Rows) -> Tensor:
         """The residual stream behind the layer: [T, hidden]."""
         return hidden + self._down.forward(inner)
+
+    def run(
+        self, hidden: Tensor, delta: Tensor | None, batch: Batch, pages: KVPages, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """`__call__` over the cache, with each sum of the residual stream left to the norm that follows it: the stream
+        before this layer is hidden + delta (None: 0), the one behind it is the sum of the two results."""
+        normed, hidden = self._add_normed(hidden, delta, self._attention_norm, self._qkv)
+        delta = self._output.forward(self.attend_cached(normed, batch, pages, rope))
+        normed, hidden = self._add_normed(hidden, delta, self._mlp_norm, self._gate_up)
+        return hidden, self._down.forward(self.inner(normed))
+
+    def _add_normed(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, reader: Linear) -> tuple[Rows, Tensor]:
+        if delta is None:
+            return self._normed(hidden, weight, reader), hidden
+        if isinstance(reader, Int8Linear):
+            values, scales, hidden = ops.add_rms_norm_int8(delta, hidden, weight, self.config.norm_eps)
+            return Int8Rows(values, scales, hidden.dtype), hidden
+        return ops.add_rms_norm(delta, hidden, weight, self.config.norm_eps)
 
     def _normed(self, hidden: Tensor, weight: Tensor, reader: Linear) -> Rows:
         if isinstance(reader, Int8Linear):
@@ -140,11 +167,24 @@ class Decoder:
 
         Without a cache the packed sequences are whole and each attends to itself (page_table and slots are not read).
         """
+        return self.logits(batch, cache).float()
+
+    def logits(self, batch: Batch, cache: KVCache | None) -> Tensor:
+        """The same in the computing type."""
         hidden = self.embed(batch.token_ids)
         rope = rope_tables(self.config, batch)
-        for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, batch, None if cache is None else cache.layers[i], rope)
-        return self.head(hidden[batch.logits_at])
+        if cache is None:
+            for layer in self.layers:
+                hidden = layer(hidden, batch, None, rope)
+            return self._project(ops.rms_norm(hidden[batch.logits_at], self._norm, self.config.norm_eps))
+        delta: Tensor | None = None
+        for layer, pages in zip(self.layers, cache.layers, strict=True):
+            hidden, delta = layer.run(hidden, delta, batch, pages, rope)
+        assert delta is not None, "a model without layers"
+        if len(batch.logits_at) != len(hidden):
+            hidden, delta = hidden[batch.logits_at], delta[batch.logits_at]
+        normed, _ = ops.add_rms_norm(delta, hidden, self._norm, self.config.norm_eps)
+        return self._project(normed)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> hidden states [T, hidden]."""
@@ -152,8 +192,10 @@ class Decoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """The final norm and the output matrix: hidden [R, hidden] -> logits float32 [R, vocab]."""
-        normed = ops.rms_norm(hidden, self._norm, self.config.norm_eps)
-        return torch.nn.functional.linear(normed, self._head).float()
+        return self._project(ops.rms_norm(hidden, self._norm, self.config.norm_eps)).float()
+
+    def _project(self, normed: Tensor) -> Tensor:
+        return torch.nn.functional.linear(normed, self._head)
 
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import reference as ops
+from engine.kernels import ops
 from engine.models import names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,9 +29,21 @@ def rope_tables(config: ModelConfig, batch: Batch, dtype: torch.dtype = torch.fl
     and "better" ones would move logits away from every other implementation.
     """
     positions = batch.positions.to(torch.float32)
-    angles = positions[:, None] * frequencies(config, _bases(config, batch), positions.device)
+    bases = _bases(config, batch)
+    if isinstance(bases, float):
+        turned = _fixed_frequencies(config, positions.device)
+    else:
+        turned = frequencies(config, bases, positions.device)
+    angles = positions[:, None] * turned
     factor = config.rope_scaling.attention_factor if config.rope_scaling is not None else 1.0
     return Rope((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), _logn(config, positions))
+
+
+@lru_cache(maxsize=64)
+def _fixed_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Of a model whose base does not depend on the length: the same in every step."""
+    with torch.inference_mode(False):
+        return frequencies(config, config.rope_theta, device)
 
 
 def frequencies(config: ModelConfig, base: Tensor | float, device: torch.device | str = "cpu") -> Tensor:
@@ -76,7 +89,7 @@ def _kept_by_yarn(scaling: RopeScaling, config: ModelConfig) -> Tensor:
 def _bases(config: ModelConfig, batch: Batch) -> Tensor | float:
     """One base for all tokens, or float32 [T, 1] where it depends on the sequence."""
     if not is_dynamic(config):
-        return config.rope_theta
+        return float(config.rope_theta)
     bases = batch.rope_bases
     if bases is None:
         lengths = batch.context_lens.tolist()

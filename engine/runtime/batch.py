@@ -2,43 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from torch import Tensor
 
-from engine.models.batch import Batch
+from engine.models.batch import QUERY_BLOCK, Batch
 from engine.runtime.scheduler import Plan
+from engine.runtime.sequence import PENDING, Sequence
 
 
-def build_batch(plan: Plan, *, page_len: int, device: torch.device) -> Batch:
+def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
+    """The tokens that a sequence computes next. One that is still being drawn is -(row + 1), its row being that of the
+    sequence in the step before."""
+    ids = sequence.scheduled_tokens
+    if ids[-1] == PENDING:
+        ids[-1] = -(rows[sequence] + 1)
+    return ids
+
+
+def build_batch(
+    plan: Plan,
+    *,
+    page_len: int,
+    device: torch.device,
+    rows: Mapping[Sequence, int] | None = None,
+    drawn: Tensor | None = None,
+) -> Batch:
     """The batch that computes a plan. Logits are wanted for the last token of a sequence that draws, and for every
-    token of one that is scored."""
+    token of one that is scored.
+
+    All integers go to the device in one piece. `drawn` are the tokens of the step before, on the device, and `rows`
+    where each of its sequences stands there: what the host has not read yet is filled in from them.
+    """
     sequences = plan.sequences
-    starts = [0]
+    scheduled = np.array([sequence.scheduled for sequence in sequences], dtype=np.int32)
+    cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
+    starts = np.zeros(len(sequences) + 1, dtype=np.int32)
+    np.cumsum(scheduled, out=starts[1:])
+    total = int(starts[-1])
+    decodes = next((i for i, count in enumerate(scheduled) if count > 1), len(sequences))
+    ids: list[int] = []
     wanted: list[int] = []
-    token_ids: list[int] = []
-    for sequence in sequences:
-        start, end = starts[-1], starts[-1] + sequence.scheduled
-        starts.append(end)
-        token_ids += sequence.scheduled_tokens
+    blocks: list[tuple[int, int]] = []
+    for number, sequence in enumerate(sequences):
+        ids += token_ids(sequence, rows or {})
+        start, end = int(starts[number]), int(starts[number + 1])
         if sequence.scored:
             wanted += range(start, end)
         elif sequence.draws:
             wanted.append(end - 1)
+        if number >= decodes:
+            blocks += [(number, first) for first in range(0, end - start, QUERY_BLOCK)]
 
+    table = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), dtype=np.int32)
+    for number, sequence in enumerate(sequences):
+        table[number, : len(sequence.pages)] = sequence.pages
+    row = np.repeat(np.arange(len(sequences), dtype=np.int32), scheduled)
+    positions = np.arange(total, dtype=np.int32) - starts[row] + cached[row]
+    slots = table[row, positions // page_len] * page_len + positions % page_len
+    fields = to_device([ids, positions, starts, cached + scheduled, slots, wanted, table, blocks], device)
+    tokens, positions_, starts_, context_lens, slots_, logits_at, page_table, blocks_ = fields
+    if drawn is not None and min(ids) < 0:
+        tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp(min=0)], tokens)
     bases = [sequence.rope_base for sequence in sequences if sequence.rope_base is not None]
-    cached = torch.tensor([sequence.cached for sequence in sequences])
-    scheduled = torch.tensor([sequence.scheduled for sequence in sequences])
-    width = max(len(sequence.pages) for sequence in sequences)
-    page_table = torch.tensor([sequence.pages + [0] * (width - len(sequence.pages)) for sequence in sequences])
-    row = torch.repeat_interleave(torch.arange(len(sequences)), scheduled)
-    positions = torch.arange(starts[-1]) - torch.tensor(starts)[row] + cached[row]
-    slots = page_table[row, positions // page_len] * page_len + positions % page_len
     return Batch(
-        token_ids=torch.tensor(token_ids).to(device),
-        positions=positions.to(device),
-        query_starts=torch.tensor(starts, dtype=torch.int32).to(device),
-        context_lens=(cached + scheduled).to(device, torch.int32),
-        page_table=page_table.to(device, torch.int32),
-        slots=slots.to(device),
-        logits_at=torch.tensor(wanted, dtype=torch.int64).to(device),
+        token_ids=tokens,
+        positions=positions_,
+        query_starts=starts_,
+        context_lens=context_lens,
+        page_table=page_table.view(table.shape),
+        slots=slots_,
+        logits_at=logits_at,
         rope_bases=torch.tensor(bases, dtype=torch.float64).to(device) if bases else None,
+        decodes=decodes,
+        blocks=blocks_.view(-1, 2),
     )
+
+
+def to_device(fields: list[object], device: torch.device) -> list[Tensor]:
+    """Integers as int32 [n] each, moved by one copy from pinned memory."""
+    arrays = [np.asarray(field, dtype=np.int32).reshape(-1) for field in fields]
+    packed = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    return list(packed.split([len(array) for array in arrays]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from engine.runtime.cache import PageTable, page_count
 from engine.runtime.capability import check_capability, computing_dtype, probe_device
 from engine.runtime.event import Event, FinishReason, TokenLogprob
 from engine.runtime.grammar import Grammars
-from engine.runtime.runner import Runner, free_memory
+from engine.runtime.runner import Launch, Runner, free_memory
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
 from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
@@ -85,6 +86,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}
         self._aborted: list[Event] = []
+        self._flying: deque[tuple[list[Sequence], Launch]] = deque()
 
     @classmethod
     def from_workspace(cls, folder: Path, config: EngineConfig) -> Engine:
@@ -107,15 +109,32 @@ class Engine:
         return cls(model, tokenizer, config, session_len=session_len, kv_scales=scales)
 
     def step(self) -> list[Event]:
-        """Compute one step of all requests that fit into it, and tell what is new."""
+        """Launch one step of all requests that fit into it, and tell what came of the last one.
+
+        On a GPU the host works while the device does: a step is launched before the tokens of the one before it are
+        read, and those go from one step to the next on the device alone. A request that has ended by a token that was
+        not read in time computes one token more, which nobody sees.
+        """
         events, self._aborted = self._aborted, []
+        if self._flying and self._scheduler.needs_host():
+            events += self._land()
         plan = self._scheduler.schedule()
         if plan.sequences:
-            drawn = self._runner.run(plan)
-            drawing = plan.drawing
-            self._scheduler.commit(plan, drawn.token_ids)
-            events += [self._advance(*each) for each in zip(drawing, drawn.logprobs, strict=True)]
+            launch = self._runner.launch(plan)
+            self._flying.append((self._scheduler.advance(plan), launch))
+        if self._flying and (len(self._flying) > self._runner.depth or not plan.sequences):
+            events += self._land()
         return events
+
+    def _land(self) -> list[Event]:
+        """Wait for the oldest launched step and take in what it drew."""
+        drawing, launch = self._flying.popleft()
+        drawn = launch()
+        logprobs = dict(zip(drawing, drawn.logprobs, strict=True))
+        return [
+            self._advance(sequence, logprobs[sequence])
+            for sequence in self._scheduler.resolve(drawing, drawn.token_ids)
+        ]
 
     def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str | None = None) -> str:
         """Queue a request and return its id. Raises ValueError for a prompt or an option that cannot be served.
@@ -151,7 +170,7 @@ class Engine:
             self._aborted.append(_event(sequence, (), answer.finish(), "abort"))
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work() or bool(self._aborted)
+        return self._scheduler.has_work() or bool(self._aborted) or bool(self._flying)
 
     def check(self) -> None:
         """Assert that no page is lost and every invariant of the scheduler holds."""

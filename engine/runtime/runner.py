@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import psutil
@@ -12,9 +13,11 @@ from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.runtime.batch import build_batch
 from engine.runtime.event import TokenLogprob
+from engine.runtime.graphs import DecodeGraphs, batch_sizes
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.sampler import collect_draws, sample
 from engine.runtime.scheduler import Plan
+from engine.runtime.sequence import Sequence
 
 
 class Drawn(NamedTuple):
@@ -24,35 +27,112 @@ class Drawn(NamedTuple):
     logprobs: list[TokenLogprob | None]
 
 
+# A launched step: called, it waits for the device and says what was drawn.
+Launch = Callable[[], Drawn]
+
+
 class Runner:
     """One model and its KV cache on one device.
 
     A plan goes in as plain numbers and tokens come out as plain numbers, so what lies between them, one rank or
-    several, launched kernel by kernel or as one graph, is decided in `logits` and concerns nobody else.
+    several, launched kernel by kernel or as one graph, is decided here and concerns nobody else.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, *, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        *,
+        eos_token_ids: tuple[int, ...],
+        max_batch_size: int = 64,
+        session_len: int = 0,
+        graphs: bool = True,
+    ) -> None:
+        """On a GPU, with `graphs`, captures the decode steps of sessions of up to `session_len` tokens."""
         self._model = model
         self._cache = cache
         self._eos_token_ids = eos_token_ids
+        self._step = 0
+        self._rows: Mapping[Sequence, int] = {}
+        self._on_gpu = model.device.type == "cuda"
+        # How many steps may be launched before the tokens of the first are read.
+        self.depth = 1 if self._on_gpu else 0
+        self._drawn = torch.zeros(max_batch_size, dtype=torch.int64, device=model.device)
+        self._hosts = [torch.zeros(max_batch_size, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+        self._graphs: DecodeGraphs | None = None
+        if self._on_gpu and graphs:
+            self._graphs = DecodeGraphs(
+                model,
+                cache,
+                self._drawn,
+                eos_token_ids=eos_token_ids,
+                max_batch_size=max_batch_size,
+                session_len=session_len,
+                sizes=batch_sizes(max_batch_size),
+            )
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> Tensor:
         """Compute a plan: K and V of its tokens are in the cache afterwards. Returns float32 [R, vocab] for the rows
         that the plan wants, in its order."""
-        batch = build_batch(plan, page_len=self._cache.page_len, device=self._model.device)
-        return self._model(batch, self._cache)
+        return self._logits(plan).float()
 
     @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launch:
+        """Start to compute a plan and to draw the new tokens of `plan.drawing`. At most `depth` more steps are launched
+        before this one is asked what it drew."""
+        drawing = plan.drawing
+        number = len(drawing)
+        self._step += 1
+        greedy = all(_is_greedy(sequence) for sequence in drawing)
+        logprobs: list[TokenLogprob | None] = [None] * number
+        if self._graphs is not None and greedy and drawing and self._graphs.fits(plan):
+            self._graphs.replay(plan, self._rows, self._step)
+        else:
+            logits = self._logits(plan)
+            if drawing:
+                wide = logits.float()
+                tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
+                logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])
+                self._drawn[:number] = tokens
+        self._rows = {sequence: row for row, sequence in enumerate(drawing)}
+        read = self._read(number)
+        return lambda: Drawn(read(), logprobs)
+
     def run(self, plan: Plan) -> Drawn:
         """Compute a plan and draw the new tokens of `plan.drawing`."""
-        logits = self.logits(plan)
-        drawing = plan.drawing
-        if not drawing:
-            return Drawn([], [])
-        token_ids = sample(logits, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
-        logprobs = token_logprobs(logits, token_ids, [sequence.sampling.logprobs for sequence in drawing])
-        return Drawn(token_ids.tolist(), logprobs)
+        return self.launch(plan)()
+
+    def _logits(self, plan: Plan) -> Tensor:
+        """Logits in the computing type of the rows that a plan wants."""
+        batch = build_batch(
+            plan, page_len=self._cache.page_len, device=self._model.device, rows=self._rows, drawn=self._drawn
+        )
+        return self._model.logits(batch, self._cache)
+
+    def _read(self, number: int) -> Callable[[], list[int]]:
+        """The first `number` drawn tokens, on their way to the host."""
+        if not self._on_gpu:
+            tokens: list[int] = self._drawn[:number].tolist()
+            return lambda: tokens
+        host = self._hosts[self._step % 2][:number]
+        host.copy_(self._drawn[:number], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[int]:
+            done.synchronize()
+            read: list[int] = host.tolist()
+            return read
+
+        return wait
+
+
+def _is_greedy(sequence: Sequence) -> bool:
+    """Whether its next token is the likeliest one, but for end tokens that it ignores."""
+    sampling = sequence.sampling
+    plain = not sequence.needs_host and not sampling.logit_bias and sampling.logprobs is None
+    return sampling.temperature == 0 and plain
 
 
 def free_memory(device: torch.device) -> int:

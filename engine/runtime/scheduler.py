@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.runtime.cache import PageTable, page_digest
-from engine.runtime.sequence import Sequence
+from engine.runtime.sequence import PENDING, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class Scheduler:
     waiting ones, of which the last may get only a part of its prompt. A sequence is admitted when pages for all its
     tokens are there, with one more for each that already runs to grow into. If pages run out all the same, the latest
     arrival gives its own back and waits again.
+
+    A step may be scheduled while the one before it is still computed: `advance` says that it was launched, and
+    `resolve` later which tokens came of it.
     """
 
     def __init__(
@@ -57,6 +60,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def needs_host(self) -> bool:
+        """Whether a running sequence draws its next token with what the host makes of the last ones."""
+        return any(sequence.needs_host for sequence in self.running)
+
     def schedule(self) -> Plan:
         """Choose the next step. A step that could not be run is simply scheduled anew."""
         budget = self._num_tokens_per_iter
@@ -64,6 +71,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            if sequence.pending and len(sequence) == sequence.limit:
+                index += 1  # its last token is being drawn: nothing is left to compute
+                continue
             if not self._grow(sequence):
                 self._preempt()  # the last in `running`: a later arrival, or this sequence itself
                 admitting = False
@@ -78,27 +88,59 @@ class Scheduler:
             self.running.append(sequence)
             sequence.scheduled = min(budget, len(sequence) - sequence.cached)
             budget -= sequence.scheduled
-        return Plan(tuple(sequence for sequence in self.running if sequence.scheduled))
+        planned = [sequence for sequence in self.running if sequence.scheduled]
+        # Sequences with one token first, as the kernels take them.
+        return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
 
     def commit(self, plan: Plan, tokens: Items[int]) -> None:
         """Take in a step that was run: `tokens` are the new ones of `plan.drawing`."""
+        self.resolve(self.advance(plan), tokens)
+
+    def advance(self, plan: Plan) -> list[Sequence]:
+        """A step was launched: its K and V count as cached, and the sequences that draw, which are returned, have one
+        more token, PENDING."""
         drawing = plan.drawing
         for sequence in plan.sequences:
-            written = sequence.cached // self.pages.page_len
             sequence.cached += sequence.scheduled
             sequence.scheduled = 0
-            if self._shares(sequence):
-                for index in range(written, sequence.cached // self.pages.page_len):
-                    self.pages.publish(sequence.pages[index], self._digests(sequence)[index])
+        for sequence in drawing:
+            sequence.tokens.append(PENDING)
+            sequence.pending += 1
+        for sequence in plan.sequences:
+            self._publish(sequence)
+        return drawing
+
+    def resolve(self, drawing: Items[Sequence], tokens: Items[int]) -> list[Sequence]:
+        """The tokens that a launched step drew, in the order of `advance`, which is that of the steps. Returns those of
+        `drawing` that have not ended since: the tokens of the others mean nothing."""
+        alive = []
         for sequence, token in zip(drawing, tokens, strict=True):
-            sequence.tokens.append(token)
+            if not sequence.ended:
+                sequence.tokens[sequence.known] = token
+                sequence.pending -= 1
+                self._publish(sequence)
+                alive.append(sequence)
+        return alive
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it stands, and let go of its pages."""
+        """Forget a sequence, wherever it stands, and let go of its pages. A step that is being computed may still write
+        to them: it does so before any later step writes or reads."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+        sequence.ended = True
         self._release(sequence)
 
+    def _publish(self, sequence: Sequence) -> None:
+        """Make findable what is written and whose tokens are known."""
+        full = min(sequence.cached, sequence.known) // self.pages.page_len
+        if self._shares(sequence) and sequence.published < full:
+            digests = self._digests(sequence)
+            for index in range(sequence.published, full):
+                self.pages.publish(sequence.pages[index], digests[index])
+            sequence.published = full
+
     def _admit(self, sequence: Sequence) -> bool:
+        if sequence.pending:
+            return False  # preempted while its token is being drawn, which what it computes begins with
         found: list[int] = []
         if self._shares(sequence):
             # The last token is always computed: its logits are what the next one is drawn from.
@@ -109,6 +151,7 @@ class Scheduler:
         self.pages.acquire(found)
         sequence.pages = found + self.pages.allocate(missing)
         sequence.cached = len(found) * self.pages.page_len
+        sequence.published = len(found)
         if sequence.prefix_hit is None:
             sequence.prefix_hit = sequence.cached
         return True
@@ -130,7 +173,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages = []
-        sequence.cached = sequence.scheduled = 0
+        sequence.cached = sequence.scheduled = sequence.published = 0
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._prefix_caching and not sequence.scored
@@ -138,7 +181,7 @@ class Scheduler:
     def _digests(self, sequence: Sequence) -> list[bytes]:
         """The digests of the sequence's full pages; tokens are only ever appended, so old ones stay right."""
         digests, page_len = sequence.digests, self.pages.page_len
-        for start in range(len(digests) * page_len, len(sequence) - page_len + 1, page_len):
+        for start in range(len(digests) * page_len, sequence.known - page_len + 1, page_len):
             parent = digests[-1] if digests else sequence.prefix_root
             digests.append(page_digest(parent, sequence.tokens[start : start + page_len]))
         return digests

@@ -10,6 +10,8 @@ from typing import Protocol
 from engine.config import Sampling
 from engine.wording import shown
 
+# Stands in `Sequence.tokens` for a token that is not read yet.
+PENDING = -1
 MOST_LOGPROBS = 20
 LARGEST_BIAS = 100.0
 
@@ -29,6 +31,8 @@ class Sequence:
     stays below `len`, a decode step has `scheduled` 1, and a preempted sequence has `cached` 0: nothing else says
     where a sequence stands.
 
+    The last `pending` entries of `tokens` are PENDING: tokens that the device is drawing and the host has not read yet.
+
     `limit` is the length at which it ends; a sequence whose prompt has this length draws no token. With `scored`
     the logits of every position are wanted, so it takes no page from the prefix index and puts none there.
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
@@ -46,6 +50,9 @@ class Sequence:
 
     cached: int = 0
     scheduled: int = 0
+    pending: int = 0
+    published: int = 0
+    ended: bool = False
     pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     prompt_length: int = 0
@@ -56,6 +63,11 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def known(self) -> int:
+        """How many of the tokens the host has read."""
+        return len(self.tokens) - self.pending
 
     @property
     def draws(self) -> bool:

@@ -87,7 +87,7 @@ class LayerWalk:
             return _floats(layer.attention_input(stream.hidden[sample]))
         if pair is ATTENTION_OUT:
             normed = layer.attention_input(stream.hidden[sample])
-            between[sample] = layer.attend(normed, stream.batch, None, stream.rope)
+            between[sample] = layer.attend(normed, stream.batch, stream.rope)
             return between[sample]
         if pair is MLP_IN:
             between[sample] = layer.after_attention(stream.hidden[sample], between[sample])
@@ -100,7 +100,7 @@ class LayerWalk:
         if pair is ATTENTION_IN:
             return _floats(layer.attention_input(hidden[sample]))
         if pair is ATTENTION_OUT:
-            attended = layer.attend(layer.attention_input(hidden[sample]), stream.batch, None, stream.rope)
+            attended = layer.attend(layer.attention_input(hidden[sample]), stream.batch, stream.rope)
             hidden[sample] = layer.after_attention(hidden[sample], attended)
             return attended
         if pair is MLP_IN:

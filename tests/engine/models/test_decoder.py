@@ -219,7 +219,7 @@ def test_int8_layers_compute_with_rows_quantized_in_the_norm_and_in_silu():
     after = layer(hidden, batch, None, rope, observe=seen.__setitem__)
     normed = layer.attention_input(hidden)
     assert torch.equal(seen["self_attn.q_proj"], normed.dense())
-    attended = layer.attend(normed.dense(), batch, None, rope)
+    attended = layer.attend(normed.dense(), batch, rope)
     between = layer.after_attention(hidden, attended)
     inner = layer.inner(layer.mlp_input(between).dense())
     assert distance(layer.after_mlp(between, inner.dense()), after) < 0.02

@@ -42,9 +42,8 @@ def test_a_plan_becomes_a_batch():
     assert batch.page_table.tolist() == [[4, 2], [0, 0], [3, 0]]
     assert batch.slots.tolist() == [19, 8, 0, 1, 12, 13]
     assert batch.logits_at.tolist() == [1, 4, 5]
-    wide = {"token_ids", "positions", "slots", "logits_at"}
     for name in ("token_ids", "positions", "slots", "logits_at", "query_starts", "context_lens", "page_table"):
-        assert getattr(batch, name).dtype == (torch.int64 if name in wide else torch.int32), name
+        assert getattr(batch, name).dtype == torch.int32, name
 
 
 def decode(runner, scheduler, item):

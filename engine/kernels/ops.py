@@ -1,0 +1,169 @@
+"""The operations of the decoder: Triton's kernels for tensors on a GPU, plain torch for all others.
+
+Names and contracts are those of `reference.py`, where the single operations are, and of the fused ones below, which say
+of which operations they are made. Triton is imported when the first tensor on a GPU arrives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels import reference
+from engine.kernels.reference import PagedQueries, Pages, causal_attention, int8_linear, unpack_int4
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_int8",
+    "causal_attention",
+    "int8_linear",
+    "paged_attention",
+    "quantize_rows",
+    "rms_norm",
+    "rms_norm_int8",
+    "rope_write_kv",
+    "silu_and_mul",
+    "silu_and_mul_int8",
+    "unpack_int4",
+]
+
+
+class Steps(PagedQueries, Protocol):
+    """What the kernels of attention need beside it: see `engine.models.batch.Batch`."""
+
+    @property
+    def decodes(self) -> int: ...
+    @property
+    def blocks(self) -> Tensor | None: ...
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"engine.kernels.{name}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether kernels can be compiled here; without Triton a GPU runs plain torch."""
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def on_kernels(x: Tensor) -> bool:
+    return x.is_cuda and has_triton()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    return _kernels("norm").rms_norm(x, weight, eps) if on_kernels(x) else reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of total = residual + x (rounded to the type of x), and total: both [T, hidden]."""
+    if on_kernels(x):
+        return _kernels("norm").add_rms_norm(x, residual, weight, eps)
+    total = residual + x
+    return reference.rms_norm(total, weight, eps), total
+
+
+def rms_norm_int8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.rms_norm_int8`."""
+    if on_kernels(x):
+        return _kernels("norm").rms_norm_int8(x, weight, eps)
+    return reference.rms_norm_int8(x, weight, eps)
+
+
+def add_rms_norm_int8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.rms_norm_int8` of total = residual + x (rounded to the type of x), and total."""
+    if on_kernels(x):
+        return _kernels("norm").add_rms_norm_int8(x, residual, weight, eps)
+    total = residual + x
+    return *reference.rms_norm_int8(total, weight, eps), total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """`reference.silu_and_mul`."""
+    return _kernels("activation").silu_and_mul(gate_up) if on_kernels(gate_up) else reference.silu_and_mul(gate_up)
+
+
+def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.silu_and_mul_int8`."""
+    if on_kernels(gate_up):
+        return _kernels("activation").silu_and_mul_int8(gate_up)
+    return reference.silu_and_mul_int8(gate_up)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`."""
+    return _kernels("activation").quantize_rows(x) if on_kernels(x) and x.dim() == 2 else reference.quantize_rows(x)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_scale: Tensor | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    pages: Pages,
+    slots: Tensor,
+    heads: int,
+) -> Tensor:
+    """Queries from qkv [T, (heads + 2 * kv_heads) * head_dim], whose K and V go into the pages at slots [T].
+
+    Of `reference.py`: `rms_norm` of each head of Q and K where `head_norms` has the two weights, `apply_rope`, and
+    `write_kv`. Returns [T, heads, head_dim].
+    """
+    if on_kernels(qkv) and can_read(pages):
+        return _kernels("rope_write_kv").rope_write_kv(
+            qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads
+        )
+    query, key, value = split_heads(qkv, heads, pages.key.shape[3])
+    if head_norms is not None:
+        query, key = (reference.rms_norm(x, w, eps) for x, w in zip((query, key), head_norms, strict=True))
+    query, key = reference.apply_rope(query, key, cos, sin, query_scale)
+    reference.write_kv(key, value, pages, slots)
+    return query
+
+
+def split_heads(qkv: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, their heads, head_dim] of qkv [T, (heads + 2 * kv_heads) * head_dim]."""
+    whole = qkv.view(len(qkv), -1, head_dim)
+    kv_heads = (whole.shape[1] - heads) // 2
+    return whole[:, :heads], whole[:, heads : heads + kv_heads], whole[:, heads + kv_heads :]
+
+
+def can_read(pages: Pages) -> bool:
+    """Whether the kernels can read these pages: bytes lie in whole words."""
+    return pages.key.dtype != torch.uint8 or pages.key.shape[3] % 4 == 0
+
+
+def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, window: int | None = None) -> Tensor:
+    """`reference.paged_attention`. On a GPU the first `batch.decodes` sequences have one token each, and
+    `batch.blocks` names the tokens of the others."""
+    if not (on_kernels(query) and can_read(pages)) or batch.blocks is None:
+        return reference.paged_attention(query, pages, batch, scale, window)
+    out = torch.empty_like(query)
+    if batch.decodes:
+        _kernels("decode_attention").decode_attention(
+            query[: batch.decodes],
+            pages,
+            batch.context_lens[: batch.decodes],
+            batch.page_table[: batch.decodes],
+            scale,
+            window,
+            out=out[: batch.decodes],
+        )
+    if len(batch.blocks):
+        _kernels("prefill_attention").prefill_attention(
+            query, pages, batch.query_starts, batch.context_lens, batch.page_table, batch.blocks, scale, window, out=out
+        )
+    return out

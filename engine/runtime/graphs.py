@@ -1,0 +1,137 @@
+"""Decode steps as CUDA graphs: one for each of a list of batch sizes, over one pool of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.models.batch import Batch
+from engine.models.cache import KVCache
+from engine.models.decoder import Decoder
+from engine.models.rope_scaling import is_dynamic
+from engine.runtime.batch import token_ids
+from engine.runtime.scheduler import Plan
+from engine.runtime.sequence import Sequence
+
+# Rows of the integers that go to the device with each step.
+FIELDS = 5
+IDS, POSITIONS, LENGTHS, IGNORES, SLOTS = range(FIELDS)
+
+
+def batch_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 32, 64, then steps of 32 up to 256 and of 64 beyond; the last one is `most`. Steps are small
+    where a padded row costs, and few, since every graph costs start time."""
+    sizes = [*(1 << power for power in range(7)), *range(96, 257, 32)]
+    sizes += takewhile(lambda size: size < most, count(320, 64))
+    return [*(size for size in sizes if size < most), most]
+
+
+class DecodeGraphs:
+    """Steps in which every sequence computes one token and draws the next. The cache must have a page more than are
+    given out, its last, which padded rows write to."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        drawn: Tensor,
+        *,
+        eos_token_ids: tuple[int, ...],
+        max_batch_size: int,
+        session_len: int,
+        sizes: list[int],
+    ) -> None:
+        """Captures a graph for each of `sizes`. `drawn` int64 [max_batch_size] holds the tokens of the step before and,
+        after a replay, the likeliest ones of this step, without `eos_token_ids` where a request ignores them."""
+        self._model, self._cache, self._drawn = model, cache, drawn
+        self._sizes = sizes
+        device = model.device
+        self._width = -(-session_len // cache.page_len)
+        self._spare_slot = (cache.num_pages - 1) * cache.page_len
+        self._header = torch.zeros(FIELDS, max_batch_size, dtype=torch.int32, device=device)
+        self._table = torch.zeros(max_batch_size, self._width, dtype=torch.int32, device=device)
+        self._bases = torch.ones(max_batch_size, dtype=torch.float64, device=device) if is_dynamic(model.config) else None
+        self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
+        self._rows = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
+        self._no_blocks = torch.empty(0, 2, dtype=torch.int32, device=device)
+        # Two sets of what is sent: one may still be on its way while the other is filled.
+        room = (FIELDS + self._width) * max_batch_size
+        self._hosts = [torch.empty(room, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._staging = torch.empty(room, dtype=torch.int32, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        pool = torch.cuda.graph_pool_handle()
+        self._header[SLOTS] = self._spare_slot
+        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+            self._capture(size, pool)
+
+    def fits(self, plan: Plan) -> bool:
+        sequences = plan.sequences
+        return len(sequences) <= self._sizes[-1] and all(one.scheduled == 1 and one.draws for one in sequences)
+
+    def replay(self, plan: Plan, rows: Mapping[Sequence, int], step: int, *, padded: bool = False) -> None:
+        """Compute a plan that fits. With `padded` the largest graph runs whatever the plan holds. `rows` is that of `build_batch`, `step` the number of this step."""
+        sequences = plan.sequences
+        number = len(sequences)
+        size = self._sizes[-1] if padded else next(size for size in self._sizes if size >= number)
+        width = max(len(sequence.pages) for sequence in sequences)
+        self._send(sequences, rows, self._hosts[step % 2], number, size, width)
+        self._graphs[size].replay()
+
+    def _send(
+        self, sequences: tuple[Sequence, ...], rows: Mapping[Sequence, int], host: Tensor, number: int, size: int, width: int
+    ) -> None:
+        """The integers of a step, in one copy, to where the graph reads them."""
+        sent = FIELDS * size + number * width
+        array = host.numpy()[:sent]
+        header = array[: FIELDS * size].reshape(FIELDS, size)
+        table = array[FIELDS * size :].reshape(number, width)
+        header[IDS, :number] = [token_ids(sequence, rows)[0] for sequence in sequences]
+        cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
+        header[POSITIONS, :number] = cached
+        header[LENGTHS, :number] = cached + 1
+        header[IGNORES, :number] = [sequence.sampling.ignore_eos for sequence in sequences]
+        for row, sequence in zip(table, sequences, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        page_len = self._cache.page_len
+        header[SLOTS, :number] = table[np.arange(number), cached // page_len] * page_len + cached % page_len
+        header[:SLOTS, number:] = 0
+        header[SLOTS, number:] = self._spare_slot
+        self._staging[:sent].copy_(host[:sent], non_blocking=True)
+        self._header[:, :size].copy_(self._staging[: FIELDS * size].view(FIELDS, size))
+        self._table[:number, :width].copy_(self._staging[FIELDS * size : sent].view(number, width))
+        if self._bases is not None:
+            bases = torch.tensor([sequence.rope_base for sequence in sequences], dtype=torch.float64).pin_memory()
+            self._bases[:number].copy_(bases, non_blocking=True)
+
+    @torch.inference_mode()
+    def _capture(self, size: int, pool: tuple[int, int]) -> None:
+        self._step(size)  # compiles, and lets libraries take the memory that they keep
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._step(size)
+        self._graphs[size] = graph
+
+    def _step(self, size: int) -> None:
+        ids = self._header[IDS, :size]
+        batch = Batch(
+            token_ids=torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)], ids.long()),
+            positions=self._header[POSITIONS, :size],
+            query_starts=self._rows[: size + 1],
+            context_lens=self._header[LENGTHS, :size],
+            page_table=self._table[:size],
+            slots=self._header[SLOTS, :size],
+            logits_at=self._rows[:size],
+            rope_bases=None if self._bases is None else self._bases[:size],
+            decodes=size,
+            blocks=self._no_blocks,
+        )
+        logits = self._model.logits(batch, self._cache)
+        if len(self._eos):
+            ignores = self._header[IGNORES, :size, None] != 0
+            logits[:, self._eos] = logits[:, self._eos].masked_fill(ignores, -torch.inf)
+        torch.argmax(logits, dim=-1, out=self._drawn[:size])
