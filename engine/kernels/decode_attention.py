@@ -20,7 +20,7 @@ from engine.kernels.reference import Pages
 
 LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
-WAVES = 4
+WAVES = 2
 MOST_SPLITS = 32
 
 
@@ -62,6 +62,7 @@ def decode_attention(
     block = 32 if one_row else 64
     kernel = _decode_one if one_row else _decode_group
     rows = {} if one_row else {"rows": max(triton.next_power_of_2(group), 16)}
+    stored = storage_of(pages)
     kernel[(splits, kv_heads, batch)](
         query,
         *pointers(pages, query),
@@ -79,10 +80,10 @@ def decode_attention(
         head_dim=head_dim,
         padded=padded if one_row else max(padded, 16),
         block=block,
-        stored=storage_of(pages),
+        stored=stored,
         splits=splits,
         stages=1 if INTERPRETED else 3,
-        num_warps=4 if one_row else 2,
+        num_warps=2 if not one_row and stored != TOKENS.value else 4,
         **rows,
         **LAUNCH,
     )

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-any-return"
 """The operations of the decoder: Triton's kernels for tensors on a GPU, plain torch for all others.
 
 Names and contracts are those of `reference.py`, where the single operations are, and of the fused ones below, which say
@@ -8,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Steps(PagedQueries, Protocol):
 
 
 @cache
-def _kernels(name: str) -> ModuleType:
+def _kernels(name: str) -> Any:
     return importlib.import_module(f"engine.kernels.{name}")
 
 
@@ -123,9 +123,7 @@ def rope_write_kv(
     `write_kv`. Returns [T, heads, head_dim].
     """
     if on_kernels(qkv) and can_read(pages):
-        return _kernels("rope_write_kv").rope_write_kv(
-            qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads
-        )
+        return _kernels("rope_write_kv").rope_write_kv(qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads)
     query, key, value = split_heads(qkv, heads, pages.key.shape[3])
     if head_norms is not None:
         query, key = (reference.rms_norm(x, w, eps) for x, w in zip((query, key), head_norms, strict=True))

@@ -10,12 +10,13 @@ from torch import Tensor
 from engine.kernels.reference import Pages
 
 # What lies beside the bytes: nothing (values as computed), scales of channels, or scales of tokens.
-PLAIN, CHANNELS, TOKENS = "plain", "channels", "tokens"
+PLAIN, CHANNELS, TOKENS = (tl.constexpr(name) for name in ("plain", "channels", "tokens"))
 
 
 def storage_of(pages: Pages) -> str:
-    """PLAIN, CHANNELS or TOKENS."""
-    return TOKENS if pages.key_steps is not None else CHANNELS if pages.key_scale is not None else PLAIN
+    """The value of PLAIN, CHANNELS or TOKENS."""
+    stored = TOKENS if pages.key_steps is not None else CHANNELS if pages.key_scale is not None else PLAIN
+    return str(stored.value)
 
 
 def pointers(pages: Pages, unused: Tensor) -> tuple[Tensor, ...]:
@@ -38,9 +39,8 @@ def places(table, first, token, head, kv_heads: tl.constexpr, page_len: tl.const
     if page_len % block == 0:
         page = tl.load(table + first // page_len).to(tl.int64)
         return (page * kv_heads + head) * page_len + first % page_len + tl.arange(0, block)
-    else:
-        page = tl.load(table + token // page_len).to(tl.int64)
-        return (page * kv_heads + head) * page_len + token % page_len
+    page = tl.load(table + token // page_len).to(tl.int64)
+    return (page * kv_heads + head) * page_len + token % page_len
 
 
 @triton.jit
@@ -50,12 +50,11 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
         column = tl.arange(0, padded)
         mask = inside[:, None] & (column < head_dim)[None, :]
         return tl.load(pages + place[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
-    else:
-        words: tl.constexpr = head_dim // 4
-        column = tl.arange(0, padded // 4)
-        mask = inside[:, None] & (column < words)[None, :]
-        pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
-        word = tl.load(pointer, mask=mask, other=0)
-        even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
-        odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
-        return tl.join(even, odd).reshape(word.shape[0], padded)
+    words: tl.constexpr = head_dim // 4
+    column = tl.arange(0, padded // 4)
+    mask = inside[:, None] & (column < words)[None, :]
+    pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
+    word = tl.load(pointer, mask=mask, other=0)
+    even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
+    odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
+    return tl.join(even, odd).reshape(word.shape[0], padded)

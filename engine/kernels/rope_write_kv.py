@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from engine.kernels.launch import LAUNCH, ROUNDER
+from engine.kernels.page_rows import CHANNELS, PLAIN, storage_of
 from engine.kernels.reference import Pages
 
 SMALLEST_STEP = tl.constexpr(2.0**-17)  # reference.SMALLEST_STEP
@@ -69,7 +70,7 @@ def rope_write_kv(
         block=block,
         norms=head_norms is not None,
         scaled=query_scale is not None,
-        stored="steps" if steps else "scales" if quantized else "plain",
+        stored=storage_of(pages),
         num_warps=max(1, min(4, block * padded // 128)),
         **LAUNCH,
     )
@@ -82,14 +83,14 @@ def _store(pages, scales, zeros, steps, slot, head, first, second, pair, inside,
     page, offset = slot // page_len, slot % page_len
     place = (page * kv_heads + head) * page_len + offset
     at = place[:, None] * (2 * half) + pair[None, :]
-    if stored != "plain":
+    if stored != PLAIN:
         first = tl.where(first == first, first, 0.0)  # NaN counts as 0
         second = tl.where(second == second, second, 0.0)
-    if stored == "plain":
+    if stored == PLAIN:
         tl.store(pages + at, first.to(pages.dtype.element_ty), mask=inside)
         tl.store(pages + at + half, second.to(pages.dtype.element_ty), mask=inside)
     else:
-        if stored == "scales":
+        if stored == CHANNELS:
             where = head[:, None] * (2 * half) + pair[None, :]
             scale = tl.load(scales + where, mask=inside, other=1.0)
             zero = tl.load(zeros + where, mask=inside, other=0.0)
@@ -189,7 +190,7 @@ def _rope_write_kv(
             weight_2 = tl.load(weights + half + pair, mask=here, other=0.0).to(tl.float32)[None, :]
             first = (first * factor * weight).to(kind).to(tl.float32)
             second = (second * factor * weight_2).to(kind).to(tl.float32)
-        if scaled:
+        if scaled:  # noqa: SIM102 - the first is known when compiling
             if first_head < heads:
                 length = tl.load(query_scale + token)
                 c = c * length

@@ -87,4 +87,4 @@ def to_device(fields: list[object], device: torch.device) -> list[Tensor]:
     packed = torch.from_numpy(np.concatenate(arrays))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(packed.split([len(array) for array in arrays]))
+    return list(torch.split(packed, [len(array) for array in arrays]))

@@ -22,6 +22,7 @@ from engine.runtime.cache import PageTable, page_count
 from engine.runtime.capability import check_capability, computing_dtype, probe_device
 from engine.runtime.event import Event, FinishReason, TokenLogprob
 from engine.runtime.grammar import Grammars
+from engine.runtime.memory import MemoryReport, working_memory
 from engine.runtime.runner import Launch, Runner, free_memory
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
@@ -66,17 +67,32 @@ class Engine:
         ends = (*model.config.eos_token_ids, *tokenizer.eos_token_ids, *config.end_ids)
         self.eos_token_ids = tuple(dict.fromkeys(ends))
         page_len = config.cache_block_seq_len
-        num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales)
+        on_gpu = model.device.type == "cuda"
+        loaded = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+        reserved = working_memory(model, config, session_len=session_len, scales=kv_scales) if on_gpu else 0
+        num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales, reserved=reserved)
         pages = PageTable(num_pages, page_len)
         cache = KVCache(
             model.config,
-            num_pages=num_pages,
+            num_pages=num_pages + on_gpu,  # padded rows of a graph write to a page of their own
             page_len=page_len,
             device=model.device,
             dtype=model.dtype,
             scales=kv_scales,
         )
-        self._runner = Runner(model, cache, eos_token_ids=self.eos_token_ids)
+        held = torch.cuda.memory_allocated(model.device) - loaded if on_gpu else 0
+        self._runner = Runner(
+            model,
+            cache,
+            eos_token_ids=self.eos_token_ids,
+            max_batch_size=config.max_batch_size,
+            session_len=session_len,
+        )
+        # None on a CPU, whose memory other processes share.
+        self.memory: MemoryReport | None = None
+        if on_gpu:
+            free = free_memory(model.device)
+            self.memory = MemoryReport(weights=loaded, pages=held, workspace=reserved, free=free)
         self._scheduler = Scheduler(
             pages,
             max_batch_size=config.max_batch_size,
@@ -231,11 +247,11 @@ class Engine:
     def _advance(self, sequence: Sequence, logprob: TokenLogprob | None) -> Event:
         """Take in the new last token of a sequence, and end the request where that token ends it."""
         _, answer = self._requests[sequence.request_id]
-        token = sequence.tokens[-1]
+        token = sequence.tokens[sequence.known - 1]
         ended = token in self.eos_token_ids or token in sequence.sampling.stop_token_ids
         text = "" if ended else answer.push(token)
         reason: FinishReason | None = None
-        if ended or answer.stopped or len(sequence) == sequence.limit:
+        if ended or answer.stopped or sequence.known == sequence.limit:
             text += answer.finish()
             reason = "stop" if ended or answer.stopped else "length"
             self._scheduler.finish(sequence)
@@ -265,9 +281,11 @@ class Engine:
             raise ValueError("The engine has unfinished requests: let step() finish them, or abort them, first.")
 
 
-def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None) -> int:
-    """Pages for the engine. On a CPU a share of the memory ends where max_batch_size full sessions fit: the rest serves
-    better as the system's page cache."""
+def _num_pages(
+    model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None, reserved: int
+) -> int:
+    """Pages for the engine, from the memory that is free beside `reserved` bytes. On a CPU a share of the memory ends
+    where max_batch_size full sessions fit: the rest serves better as the system's page cache."""
     page_len = config.cache_block_seq_len
     full = config.max_batch_size * -(-session_len // page_len)
     return page_count(
@@ -279,7 +297,7 @@ def _num_pages(model: Decoder, config: EngineConfig, *, session_len: int, scales
             quantized=scales is not None,
             per_token=isinstance(scales, PerToken),
         ),
-        free_bytes=free_memory(model.device),
+        free_bytes=max(free_memory(model.device) - reserved, 0),
         page_len=page_len,
         session_len=session_len,
         most=full if model.device.type == "cpu" else None,
@@ -300,7 +318,7 @@ def _event(
         finish_reason=reason,
         prompt_tokens=sequence.prompt_length,
         cached_tokens=sequence.prefix_hit or 0,
-        completion_tokens=len(sequence) - sequence.prompt_length,
+        completion_tokens=sequence.known - sequence.prompt_length,
         logprobs=logprobs,
     )
 

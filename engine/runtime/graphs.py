@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from itertools import count, takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +56,9 @@ class DecodeGraphs:
         self._spare_slot = (cache.num_pages - 1) * cache.page_len
         self._header = torch.zeros(FIELDS, max_batch_size, dtype=torch.int32, device=device)
         self._table = torch.zeros(max_batch_size, self._width, dtype=torch.int32, device=device)
-        self._bases = torch.ones(max_batch_size, dtype=torch.float64, device=device) if is_dynamic(model.config) else None
+        self._bases = (
+            torch.ones(max_batch_size, dtype=torch.float64, device=device) if is_dynamic(model.config) else None
+        )
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self._rows = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
         self._no_blocks = torch.empty(0, 2, dtype=torch.int32, device=device)
@@ -73,18 +77,16 @@ class DecodeGraphs:
         return len(sequences) <= self._sizes[-1] and all(one.scheduled == 1 and one.draws for one in sequences)
 
     def replay(self, plan: Plan, rows: Mapping[Sequence, int], step: int, *, padded: bool = False) -> None:
-        """Compute a plan that fits. With `padded` the largest graph runs whatever the plan holds. `rows` is that of `build_batch`, `step` the number of this step."""
-        sequences = plan.sequences
-        number = len(sequences)
+        """Compute a plan that fits. `rows` is that of `build_batch`, `step` the number of this step. With `padded` the
+        largest graph runs whatever the plan holds."""
+        number = len(plan.sequences)
         size = self._sizes[-1] if padded else next(size for size in self._sizes if size >= number)
-        width = max(len(sequence.pages) for sequence in sequences)
-        self._send(sequences, rows, self._hosts[step % 2], number, size, width)
+        self._send(plan.sequences, rows, self._hosts[step % 2], size)
         self._graphs[size].replay()
 
-    def _send(
-        self, sequences: tuple[Sequence, ...], rows: Mapping[Sequence, int], host: Tensor, number: int, size: int, width: int
-    ) -> None:
-        """The integers of a step, in one copy, to where the graph reads them."""
+    def _send(self, sequences: Items[Sequence], rows: Mapping[Sequence, int], host: Tensor, size: int) -> None:
+        """The integers of a step, in one copy, to where the graph of `size` sequences reads them."""
+        number, width = len(sequences), max(len(sequence.pages) for sequence in sequences)
         sent = FIELDS * size + number * width
         array = host.numpy()[:sent]
         header = array[: FIELDS * size].reshape(FIELDS, size)
@@ -108,7 +110,7 @@ class DecodeGraphs:
             self._bases[:number].copy_(bases, non_blocking=True)
 
     @torch.inference_mode()
-    def _capture(self, size: int, pool: tuple[int, int]) -> None:
+    def _capture(self, size: int, pool: Any) -> None:
         self._step(size)  # compiles, and lets libraries take the memory that they keep
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

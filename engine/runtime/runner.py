@@ -117,7 +117,7 @@ class Runner:
             return lambda: tokens
         host = self._hosts[self._step % 2][:number]
         host.copy_(self._drawn[:number], non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
 
         def wait() -> list[int]:

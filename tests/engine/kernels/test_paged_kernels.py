@@ -1,0 +1,118 @@
+"""Kernels over pages against the reference: under Triton's interpreter here, compiled where there is a GPU."""
+
+import pytest
+import torch
+
+from engine.kernels import reference
+from engine.kernels.ops import split_heads
+from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from engine.kernels.decode_attention import decode_attention
+from engine.kernels.prefill_attention import prefill_attention
+from engine.kernels.rope_write_kv import rope_write_kv
+
+ON_GPU = DEVICE == "cuda"
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+STORED = ("plain", "channels", "tokens")
+# heads, KV heads, head_dim, page_len, window, dtype: every value at least once; the rest where it is quick.
+FEW = [
+    (4, 4, 16, 4, None, torch.float32),
+    (6, 2, 24, 32, 7, torch.float16),
+]
+MANY = [
+    (4, 4, 128, 64, None, torch.float16),
+    (6, 2, 80, 4, 33, torch.float32),
+    (8, 1, 128, 128, None, torch.bfloat16),
+    (32, 8, 128, 64, 33, torch.float16),
+    (5, 5, 96, 64, 33, torch.bfloat16),
+    (4, 4, 16, 64, None, torch.float32),
+    (14, 2, 64, 128, None, torch.float16),
+]
+CASES = [pytest.param(*case, marks=pytest.mark.gpu) for case in MANY] if ON_GPU else FEW
+DECODES = {"lens": [1, 5, 70, 33], "new": [1, 1, 1, 1]}
+MIXED = {"lens": [9, 1, 70, 33, 40], "new": [1, 1, 3, 33, 20]}
+if ON_GPU:
+    DECODES = {"lens": [1, 5, 70, 33, 1000, 513], "new": [1] * 6}
+    MIXED = {"lens": [9, 1, 700, 333, 400], "new": [1, 1, 3, 333, 150]}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
+def test_decode_attention(stored, heads, kv_heads, head_dim, page_len, window, dtype):
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, **DECODES)
+    query = torch.randn(len(DECODES["lens"]), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    scale = head_dim**-0.5
+    expected = reference.paged_attention(query, case.pages, case, scale, window)
+    there = on_device(case)
+    for splits in (1, 4):
+        out = decode_attention(
+            query.to(DEVICE), there.pages, there.context_lens, there.page_table, scale, window, splits=splits
+        )
+        assert error(out, expected) < TOLERANCES[dtype], splits
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
+def test_prefill_attention(stored, heads, kv_heads, head_dim, page_len, window, dtype):
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, **MIXED)
+    query = torch.randn(sum(MIXED["new"]), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    scale = head_dim**-0.5
+    expected = reference.paged_attention(query, case.pages, case, scale, window)[case.decodes :]
+    there = on_device(case)
+    out = prefill_attention(
+        query.to(DEVICE),
+        there.pages,
+        there.query_starts,
+        there.context_lens,
+        there.page_table,
+        there.blocks,
+        scale,
+        window,
+    )
+    assert error(out[case.decodes :], expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "norms and query scale"])
+def test_rope_write_kv(stored, heads, kv_heads, head_dim, page_len, window, dtype, more):
+    if window is not None:
+        pytest.skip("a window changes nothing here") if ON_GPU else None
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, **MIXED)
+    generator = torch.Generator().manual_seed(2)
+    tokens = sum(MIXED["new"])
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype)
+    angles = torch.randn(tokens, head_dim // 2, generator=generator)
+    query_scale = torch.rand(tokens, generator=generator) + 0.5 if more else None
+    norms = tuple(torch.randn(head_dim, generator=generator).to(dtype) for _ in range(2)) if more else None
+    there = on_device(case)
+    query, key, value = split_heads(qkv, heads, head_dim)
+    if norms:
+        query, key = (reference.rms_norm(x, w, 1e-5) for x, w in zip((query, key), norms, strict=True))
+    query, key = reference.apply_rope(query, key, angles.cos(), angles.sin(), query_scale)
+    reference.write_kv(key, value, case.pages, case.slots)
+    out = rope_write_kv(
+        qkv.to(DEVICE),
+        angles.cos().to(DEVICE),
+        angles.sin().to(DEVICE),
+        None if query_scale is None else query_scale.to(DEVICE),
+        None if norms is None else (norms[0].to(DEVICE), norms[1].to(DEVICE)),
+        1e-5,
+        there.pages,
+        there.slots,
+        heads,
+    )
+    assert error(out, query) < TOLERANCES[dtype]
+    for name in ("key", "value"):
+        written, expected = getattr(there.pages, name).cpu().float(), getattr(case.pages, name).float()
+        if stored == "plain":
+            assert error(written, expected) < TOLERANCES[dtype], name
+        else:  # a value on the border of two bytes may go either way
+            assert (written - expected).abs().max() <= 1, name
+            assert (written != expected).float().mean() < 0.01, name
+    if stored == "tokens":
+        for name in ("key_steps", "value_steps"):
+            torch.testing.assert_close(
+                getattr(there.pages, name).cpu(), getattr(case.pages, name), rtol=2e-3, atol=1e-3
+            )

@@ -1,0 +1,63 @@
+"""Norms, silu and rounding of rows against the reference: interpreted here, compiled where there is a GPU."""
+
+import pytest
+import torch
+
+from engine.kernels import reference
+from tests.engine.kernels.paged import DEVICE, error
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from engine.kernels import activation, norm
+
+SHAPES = [(1, 8), (3, 96), (5, 333)] + ([(1, 4096), (257, 4096), (17, 11008), (2, 16384)] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+EPS = 1e-5
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def inputs(request):
+    rows, width = request.param
+    generator = torch.Generator().manual_seed(width)
+    return [torch.randn(n, width, generator=generator) * 3 for n in (rows, rows)] + [
+        torch.randn(width, generator=generator)
+    ]
+
+
+def close(int8, expected):
+    """Codes differ by one at most, and seldom: a half that other arithmetic turns the other way."""
+    values, scales = (x.cpu() for x in int8)
+    torch.testing.assert_close(scales, expected[1], rtol=1e-5, atol=0)
+    away = (values.int() - expected[0].int()).abs()
+    assert away.max() <= 1
+    assert (away > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms(inputs, dtype):
+    x, residual, weight = (tensor.to(dtype) for tensor in inputs)
+    there = [tensor.to(DEVICE) for tensor in (x, residual, weight)]
+    total = x + residual
+    assert error(norm.rms_norm(there[0], there[2], EPS), reference.rms_norm(x, weight, EPS)) < TOLERANCES[dtype]
+    out, summed = norm.add_rms_norm(*there, EPS)
+    assert torch.equal(summed.cpu(), total)
+    assert error(out, reference.rms_norm(total, weight, EPS)) < TOLERANCES[dtype]
+    close(norm.rms_norm_int8(there[0], there[2], EPS), reference.rms_norm_int8(x, weight, EPS))
+    *int8, summed = norm.add_rms_norm_int8(*there, EPS)
+    assert torch.equal(summed.cpu(), total)
+    close(int8, reference.rms_norm_int8(total, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_and_rounding(inputs, dtype):
+    gate_up = torch.cat(inputs[:2], dim=1).to(dtype)
+    there = gate_up.to(DEVICE)
+    assert error(activation.silu_and_mul(there), reference.silu_and_mul(gate_up)) < TOLERANCES[dtype]
+    close(activation.silu_and_mul_int8(there), reference.silu_and_mul_int8(gate_up))
+    close(activation.quantize_rows(there), reference.quantize_rows(gate_up))
+
+
+def test_a_row_of_zeros_has_a_scale():
+    values, scales = activation.quantize_rows(torch.zeros(2, 40, dtype=torch.float16, device=DEVICE))
+    assert not values.any()
+    assert torch.equal(scales.cpu(), reference.quantize_rows(torch.zeros(2, 40))[1])
