@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """silu(gate) * up in Triton, and rounding of rows to int8."""
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
-from engine.kernels.launch import LAUNCH, round_row
+from engine.kernels.dependent_launch import depend, options
+from engine.kernels.device import facts
+from engine.kernels.rounding import round_row
 
 BLOCK = 1024
 
@@ -21,7 +22,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(count, inner, dtype=gate_up.dtype, device=gate_up.device)
     if count:
         grid = (triton.cdiv(inner, BLOCK), count)
-        _silu[grid](rows, out, rows.stride(0), inner, block=BLOCK, num_warps=4, **LAUNCH)
+        _silu[grid](rows, out, rows.stride(0), inner, block=BLOCK, num_warps=4, **options(facts(rows.device)))
     return out.view(*gate_up.shape[:-1], inner)
 
 
@@ -43,7 +44,15 @@ def _to_int8(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
         padded = triton.next_power_of_2(width)
         warps = min(max(padded // 512, 1), 16)
         _rows_to_int8[(count,)](
-            x, values, scales, x.stride(0), width=width, padded=padded, gated=gated, num_warps=warps, **LAUNCH
+            x,
+            values,
+            scales,
+            x.stride(0),
+            width=width,
+            padded=padded,
+            gated=gated,
+            num_warps=warps,
+            **options(facts(x.device)),
         )
     return values, scales
 
@@ -55,10 +64,9 @@ def _gate(gate, up):
 
 
 @triton.jit
-def _silu(gate_up, out, stride, inner, block: tl.constexpr, pdl: tl.constexpr):
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+def _silu(gate_up, out, stride, inner, block: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        depend()
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * block + tl.arange(0, block)
     inside = column < inner
@@ -69,11 +77,10 @@ def _silu(gate_up, out, stride, inner, block: tl.constexpr, pdl: tl.constexpr):
 
 @triton.jit
 def _rows_to_int8(
-    x, values, scales, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, pdl: tl.constexpr
+    x, values, scales, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, PDL: tl.constexpr
 ):
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, padded)
     inside = column < width

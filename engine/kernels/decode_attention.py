@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Attention of one new token a sequence over its pages, in Triton.
 
 A program takes one part ("split") of one sequence's context for one KV head and all query heads that read it; a second
@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
-from engine.kernels.launch import INTERPRETED, LAUNCH, multiprocessors
+from engine.kernels.dependent_launch import depend, options
+from engine.kernels.device import INTERPRETER, facts
 from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
 from engine.kernels.reference import Pages
 
@@ -27,7 +27,7 @@ MOST_SPLITS = 32
 def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
     """Into how many parts the context of each sequence is cut: a function of the batch's size, not of its lengths, so
     that a captured graph stays right as the sequences grow."""
-    wanted = WAVES * multiprocessors(device) // max(batch * kv_heads, 1)
+    wanted = WAVES * facts(device).multiprocessors // max(batch * kv_heads, 1)
     return max(1, min(1 << (wanted.bit_length() - 1) if wanted else 1, MOST_SPLITS))
 
 
@@ -82,14 +82,22 @@ def decode_attention(
         block=block,
         stored=stored,
         splits=splits,
-        stages=1 if INTERPRETED else 3,
+        stages=1 if facts(query.device) == INTERPRETER else 3,
         num_warps=2 if not one_row and stored != TOKENS.value else 4,
         **rows,
-        **LAUNCH,
+        **options(facts(query.device)),
     )
     if splits > 1:
         _join[(heads, batch)](
-            partial, sums, out, heads=heads, splits=splits, head_dim=head_dim, padded=padded, num_warps=4, **LAUNCH
+            partial,
+            sums,
+            out,
+            heads=heads,
+            splits=splits,
+            head_dim=head_dim,
+            padded=padded,
+            num_warps=4,
+            **options(facts(query.device)),
         )
     return out
 
@@ -134,7 +142,7 @@ def _decode_one(
     stored: tl.constexpr,
     splits: tl.constexpr,
     stages: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query head a KV head: every row of a tile keeps its own largest score and sums, joined once at the end, so
     that the loop has no barrier."""
@@ -147,9 +155,8 @@ def _decode_one(
     channel = head * head_dim + column
     if stored == CHANNELS:
         k_scale = tl.load(key_scale + channel, mask=here, other=0.0)
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     q = tl.load(query + (sequence * kv_heads + head) * head_dim + column, mask=here, other=0.0).to(tl.float32) * factor
     if stored == CHANNELS:
         q *= k_scale
@@ -232,7 +239,7 @@ def _decode_group(
     splits: tl.constexpr,
     stages: tl.constexpr,
     rows: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Several query heads a KV head, as the rows of a matrix product."""
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -246,9 +253,8 @@ def _decode_group(
     channel = head * head_dim + column
     if stored == CHANNELS:
         k_scale = tl.load(key_scale + channel, mask=here, other=0.0)
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     head_row = (sequence * kv_heads + head) * group + row
     mask = (row < group)[:, None] & here[None, :]
     q = tl.load(query + head_row[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
@@ -315,16 +321,15 @@ def _join(
     splits: tl.constexpr,
     head_dim: tl.constexpr,
     padded: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The parts of a head's result, each with the logarithm of its weight."""
     row = tl.program_id(1).to(tl.int64) * heads + tl.program_id(0)
     column = tl.arange(0, padded)
     part = tl.arange(0, splits)
     mask = (part < splits)[:, None] & (column < head_dim)[None, :]
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     logs = tl.load(sums + row * splits + part)
     highest = tl.max(logs, axis=0)
     weight = tl.exp2(logs - tl.where(highest == float("-inf"), 0.0, highest))

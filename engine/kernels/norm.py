@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """RMS norms in Triton: one program a row, the residual sum and the int8 rounding in the same pass."""
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
-from engine.kernels.launch import LAUNCH, round_row
+from engine.kernels.dependent_launch import depend, options
+from engine.kernels.device import facts
+from engine.kernels.rounding import round_row
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -75,7 +76,7 @@ def _launch(
         adds=residual is not None,
         quantizes=scales is not None,
         num_warps=min(max(padded // 512, 1), 16),
-        **LAUNCH,
+        **options(facts(x.device)),
     )
 
 
@@ -93,15 +94,14 @@ def _norm(
     padded: tl.constexpr,
     adds: tl.constexpr,
     quantizes: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, padded)
     inside = column < width
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     if adds:
         value = value.to(tl.float32) + tl.load(residual + row * width + column, mask=inside, other=0.0).to(tl.float32)

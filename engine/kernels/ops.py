@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
-from engine.kernels.reference import PagedQueries, Pages, causal_attention, int8_linear, unpack_int4
+from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpack_int4
 
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
     "causal_attention",
+    "dense_linear",
+    "int4_linear",
     "int8_linear",
+    "pack_int4",
     "paged_attention",
     "quantize_rows",
     "rms_norm",
@@ -31,6 +34,10 @@ __all__ = [
     "silu_and_mul_int8",
     "unpack_int4",
 ]
+
+
+# What the matrix kernels compute in.
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Steps(PagedQueries, Protocol):
@@ -59,6 +66,32 @@ def has_triton() -> bool:
 
 def on_kernels(x: Tensor) -> bool:
     return x.is_cuda and has_triton()
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias for x [..., in] and weight [out, in]; [..., out]."""
+    if on_kernels(x) and x.dtype in HALVES:
+        return _kernels("dense_linear").dense_linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def int8_linear(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`reference.int8_linear`."""
+    if on_kernels(x) and dtype in HALVES:
+        return _kernels("int8_linear").int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
+    return reference.int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
+
+
+def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Any:
+    """The AWQ layout (see `reference.unpack_int4`) in the order of `int4_linear`: for tensors on a GPU."""
+    return _kernels("int4_weights").Int4Weights.pack(qweight, qzeros, scales)
+
+
+def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias for x [..., in] in float16 or bfloat16 and weights of `pack_int4`; [..., out]."""
+    return _kernels("int4_linear").int4_linear(x, weights, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

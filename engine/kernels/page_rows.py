@@ -38,9 +38,11 @@ def places(table, first, token, head, kv_heads: tl.constexpr, page_len: tl.const
     """Rows of `block` tokens from `first` (a multiple of `block`) in pages [.., kv_heads, page_len, ..]."""
     if page_len % block == 0:
         page = tl.load(table + first // page_len).to(tl.int64)
-        return (page * kv_heads + head) * page_len + first % page_len + tl.arange(0, block)
-    page = tl.load(table + token // page_len).to(tl.int64)
-    return (page * kv_heads + head) * page_len + token % page_len
+        place = first % page_len + tl.arange(0, block)
+    else:
+        page = tl.load(table + token // page_len).to(tl.int64)
+        place = token % page_len
+    return (page * kv_heads + head) * page_len + place
 
 
 @triton.jit
@@ -49,12 +51,14 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
     if plain:
         column = tl.arange(0, padded)
         mask = inside[:, None] & (column < head_dim)[None, :]
-        return tl.load(pages + place[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
-    words: tl.constexpr = head_dim // 4
-    column = tl.arange(0, padded // 4)
-    mask = inside[:, None] & (column < words)[None, :]
-    pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
-    word = tl.load(pointer, mask=mask, other=0)
-    even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
-    odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
-    return tl.join(even, odd).reshape(word.shape[0], padded)
+        rows = tl.load(pages + place[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
+    else:
+        words: tl.constexpr = head_dim // 4
+        column = tl.arange(0, padded // 4)
+        mask = inside[:, None] & (column < words)[None, :]
+        pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
+        word = tl.load(pointer, mask=mask, other=0)
+        even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
+        odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
+        rows = tl.join(even, odd).reshape(word.shape[0], padded)
+    return rows

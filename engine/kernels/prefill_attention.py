@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Causal attention of many new tokens a sequence over its pages, in Triton: one program a block of queries and head
 (Dao 2023, FlashAttention-2, the forward pass)."""
 
@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
 from engine.kernels.decode_attention import LOG2E, _dequantized
-from engine.kernels.launch import INTERPRETED, LAUNCH
+from engine.kernels.dependent_launch import depend, options
+from engine.kernels.device import INTERPRETER, facts
 from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
 from engine.kernels.reference import QUERY_BLOCK, Pages
 
@@ -27,7 +27,7 @@ def prefill_attention(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v, causally, for the queries of `blocks`: query [T, heads, head_dim] -> the same shape.
+    """softmax(q k^T * scale) v, causally, for the queries of `blocks`: query [T, heads, head_dim], as is out.
 
     `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERY_BLOCK of its queries. Rows of `out` that
     no block names are left as they are.
@@ -57,9 +57,9 @@ def prefill_attention(
         queries=QUERY_BLOCK,
         block=32 if wide else 64,
         stored=storage_of(pages),
-        stages=1 if INTERPRETED or wide else 3,
+        stages=1 if wide or facts(query.device) == INTERPRETER else 3,
         num_warps=8,
-        **LAUNCH,
+        **options(facts(query.device)),
     )
     return out
 
@@ -92,7 +92,7 @@ def _prefill(
     block: tl.constexpr,
     stored: tl.constexpr,
     stages: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(1)
     kv_head = head // (heads // kv_heads)
@@ -108,9 +108,8 @@ def _prefill(
     mask = (row < count)[:, None] & here[None, :]
     at = ((start + row).to(tl.int64) * heads + head)[:, None] * head_dim + column[None, :]
     channel = kv_head * head_dim + column
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     q = tl.load(query + at, mask=mask, other=0.0)
     reach = tl.full([queries], 1.0, tl.float32)
     if stored == CHANNELS:

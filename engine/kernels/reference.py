@@ -15,8 +15,8 @@ from torch import Tensor
 
 # Nibble p of a packed word holds column AWQ_ORDER[p] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# Queries of one sequence that attention takes at a time: here, where it bounds the score matrix to heads * 128 * context
-# floats, and in the kernels.
+# Queries of one sequence that attention takes at a time, in the kernels too; here it bounds the score matrix to
+# heads * 128 * context floats.
 QUERY_BLOCK = 128
 # Floats of K gathered at a time for decoding sequences, longest first: 1 MiB stays in a core's cache (gathering 3.5 MiB
 # at once took 13 times as long as 0.9 MiB), and sequences of like length share little padding.

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """From the output of qkv to rotated queries and pages that hold K and V: one kernel for head norms, rotation,
 rounding to int8 and the write."""
 
@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
-from engine.kernels.launch import LAUNCH, ROUNDER
+from engine.kernels.dependent_launch import depend, options
+from engine.kernels.device import facts
 from engine.kernels.page_rows import CHANNELS, PLAIN, storage_of
 from engine.kernels.reference import Pages
+from engine.kernels.rounding import ROUNDER
 
 SMALLEST_STEP = tl.constexpr(2.0**-17)  # reference.SMALLEST_STEP
 
@@ -72,7 +73,7 @@ def rope_write_kv(
         scaled=query_scale is not None,
         stored=storage_of(pages),
         num_warps=max(1, min(4, block * padded // 128)),
-        **LAUNCH,
+        **options(facts(qkv.device)),
     )
     return query
 
@@ -162,7 +163,7 @@ def _rope_write_kv(
     norms: tl.constexpr,
     scaled: tl.constexpr,
     stored: tl.constexpr,
-    pdl: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     first_head = tl.program_id(1) * block
@@ -172,9 +173,8 @@ def _rope_write_kv(
     slot = tl.load(slots + token).to(tl.int64)
     c = tl.load(cos + token * half + pair, mask=here, other=0.0)[None, :]
     s = tl.load(sin + token * half + pair, mask=here, other=0.0)[None, :]
-    if pdl:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if PDL:
+        depend()
     at = token * stride + (first_head + tl.arange(0, block))[:, None] * (2 * half) + pair[None, :]
     first = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(qkv + at + half, mask=inside, other=0.0).to(tl.float32)

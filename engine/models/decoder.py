@@ -12,7 +12,7 @@ from engine.kernels import ops, reference
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
-from engine.models.linear import Int8Linear, Int8Rows, Linear, read_linear, stack
+from engine.models.linear import Int8Linear, Int8Rows, Linear, read_linear, settled, stack
 from engine.models.rope import Rope, rope_tables
 
 Observe = Callable[[str, Tensor], None]
@@ -33,10 +33,10 @@ class DecoderLayer:
             tensors[f"{module}.weight"].to(device, dtype) for module in (names.HEAD_NORMS if config.qk_norm else ())
         ]
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
-        self._qkv = stack([linears[module] for module in names.QKV])
-        self._output: Linear = linears[names.OUTPUT]
-        self._gate_up = stack([linears[module] for module in names.GATE_UP])
-        self._down: Linear = linears[names.DOWN]
+        self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype)
+        self._output = settled(linears[names.OUTPUT], dtype)
+        self._gate_up = settled(stack([linears[module] for module in names.GATE_UP]), dtype)
+        self._down = settled(linears[names.DOWN], dtype)
 
     def __call__(
         self,
@@ -195,7 +195,7 @@ class Decoder:
         return self._project(ops.rms_norm(hidden, self._norm, self.config.norm_eps)).float()
 
     def _project(self, normed: Tensor) -> Tensor:
-        return torch.nn.functional.linear(normed, self._head)
+        return ops.dense_linear(normed, self._head)
 
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

@@ -42,13 +42,14 @@ class DenseLinear:
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return ops.dense_linear(x, self.weight, self.bias)
 
 
 class Int4Linear:
     """A weight of 4-bit groups in the AWQ layout (see `unpack_int4`), with a bias [out] in the computing type or none.
 
-    The packed tensors stay; the first forward unpacks them once to x's type and keeps the dense weight as well.
+    `packed` takes the order of a GPU's kernels in place of it. Without, the packed tensors stay, and the first forward
+    unpacks them once to x's type and keeps the dense weight as well.
     """
 
     def __init__(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
@@ -58,10 +59,26 @@ class Int4Linear:
         self.bias = bias
         self._weight: Tensor | None = None
 
+    def packed(self, dtype: torch.dtype) -> Linear:
+        """The linear that computes in `dtype` on the device of its tensors."""
+        if ops.on_kernels(self.qweight) and dtype in ops.HALVES:
+            return PackedInt4Linear(self)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         if self._weight is None or self._weight.dtype != x.dtype:
             self._weight = ops.unpack_int4(self.qweight, self.qzeros, self.scales).to(x.dtype)
         return torch.nn.functional.linear(x, self._weight, self.bias)
+
+
+class PackedInt4Linear:
+    """The same in the order that the GPU's kernels read, in float16 or bfloat16."""
+
+    def __init__(self, linear: Int4Linear) -> None:
+        self._weights, self._bias = ops.pack_int4(linear.qweight, linear.qzeros, linear.scales), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.int4_linear(x, self._weights, self._bias)
 
 
 class Int8Linear:
@@ -135,6 +152,13 @@ def stack(linears: Sequence[Kind]) -> Linear:
             _join_biases(linears, [len(linear.weight) for linear in int8]),
         )
     return MixedLinear(linears)
+
+
+def settled(linear: Linear, dtype: torch.dtype) -> Linear:
+    """A linear as it is kept to compute in `dtype`: in the order of the kernels of its device."""
+    if isinstance(linear, MixedLinear):
+        return MixedLinear([settled(one, dtype) for one in linear.linears])
+    return linear.packed(dtype) if isinstance(linear, Int4Linear) else linear
 
 
 def _join_biases(linears: Sequence[Kind], sizes: Sequence[int]) -> Tensor | None:

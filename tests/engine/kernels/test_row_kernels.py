@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from engine.kernels import activation, norm
 
 SHAPES = [(1, 8), (3, 96), (5, 333)] + ([(1, 4096), (257, 4096), (17, 11008), (2, 16384)] if DEVICE == "cuda" else [])
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter cuts bfloat16 off where a GPU rounds it.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
 

@@ -24,7 +24,11 @@ CONFIG = ModelConfig(
 )
 
 
-def tiny_model(config: ModelConfig = CONFIG) -> Decoder:
+# Where there is a GPU the tests of the runtime are tests of its kernels and graphs.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_model(config: ModelConfig = CONFIG, device: str = DEVICE) -> Decoder:
     generator = torch.Generator().manual_seed(7)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -47,13 +51,13 @@ def tiny_model(config: ModelConfig = CONFIG) -> Decoder:
         weights[prefix + "mlp.gate_proj.weight"] = matrix(inner, hidden)
         weights[prefix + "mlp.up_proj.weight"] = matrix(inner, hidden)
         weights[prefix + "mlp.down_proj.weight"] = matrix(hidden, inner)
-    return Decoder(config, weights, device="cpu", dtype=torch.float32)
+    return Decoder(config, weights, device=device, dtype=torch.float32)
 
 
 def whole_logits(model: Decoder, tokens: Sequence[int]) -> torch.Tensor:
     """Logits of every position without a cache: what every other way of computing must reproduce."""
     with torch.inference_mode():
-        return model(packed([tokens]), None)
+        return model(packed([tokens], device=model.device), None).cpu()
 
 
 def greedy(model: Decoder, prompt: Sequence[int], count: int) -> list[int]:

@@ -1,0 +1,18 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""Rounding in Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^23: added to a float32 of magnitude below 2^22 and taken away, it rounds halves to even.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def round_row(x):
+    """`reference.quantize_rows` of one row in float32: codes and scale."""
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=0), 1e-7), 127.0)
+    step = tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0)
+    return ((step + ROUNDER) - ROUNDER).to(tl.int8), scale
