@@ -29,8 +29,8 @@ def prefill_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v, causally, for the queries of `blocks`: query [T, heads, head_dim], as is out.
 
-    `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERY_BLOCK of its queries. Rows of `out` that
-    no block names are left as they are.
+    `blocks` int32 [N, 2] names the work: sequence, and the first of at most QUERY_BLOCK of its queries. Rows of `out`
+    that no block names are left as they are.
     """
     tokens, heads, head_dim = query.shape
     _, kv_heads, page_len, _ = pages.key.shape
