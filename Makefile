@@ -45,9 +45,10 @@ format: setup  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-build: setup  ## build what params.yaml asks for
+build: setup  ## build what params.yaml asks for, and a page about each artifact
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	@$(BIN)/ingot verify
+	@$(BIN)/ingot report
 
 serve: setup  ## serve an artifact: make serve ARTIFACT=demo
 	$(BIN)/ingot serve artifact=$(or $(ARTIFACT),demo)

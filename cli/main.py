@@ -10,6 +10,7 @@ VERBS = {
     "build": ("pipelines.build", "build artifacts: overrides, sweeps with -m; prints their ids"),
     "gate": ("pipelines.gate", "show which gates were missed; exit 1 if any"),
     "ladder": ("pipelines.ladder", "climb the recipes in order and choose the cheapest that passes"),
+    "report": ("pipelines.report", "errors and outliers of every layer, as a page of figures"),
     "verify": ("pipelines.verify", "check that everything in dvc.lock is whole in the cache"),
     "artifacts": ("cli.artifacts", "list, show, verify, pin, export, push and pull what was built"),
     "serve": ("cli.serve", "serve an artifact over HTTP, with OpenAI's API"),

@@ -32,8 +32,10 @@ from engine.config import EngineConfig, Recipe
 from pipelines import schema
 from pipelines.hydra_errors import paragraph
 from pipelines.ini_options import check_overrides
-from pipelines.outcomes import read_outcome
+from pipelines.outcomes import SHORT, read_outcome
 from pipelines.recipe_fields import UNCALIBRATED, weights_part
+from pipelines.report import REPORTS
+from pipelines.report import write as write_report
 from pipelines.schema import Config
 from pipelines.selection import AXES
 from pipelines.sources import model_files
@@ -112,9 +114,26 @@ def build(root: Path, config: Config, choices: dict[str, str], overrides: Sequen
         if problems:
             raise ValueError(f"{key} is not whole in the cache (is the disk full?): {'; '.join(problems[:5])}")
         outcome = read_outcome(folder, key)
+        _keep_report(folder, root, key, outcome.id)
         return f"{outcome.id}  {outcome.verdict}  {key}\n"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_report(folder: Path, root: Path, key: str, artifact_id: str) -> None:
+    """Put the page about an artifact into the project, by its id and as the newest of its key. Without one the artifact
+    is built all the same."""
+    target = root / REPORTS / key
+    page = target / f"{artifact_id[:SHORT]}.html"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if not page.is_file():
+            shutil.copyfile(write_report(folder, key), page)
+        shutil.copyfile(page, target / "index.html")
+    except (ValueError, OSError) as error:
+        _say(f"there is no page about {artifact_id[:SHORT]}: {error}")
+    else:
+        _say(f"what there is to see of {artifact_id[:SHORT]}: {page.relative_to(root)}")
 
 
 def absolute_paths(root: Path, config: Config) -> list[str]:

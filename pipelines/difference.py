@@ -5,13 +5,14 @@ Weights are compared as what they stand for, so that codes and scales of a linea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.config import ModelConfig
 from engine.kernels import reference as ops
 from engine.models import names
 from engine.models.cache import KVScales
@@ -70,18 +71,15 @@ def tensor_differences(one: Path, other: Path) -> Iterator[Difference]:
 
 
 def model_differences(one: Path, other: Path) -> Iterator[Difference]:
-    """The same, blind to scales that cancel out in the model: those between a norm or a linear and what reads it.
-
-    Norms are part of the linears that read them, the rows of v and up have norm 1, and the columns of o and down what
-    they had. V's scales of int8 KV, which follow v's, are left out.
-    """
+    """The same, blind to scales that cancel out in the model (`scale_free_layer`); V's scales of int8 KV, which follow
+    v's, are left out."""
     left, right, changed = _opened(one, other)
     for name in files.OUTER_FILES.values():
         file = _changed_file(left, name, changed)
         if file is not None:
             yield _difference(name, file, _value(left, name), _value(right, name))
     for layer in range(left.config.num_layers):
-        wanted, found = _without_scales(left, layer), _without_scales(right, layer)
+        wanted, found = (scale_free_layer(one.config, one.weights(), layer) for one in (left, right))
         for module, tensor in wanted.items():
             if not torch.equal(tensor, found[module]):
                 name = names.layer_name(layer, module)
@@ -108,19 +106,32 @@ def _kv_differences(left: Workspace, right: Workspace, changed: set[str], which:
                 yield _difference(f"scales of {what} in layer {layer}", touched[0], wanted, found)
 
 
-def _without_scales(workspace: Workspace, layer: int) -> dict[str, Tensor]:
-    config = workspace.config
-    found = {module: _value(workspace, names.layer_name(layer, module)) for module in names.LINEARS}
+def scale_free_layer(config: ModelConfig, weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The linears of a layer as what they stand for, float32, with the scales taken out that cancel out in the model.
+
+    The weight of a norm is part of the linears that read it, the rows of v and up have norm 1, and the columns of o and
+    down what those rows had.
+    """
+    found = {module: dense_weight(weights, names.layer_name(layer, module)) for module in names.LINEARS}
     for pair in PAIRS:
-        after = pair.after
         if pair.before in names.NORMS:
-            scale = _value(workspace, names.layer_name(layer, f"{pair.before}.weight"))
+            scale = weights[names.layer_name(layer, f"{pair.before}.weight")].float()
         else:
             norm = found[pair.before].norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
             found[pair.before] = found[pair.before] / norm.unsqueeze(-1)
             scale = repeat_heads(norm, config) if pair is ATTENTION_OUT else norm
-        found |= {module: found[module] * scale for module in after}
+        found |= {module: found[module] * scale for module in pair.after}
     return found
+
+
+def dense_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a linear multiplies with, float32 [out, in], however it is stored."""
+    linear = read_linear(weights, name, device="cpu", dtype=torch.float32)
+    if isinstance(linear, Int4Linear):
+        return ops.unpack_int4(linear.qweight, linear.qzeros, linear.scales).float()
+    if isinstance(linear, Int8Linear):
+        return linear.weight.float() * linear.scales.unsqueeze(-1)
+    return linear.weight
 
 
 def _difference(name: str, file: str, wanted: Tensor, found: Tensor, tolerance: float = EXACT) -> Difference:
@@ -140,10 +151,6 @@ def _stem(name: str) -> str:
     layer, within = names.split_name(name)
     module, _, part = within.rpartition(".")
     return name.removesuffix(f".{part}") if layer is not None and module in names.LINEARS and part != "bias" else name
-
-
-def _is_linear(name: str) -> bool:
-    return names.split_name(name)[1] in names.LINEARS
 
 
 def _changed_file(workspace: Workspace, name: str, changed: set[str]) -> str | None:
@@ -167,15 +174,10 @@ def _files_of(workspace: Workspace, name: str) -> Iterator[str]:
 
 
 def _value(workspace: Workspace, name: str) -> Tensor:
-    """The tensor that is multiplied with, float32."""
-    if not _is_linear(name):
-        return workspace.tensor(name).float()
-    linear = read_linear(workspace.weights(), name, device="cpu", dtype=torch.float32)
-    if isinstance(linear, Int4Linear):
-        return ops.unpack_int4(linear.qweight, linear.qzeros, linear.scales).float()
-    if isinstance(linear, Int8Linear):
-        return linear.weight.float() * linear.scales.unsqueeze(-1)
-    return linear.weight
+    """A tensor as what it stands for, float32."""
+    if names.split_name(name)[1] in names.LINEARS:
+        return dense_weight(workspace.weights(), name)
+    return workspace.tensor(name).float()
 
 
 def _kv_scales(workspace: Workspace, layer: int) -> tuple[Tensor, ...]:
