@@ -17,15 +17,20 @@ MATRIX = {"cpu": 1024, "cuda": 8192}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
     """`copy`: bytes a second that a copy reads and writes together. `matmul`: operations a second of a square product
-    in the computing type (8192 wide on a GPU, 1024 on a CPU)."""
+    in the computing type (8192 wide on a GPU, 1024 on a CPU), and `int8` of one in int8, on a GPU."""
 
     copy: float
     matmul: float
+    int8: float | None = None
 
     @property
     def columns(self) -> dict[str, object]:
         """What a row says about them."""
-        return {"copy_gb_s": round(self.copy / 1e9, 1), "matmul_tflops": round(self.matmul / 1e12, 3)}
+        return {
+            "copy_gb_s": round(self.copy / 1e9, 1),
+            "matmul_tflops": round(self.matmul / 1e12, 3),
+            "int8_tops": "" if self.int8 is None else round(self.int8 / 1e12, 3),
+        }
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
@@ -33,9 +38,10 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     kind = torch.device(device).type
     copy = _copy_speed(device)
     matmul = _matmul_speed(device, dtype)
+    int8 = _int8_speed(device) if kind == "cuda" else None
     if kind == "cuda":
         torch.cuda.empty_cache()  # what is measured next sizes its KV cache by what is free
-    return Ceilings(copy=copy, matmul=matmul)
+    return Ceilings(copy=copy, matmul=matmul, int8=int8)
 
 
 def _copy_speed(device: str) -> float:
@@ -48,6 +54,12 @@ def _matmul_speed(device: str, dtype: torch.dtype) -> float:
     size = MATRIX[torch.device(device).type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: left @ right, device)
+
+
+def _int8_speed(device: str) -> float:
+    size = MATRIX["cuda"]
+    left, right = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: torch._int_mm(left, right.t()), device)
 
 
 def median_seconds(work: Callable[[], object], device: str, repeats: int = REPEATS) -> float:

@@ -62,6 +62,15 @@ def generation_seconds(of: Cost, ceilings: Ceilings, *, batch: int, inputs: int,
     return total
 
 
+def prefill_operations(config: ModelConfig, of: Cost, *, batch: int, inputs: int) -> int:
+    """What computing `batch` prompts multiplies and adds: two a parameter and token, the output matrix for the last
+    token of each prompt alone, and attention over the half of all pairs that is causal."""
+    head = config.vocab_size * config.hidden_size
+    pairs = inputs * (inputs + 1) // 2
+    attention = 4 * pairs * config.num_heads * config.head_dim * config.num_layers
+    return batch * (2 * inputs * (of.parameters - head) + 2 * head + attention)
+
+
 def throughput_seconds(of: Cost, ceilings: Ceilings, requests: Sequence[tuple[int, int]], *, at_once: int) -> float:
     """Requests of (inputs, outputs), `at_once` of them in every step: their products, or their reading, in full steps.
 

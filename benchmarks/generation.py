@@ -12,7 +12,7 @@ from benchmarks.options import option, read_options
 from benchmarks.peers import PeerOptions, check_peer, run_peer
 from benchmarks.rows import RESULTS, provenance, record
 from benchmarks.subject import Subject, find_subject, tokens_per_step
-from benchmarks.timeline import Run, milliseconds, run
+from benchmarks.timeline import Run, Timeline, milliseconds, run
 from benchmarks.workload import Request
 
 ABOUT = """
@@ -32,6 +32,7 @@ SHOWN = (
     "tokens_per_second",
     "first_token_ms",
     "step_ms",
+    "prefill_tflops",
     "floor_tokens_per_second",
     "share_of_floor",
 )
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     if options.peer is not None:
         check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
-    from benchmarks.floor import cost, generation_seconds
+    from benchmarks.floor import cost, generation_seconds, prefill_operations
 
     ceilings = measure_ceilings(subject.device, subject.dtype)
     of = cost(subject.config, subject.recipe, subject.dtype)
@@ -75,6 +76,11 @@ def main(argv: list[str]) -> int:
             "tokens_per_second": round(timeline.tokens_per_second, 2),
             "first_token_ms": milliseconds(timeline.time_to_first),
             "step_ms": milliseconds(timeline.step),
+            **prefill_columns(
+                timeline,
+                prefill_operations(subject.config, of, batch=batch, inputs=options.input),
+                batch * options.input,
+            ),
             **ceilings.columns,
             "floor_tokens_per_second": round(batch * options.output / least, 1),
             "share_of_floor": round(least / timeline.seconds, 4),
@@ -82,6 +88,17 @@ def main(argv: list[str]) -> int:
         }
         record(options.out, row, SHOWN)
     return 0
+
+
+def prefill_columns(timeline: Timeline, operations: int, tokens: int) -> dict[str, object]:
+    """Speed of computing the prompts, until the last request has its first token; empty where no engine told."""
+    if not timeline.first:
+        return {"prefill_tokens_per_second": "", "prefill_tflops": ""}
+    seconds = max(timeline.first)
+    return {
+        "prefill_tokens_per_second": round(tokens / seconds, 1),
+        "prefill_tflops": round(operations / seconds / 1e12, 3),
+    }
 
 
 def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Request]]) -> Iterator[Run]:

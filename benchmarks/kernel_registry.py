@@ -34,8 +34,8 @@ class Case:
     """One kernel at one size.
 
     `inputs` makes a set of arguments; each of `run`, by the name of the implementation, is called with one. `bytes` and
-    `operations` are what cannot be avoided: every input and output once, and two a multiplied pair. The implementations
-    of `eager` ask the host in between and cannot be captured in a CUDA graph.
+    `operations` are what cannot be avoided: every input and output once, and two a multiplied pair, of int8 numbers
+    with `int8`. The implementations of `eager` ask the host in between and cannot be captured in a CUDA graph.
     """
 
     kernel: str
@@ -44,6 +44,7 @@ class Case:
     run: Mapping[str, Callable[..., object]]
     bytes: int
     operations: int = 0
+    int8: bool = False
     eager: tuple[str, ...] = ()
 
 

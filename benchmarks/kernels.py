@@ -66,7 +66,8 @@ def main(argv: list[str]) -> int:
         for name, run in case.run.items():
             with torch.inference_mode():
                 seconds, timing = seconds_of(run, sets, device, eager=name in case.eager)
-            by_bytes, by_operations = case.bytes / ceilings.copy, case.operations / ceilings.matmul
+            fastest = ceilings.int8 if case.int8 and ceilings.int8 else ceilings.matmul
+            by_bytes, by_operations = case.bytes / ceilings.copy, case.operations / fastest
             row = {
                 **provenance(device),
                 "model": options.shape,

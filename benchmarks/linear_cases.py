@@ -100,6 +100,7 @@ def int8_linear(setting: Setting) -> Iterator[Case]:
             run=implementations("int8_linear", setting.device, "engine.kernels.int8_linear"),
             bytes=outputs * inputs + setting.tokens * (inputs + outputs * setting.dtype.itemsize),
             operations=2 * setting.tokens * outputs * inputs,
+            int8=True,
         )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.floor import Cost, cost, generation_seconds, step_seconds, throughput_seconds
+from benchmarks.floor import Cost, cost, generation_seconds, prefill_operations, step_seconds, throughput_seconds
 from benchmarks.shapes import shape
 from engine.config import Recipe
 
@@ -39,6 +39,14 @@ def test_a_step_is_bound_by_what_takes_longer() -> None:
     slow_copy, slow_product = Ceilings(copy=10, matmul=1e9), Ceilings(copy=1e9, matmul=10)
     assert step_seconds(of, slow_copy, tokens=3, context=5) == pytest.approx(11)
     assert step_seconds(of, slow_product, tokens=3, context=5) == pytest.approx(30)
+
+
+def test_operations_of_a_prompt() -> None:
+    """12.95 GFLOP a token of Llama-2-7B in the layers, the output matrix once, and attention over the causal half."""
+    of = cost(LLAMA2, Recipe(), torch.float16)
+    layers, head = 2 * 2048 * 6476005376, 2 * 32000 * 4096
+    attention = 4 * (2048 * 2049 // 2) * 4096 * 32
+    assert prefill_operations(LLAMA2, of, batch=3, inputs=2048) == 3 * (layers + head + attention)
 
 
 def test_requests_that_fill_every_step_cost_what_their_steps_do() -> None:

@@ -24,6 +24,8 @@ def test_a_row_a_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert float(row["tokens_per_second"]) == pytest.approx(12 * batch / seconds, rel=0.01)
         assert 0 < float(row["first_token_ms"]) < 1e3 * seconds
         assert 0 < float(row["step_ms"]) < 1e3 * seconds
+        prompts = float(row["prefill_tokens_per_second"])
+        assert prompts >= 0.999 * 3 * batch / seconds
         floor = float(row["floor_tokens_per_second"])
         assert float(row["share_of_floor"]) == pytest.approx(float(row["tokens_per_second"]) / floor, rel=0.05)
     assert "batch=5" in capsys.readouterr().out
