@@ -46,6 +46,8 @@ from pipelines.worktree import JOBS, cache_folder, isolate, project_root, run_dv
 
 SPARE_BYTES = 64_000_000
 """Room for logs, DVC's own state and statements, beside what the estimate counts."""
+TENTHS = {"w4a16": 3, "w8a8": 6}
+"""Of a 16-bit checkpoint, what its quantized tensors take: (4 + 20/32) / 16 at the smallest group, and a half."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +206,7 @@ def _checkpoint_folder(root: Path, config: Config) -> Path | None:
 
 
 def estimate(root: Path, config: Config) -> int:
-    """The most bytes that a build writes: weight files once for any kv, and for 4 bits also the quantized tensors.
+    """The most bytes that a build writes: weight files once for any kv, and the tensors that are quantized for them.
 
     A checkpoint that is not on this machine yet counts as nothing.
     """
@@ -215,9 +217,7 @@ def estimate(root: Path, config: Config) -> int:
     weights = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
     blocks = config.calibration.samples * config.calibration.sequence_length * 8
     baseline = config.evaluation.max_tokens * 512  # measured: about 390 bytes a token
-    quantized = (
-        0 if config.weights.name in ("fp16", "as_is") else weights * 3 // 10
-    )  # (4 + 20 / 32) / 16 at the smallest group
+    quantized = weights * TENTHS.get(config.weights.name, 0) // 10
     return SPARE_BYTES + weights + quantized + blocks + baseline
 
 

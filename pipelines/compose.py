@@ -9,9 +9,10 @@ stage depends. Slices, by stage (key):
                                                  sequence_length, sampling, [seed]}, [template], toolchain}
     quantize   model-calibration-weights        fp16: {model, weights: {name}}
                                                 as_is: the same; what the checkpoint has is seen when it is read
+                                                w8a8: {model, weights: {name, search, alpha | alphas}, toolchain}
                                                 w4a16: {model, weights: {name, group_size, search, alpha |
                                                  method, symmetric and what the method uses}, toolchain}
-    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: fp16, as_is)
+    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: all but w4a16)
     export     ...-tp-kv                        {model, name, session_len, [template], [ini: {key: value}], tp,
                                                  kv: {name, [symmetric]}, recipe: {weights, kv, group_size},
                                                  calibration: SHA-256 of the calibration part above, or null where

@@ -1,4 +1,4 @@
-"""`ingot ladder MODEL [--pin NAME]`: climb fp16 -> fp16-kv8 -> w4a16 -> w4a16-kv8 and choose the last that passes.
+"""`ingot ladder MODEL [--pin NAME]`: climb from fp16 to w4a16-kv8, through w8a8, and choose the last that passes.
 
 The rule, from the practice of the tools that this one follows: try the rungs in order and go on while they pass; on a
 failure go back one step, to what passed before. fp16 has to pass, else there is nothing to quantize. A failed step is
@@ -25,6 +25,8 @@ from pipelines.worktree import project_root, run_dvc
 RUNGS = (
     Recipe(weights="fp16", kv="kv16"),
     Recipe(weights="fp16", kv="kv8"),
+    Recipe(weights="w8a8", kv="kv16"),
+    Recipe(weights="w8a8", kv="kv8"),
     Recipe(weights="w4a16", kv="kv16"),
     Recipe(weights="w4a16", kv="kv8"),
 )

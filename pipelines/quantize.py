@@ -16,7 +16,7 @@ from pipelines.sources import identity, model_files, pickled, sha256_file
 from pipelines.unfinished import unfinished_work
 
 SOURCE = "source.json"
-RECIPES = ("fp16", "w4a16", "as_is")
+RECIPES = ("fp16", "w8a8", "w4a16", "as_is")
 TAKEN = ("fp16", "as_is")  # from the checkpoint, with nothing computed
 
 

@@ -21,6 +21,8 @@ def weights_part(weights: Weights) -> dict[str, Any]:
     """The part `weights` of a slice: the fields that its recipe and method use."""
     if weights.name in UNCALIBRATED:
         return {"name": weights.name}
+    if weights.name == "w8a8":
+        return _fields(weights, "name", "search", "alpha" if weights.search == "none" else "alphas")
     if weights.search == "none":
         return _fields(weights, "name", "group_size", "search", "alpha")
     return _fields(weights, "name", "group_size", "search", "method", "symmetric", *METHOD_FIELDS[weights.method])

@@ -15,7 +15,7 @@ from pipelines.ini_options import Ini
 from pipelines.template_files import NAMES, OWN
 from pipelines.text_options import Calibration, Text, calibration_problems, text_problems
 
-WEIGHTS = ("fp16", "w4a16", "as_is")
+WEIGHTS = ("fp16", "w8a8", "w4a16", "as_is")
 METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 KVS = ("kv16", "kv8")
 
@@ -46,7 +46,7 @@ class Weights:
     `bits` is there to be refused by name: a recipe has one number of bits. `search: none` is the reference's formula
     with the fixed exponent `alpha`. With `search: grid` the scales tried are activation^x / weight^y for all x of
     `activation_exponents` and y of `weight_exponents`, and w4a16 has a `method`:
-    rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both).
+    rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both). w8a8 tries `alphas`.
     `clip` searches the ranges of groups; `correction` is the part of the error of the inputs that gptq makes up for.
     """
 
@@ -60,6 +60,7 @@ class Weights:
     correction: float = 0.5
     alpha: float = 0.5
     activation_exponents: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
+    alphas: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     weight_exponents: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
 
 
@@ -145,6 +146,8 @@ def _problems(config: Config) -> Iterator[str]:
             "weights.bits=8 is not w4a16: AWQ stores 4 bits, and 8-bit weights are multiplied with 8-bit activations, "
             "which is another recipe (w8a8)"
         )
+    elif weights.name == "w8a8" and weights.bits == 4:
+        yield "weights.bits=4 is not w8a8, which has 8-bit weights and activations: 4-bit weights are w4a16"
     yield from one_of("weights.search", weights.search, ("grid", "none"))
     yield from one_of("weights.method", weights.method, METHODS)
     yield from one_of("kv.name", config.kv.name, KVS)
@@ -162,6 +165,7 @@ def _problems(config: Config) -> Iterator[str]:
     for key, value in (
         ("alpha", weights.alpha),
         ("correction", weights.correction),
+        *(("alphas", alpha) for alpha in weights.alphas),
         *(("activation_exponents", x) for x in weights.activation_exponents),
         *(("weight_exponents", y) for y in weights.weight_exponents),
     ):

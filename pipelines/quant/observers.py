@@ -25,6 +25,7 @@ _JOIN: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "tokens": torch.add,
     "gram": torch.add,
     "drift": torch.add,
+    "rows": lambda left, right: torch.cat((left, right)),
 }
 
 
@@ -41,6 +42,16 @@ def channel_statistics(x: Tensor) -> Statistics:
         "abssum": magnitude.sum(dim=0),
         "tokens": torch.tensor(float(len(x))),
     }
+
+
+def some_rows(x: Tensor, count: int) -> Statistics:
+    """`rows`, at most `count` of [T, channels] at equal distances and in float32, and `absmax` per channel over all.
+
+    They are taken from the middles of equal parts: the first token of a block, which is like no other, is one of many.
+    """
+    count = min(count, len(x))
+    places = (torch.arange(count, device=x.device) * len(x) + len(x) // 2) // count
+    return {"rows": x[places].float(), "absmax": x.abs().amax(dim=0).float()}
 
 
 def head_statistics(x: Tensor) -> Statistics:

@@ -208,6 +208,8 @@ def test_the_estimate_counts_weights_once_and_quantized_ones_besides(project):
     fp16 = build.estimate(project, Config(model=model))
     w4a16 = build.estimate(project, Config(model=model, weights=Weights(name="w4a16")))
     assert w4a16 - fp16 == 300_000
+    w8a8 = build.estimate(project, Config(model=model, weights=Weights(name="w8a8")))
+    assert w8a8 - fp16 == 600_000
     assert fp16 > 1_000_000 + build.SPARE_BYTES
     assert build.estimate(project, Config(model=Model(name="h", repo="a/b"))) == build.SPARE_BYTES
 

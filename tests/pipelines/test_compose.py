@@ -102,6 +102,15 @@ def test_a_slice_holds_what_its_stage_needs_and_no_path(project):
         },
         "toolchain": tools,
     }
+    select(project, weights=["w8a8"])
+    assert json.loads(read_all(project)["quantize/one-demo_text-w8a8"]) == {
+        "model": model,
+        "weights": {"name": "w8a8", "search": "grid", "alphas": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]},
+        "toolchain": tools,
+    }
+    select(project, weights=["w8a8"], overrides=["weights.search=none"])
+    formula = json.loads(read_all(project)["quantize/one-demo_text-w8a8"])
+    assert formula["weights"] == {"name": "w8a8", "search": "none", "alpha": 0.5}
     assert found["shard/one-demo_text-w4a16-1"] == {
         "model": model,
         "weights": {"name": "w4a16", "group_size": 128},

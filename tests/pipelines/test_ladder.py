@@ -14,7 +14,7 @@ NAMES = [str(rung) for rung in RUNGS]
 SELECTION = {
     "models": ["m"],
     "calibrations": ["c"],
-    "weights": ["fp16", "w4a16"],
+    "weights": ["fp16", "w8a8", "w4a16"],
     "kvs": ["kv16", "kv8"],
     "tps": [1],
     "evaluation": "e",
@@ -40,9 +40,12 @@ def measured(tmp_path, verdicts):
     [
         ([], "w4a16-kv8", NAMES),
         (["w4a16-kv8"], "w4a16", NAMES),
-        (["w4a16"], "fp16-kv8", ["fp16", "fp16-kv8", "w4a16"]),
-        (["fp16-kv8"], "w4a16", ["fp16", "fp16-kv8", "w4a16"]),
-        (["fp16-kv8", "w4a16"], "fp16", ["fp16", "fp16-kv8", "w4a16"]),
+        (["w4a16"], "w8a8-kv8", NAMES[:5]),
+        (["w8a8"], "w4a16-kv8", ["fp16", "fp16-kv8", "w8a8", "w4a16", "w4a16-kv8"]),
+        (["w8a8-kv8"], "w4a16-kv8", NAMES),
+        (["w8a8", "w4a16"], "fp16-kv8", ["fp16", "fp16-kv8", "w8a8", "w4a16"]),
+        (["fp16-kv8"], "w4a16", ["fp16", "fp16-kv8", "w8a8", "w4a16"]),
+        (["fp16-kv8", "w8a8", "w4a16"], "fp16", ["fp16", "fp16-kv8", "w8a8", "w4a16"]),
         (["fp16"], None, ["fp16"]),
     ],
 )
@@ -55,7 +58,7 @@ def test_the_rule(tmp_path, failing, chosen, tried):
 
 
 def test_whatever_the_verdicts_what_is_chosen_has_passed(tmp_path):
-    for verdicts in itertools.product(("pass", "fail", "inconclusive"), repeat=4):
+    for verdicts in itertools.product(("pass", "fail", "inconclusive"), repeat=len(NAMES)):
         measure, _ = measured(tmp_path, dict(zip(NAMES, verdicts, strict=True)))
         recipe, steps = climb(measure)
         assert (recipe is None) == (verdicts[0] != "pass")
@@ -70,6 +73,8 @@ def test_every_step_says_why(tmp_path):
     assert [step.why for step in steps] == [
         "passes: go on",
         f"back to fp16: kl_mean 0.2500, {MISS['why']}",
+        "passes: go on",
+        "not tried: fp16-kv8 does not pass",
         "chosen: the last rung that passes",
         "not tried: fp16-kv8 does not pass",
     ]
@@ -97,12 +102,12 @@ def test_the_command_builds_prints_and_pins(project, monkeypatch, capsys):
     monkeypatch.setattr(ladder, "run_dvc", run_dvc)
     monkeypatch.setattr(Store, "pin", lambda self, name, identity: pinned.append((name, identity)))
     assert ladder.main(["m", "--pin", "demo"]) == 0
-    assert built == ["m-c-fp16-1-kv16", "m-c-fp16-1-kv8", "m-c-w4a16-1-kv16", "m-c-w4a16-1-kv8"]
-    assert pinned == [("demo", "3" * 64)]
+    assert built == [f"m-c-{weights}-1-{kv}" for weights in SELECTION["weights"] for kv in SELECTION["kvs"]]
+    assert pinned == [("demo", "5" * 64)]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"chosen: w4a16  {'3' * 64}  pinned as demo"
+    assert lines[-1] == f"chosen: w4a16  {'5' * 64}  pinned as demo"
     row = next(line for line in lines if line.startswith("w4a16 "))
-    assert row.split()[:5] == ["w4a16", "1.5", "MB", "512", "B"] and "333333333333" in row and "chosen" in row
+    assert row.split()[:5] == ["w4a16", "1.5", "MB", "512", "B"] and "555555555555" in row and "chosen" in row
 
 
 @pytest.mark.parametrize(

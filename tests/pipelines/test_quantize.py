@@ -91,5 +91,5 @@ def test_a_group_size_that_does_not_fit_is_refused_before_work(build, search):
 
 
 def test_an_unknown_recipe(build):
-    with pytest.raises(ValueError, match="weights=w2a2 is no recipe; there are fp16, w4a16"):
+    with pytest.raises(ValueError, match="weights=w2a2 is no recipe; there are fp16, w8a8, w4a16"):
         build.quantize({"name": "w2a2"}, build.root)

@@ -17,6 +17,7 @@ def test_a_valid_configuration_passes():
     check(config())
     check(config(model=Model(name="m", repo="o/n", revision="0" * 40)))
     check(config(model=Model(name="m", digest="0" * 64)))
+    check(config(weights=Weights(name="w8a8", bits=8, alphas=[])))
     check(config(calibration=Calibration(name="c", kind="ptb", path="copy")))
 
 
@@ -40,9 +41,11 @@ def test_a_valid_configuration_passes():
         ({"calibration": Calibration(kind="text")}, "calibration has no source"),
         ({"calibration": Calibration(kind="ptb")}, "calibration.kind=ptb has no pinned hub copy"),
         ({"calibration": Calibration(kind="c4", repo="a/b")}, "calibration.revision=None must be a commit"),
-        ({"weights": Weights(name="w2")}, "weights.name=w2 must be one of fp16, w4a16"),
+        ({"weights": Weights(name="w2")}, "weights.name=w2 must be one of fp16, w8a8, w4a16"),
         ({"weights": Weights(name="w4a16", bits=3)}, "weights.bits=3 must be 4"),
         ({"weights": Weights(name="w4a16", bits=8)}, "weights.bits=8 is not w4a16: AWQ stores 4 bits"),
+        ({"weights": Weights(name="w8a8", bits=4)}, "weights.bits=4 is not w8a8"),
+        ({"weights": Weights(name="w8a8", bits=8, alphas=[0.5, -0.1])}, "weights.alphas=-0.1 must be from 0 to 1"),
         ({"weights": Weights(search="all")}, "weights.search=all must be one of grid, none"),
         ({"weights": Weights(group_size=4)}, "weights.group_size=4 must be at least 8"),
         ({"weights": Weights(alpha=1.5)}, "weights.alpha=1.5 must be from 0 to 1"),

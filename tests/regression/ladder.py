@@ -32,7 +32,7 @@ from tests.pipelines.chain import Chain
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDENS = Path(__file__).with_name("goldens")
-RUNGS = ("fp16-1-kv16", "fp16-1-kv8", "w4a16-1-kv16", "w4a16-1-kv8")
+RUNGS = ("fp16-1-kv16", "fp16-1-kv8", "w8a8-1-kv16", "w8a8-1-kv8", "w4a16-1-kv16", "w4a16-1-kv8")
 QUESTIONS = ("In which town does Mirela live?", "What is made in Mosswell?")
 NUM_TOKENS = 8
 
@@ -76,11 +76,16 @@ def measure(folder: Path, *, rope_theta: float | None = None) -> dict[str, Any]:
 
 
 def weights(workspace: Workspace) -> dict[str, Tensor]:
-    """Every weight by its unquantized canonical name: 4-bit ones as what the engine multiplies by."""
+    """Every weight by its unquantized canonical name: quantized ones as what the engine multiplies by."""
     found: dict[str, Tensor] = {}
+    scaled = {name for name in workspace.names() if name.endswith(names.WEIGHT_SCALE)}
     for name in workspace.names():
         module, _, part = name.rpartition(".")
-        if part not in names.QUANTIZED:
+        if f"{module}.{names.WEIGHT_SCALE}" in scaled and part in names.INT8:
+            if part == "weight":
+                scales = workspace.tensor(f"{module}.{names.WEIGHT_SCALE}")
+                found[name] = workspace.tensor(name).float() * scales.unsqueeze(-1)
+        elif part not in names.QUANTIZED:
             found[name] = workspace.tensor(name)
         elif part == "qweight":
             found[f"{module}.weight"] = unpack_int4(*(workspace.tensor(f"{module}.{p}") for p in names.QUANTIZED))

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.turbomind_files import check_fits
+from pipelines.quant.results import layer_result, write_results
 from pipelines.quant.resume import LayerResult, Resume
 from pipelines.quant.stream import LayerTensors, Workers, side_by_side
-from pipelines.quant.tensor_file import TensorFile
+from pipelines.quant.tensor_file import Plan
 from pipelines.quant.w4a16.layer import QuantizedLayer, quantize_as_reference, quantize_by_search, round_layer
 from pipelines.quant.w4a16.search import Method
 from pipelines.quant.walk import Walk
-from pipelines.slices import write_json
-
-SMOOTHING = "smoothing/"  # before the names of scales, among the tensors of a layer
 
 
 @torch.inference_mode()
@@ -39,15 +35,12 @@ def quantize(
     device: str = "cpu",
     unfinished: Path | None = None,
 ) -> None:
-    """Write the quantized layers of the checkpoint `source` into the folder `out`.
+    """Write the quantized layers of the checkpoint `source` into the folder `out` (`write_results`).
 
-    `weights` is the slice's part of that name and `calibration` the folder of a finished calibration.
-
-    `weights.safetensors`: every tensor of every decoder layer, linears in the HF-AWQ layout, norms and biases in
-    float16. `smoothing.safetensors`: float32 [channels] that the outputs of a linear were divided by, by its name.
-    `report.json`: a row per layer and pair. With `search: grid` a linear sees the outputs of the quantized ones before
-    it, and the errors reported are parts of the power of the outputs. In the folder `unfinished` layers are kept as
-    they are done, and those found there are not computed again.
+    `weights` is the slice's part of that name and `calibration` the folder of a finished calibration. Linears are in
+    the HF-AWQ layout, norms and biases in float16. With `search: grid` a linear sees the outputs of the quantized ones
+    before it, and the errors reported are parts of the power of the outputs. In the folder `unfinished` layers are kept
+    as they are done, and those found there are not computed again.
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config, group_size = checkpoint.config, int(weights["group_size"])
@@ -62,9 +55,7 @@ def quantize(
             blocks = load_file(calibration / "blocks.safetensors")["tokens"]
             walk, one = _searched(checkpoint, blocks, method(weights), workers, device)
         layers = Resume(unfinished, count=config.num_layers, state=walk).results(one)
-        smoothing, report = _write_layers(layers, config, group_size, out / "weights.safetensors")
-    save_file({name: scale.cpu().contiguous() for name, scale in smoothing.items()}, out / "smoothing.safetensors")
-    write_json(out / "report.json", {"weights": dict(weights), "pairs": report})
+        write_results(layers, _plan(config, group_size), out, count=config.num_layers, weights=weights)
 
 
 def method(weights: Mapping[str, Any]) -> Method:
@@ -83,27 +74,8 @@ def method(weights: Mapping[str, Any]) -> Method:
     )
 
 
-def _write_layers(
-    layers: Iterator[tuple[int, LayerResult]], config: ModelConfig, group_size: int, path: Path
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Write each layer as it comes; returns the smoothing scales by full name and the report's rows."""
-    smoothing: dict[str, Tensor] = {}
-    report: list[dict[str, Any]] = []
-    with TensorFile(path, _plan(config, group_size)) as file:
-        progress = tqdm(layers, total=config.num_layers, desc="quantize", unit="layer", file=sys.stderr, disable=None)
-        for number, layer in progress:
-            for name, tensor in layer.tensors.items():
-                if name.startswith(SMOOTHING):
-                    smoothing[names.layer_name(number, name.removeprefix(SMOOTHING))] = tensor
-                else:
-                    file.write(names.layer_name(number, name), tensor.cpu())
-            report += [{"layer": number, **row} for row in layer.rows]
-    return smoothing, report
-
-
 def _result(layer: QuantizedLayer) -> LayerResult:
-    smoothing = {f"{SMOOTHING}{module}": scale for module, scale in layer.smoothing.items()}
-    return LayerResult(tensors=layer.packed() | smoothing, rows=layer.report)
+    return layer_result(layer.packed(), layer.smoothing, layer.report)
 
 
 def _searched(
@@ -145,7 +117,7 @@ def _by_formula(
     return one
 
 
-def _plan(config: ModelConfig, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _plan(config: ModelConfig, group_size: int) -> Plan:
     within: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in names.layer_tensors(config).items():
         module, _, part = name.rpartition(".")
@@ -156,6 +128,4 @@ def _plan(config: ModelConfig, group_size: int) -> dict[str, tuple[torch.dtype, 
         within[f"{module}.qweight"] = (torch.int32, (inputs, outputs // 8))
         within[f"{module}.qzeros"] = (torch.int32, (inputs // group_size, outputs // 8))
         within[f"{module}.scales"] = (torch.float16, (inputs // group_size, outputs))
-    return {
-        names.layer_name(layer, name): planned for layer in range(config.num_layers) for name, planned in within.items()
-    }
+    return within

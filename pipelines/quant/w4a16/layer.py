@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.models import names
-from pipelines.quant.pairs import ATTENTION_OUT, PAIRS, Pair, divide_outputs, fold_heads, repeat_heads
+from pipelines.quant.pairs import ATTENTION_OUT, Pair, divide_outputs, fold_heads, repeat_heads
+from pipelines.quant.scales import mean_in_group, norm_quotient, smooth_as_reference
 from pipelines.quant.stream import Workers
 from pipelines.quant.w4a16 import awq
 from pipelines.quant.w4a16.pack import pack_codes
@@ -54,25 +55,10 @@ class QuantizedLayer:
 def quantize_as_reference(
     tensors: Mapping[str, Tensor], absmax: Mapping[str, Tensor], config: ModelConfig, *, group_size: int, alpha: float
 ) -> QuantizedLayer:
-    """LMDeploy v0.1.0's `auto_awq` of one layer, in float16 arithmetic; `absmax` [in] by linear.
-
-    With grouped-query attention v_proj and o_proj are left as they are, as there.
-    """
-    scaled = {name: tensor.to(STORED) for name, tensor in tensors.items()}
-    smoothing: Tensors = {}
-    report: list[dict[str, Any]] = []
-    for pair in PAIRS:
-        if pair is ATTENTION_OUT and config.num_heads != config.num_kv_heads:
-            report.append({"pair": pair.name, "skipped": "grouped-query attention"})
-            continue
-        weights = [scaled[f"{module}.weight"] for module in pair.after]
-        scale = awq.reference_scale(weights, absmax[pair.after[0]], group_size=group_size, alpha=alpha)
-        scaled |= divide_outputs(scaled, pair.before, scale)
-        for module in pair.after:
-            scaled[f"{module}.weight"] = scaled[f"{module}.weight"] * scale
-        if pair.before in names.LINEARS:
-            smoothing[pair.before] = scale.float()
-        report.append({"pair": pair.name, "activation_exponent": alpha, "weight_exponent": 1 - alpha})
+    """LMDeploy v0.1.0's `auto_awq` of one layer, in float16 arithmetic; `absmax` [in] by linear."""
+    scaled, smoothing, report = smooth_as_reference(
+        tensors, absmax, config, group_size=group_size, alpha=alpha, dtype=STORED
+    )
     codes = {
         module: quantize_groups_as_reference(scaled.pop(f"{module}.weight"), group_size) for module in names.LINEARS
     }
@@ -129,7 +115,7 @@ def _candidates(
     tensors: Mapping[str, Tensor], weights: list[Tensor], power: Tensor, pair: Pair, config: ModelConfig, method: Method
 ) -> list[awq.Candidate]:
     """The scales of a pair that are tried; `power` [in] is the mean square of its inputs."""
-    channel_weight = awq.mean_in_group(torch.cat(weights), method.group_size)
+    channel_weight = mean_in_group(torch.cat(weights), method.group_size)
     if pair is ATTENTION_OUT:
         power, channel_weight = fold_heads(power, config).mean(dim=0), fold_heads(channel_weight, config).mean(dim=0)
 
@@ -137,18 +123,10 @@ def _candidates(
         if pair is ATTENTION_OUT:
             return repeat_heads(scale, config)
         if pair.before in names.NORMS:
-            return _norm_quotient(tensors[f"{pair.before}.weight"], scale)
+            return norm_quotient(tensors[f"{pair.before}.weight"], scale, STORED)
         return scale
 
     return awq.candidates(power.clamp(min=0).sqrt(), channel_weight, method.exponents, storable)
-
-
-def _norm_quotient(norm: Tensor, scale: Tensor) -> Tensor:
-    """The float32 scale that a norm's weight is really divided by once the result is rounded to what is stored."""
-    divided = (norm / scale).to(STORED).float()
-    usable = (divided != 0) & torch.isfinite(divided)
-    one = torch.ones_like(scale)
-    return torch.where(usable, norm / torch.where(usable, divided, one), one)
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipelines.quant.observers import gram, gram_and_drift
+from pipelines.quant.scales import mean_in_group
 from pipelines.quant.stream import side_by_side
 from pipelines.quant.w4a16 import awq
 from pipelines.quant.w4a16.search import Method, quantize_linears
@@ -26,7 +27,7 @@ def case(outliers=True):
 def search(weights, x, method, storable=lambda scale: scale, workers_count=2, wanted=None):
     seen = gram(x) if wanted is None else gram_and_drift(x, wanted)
     power = (seen["gram"].diagonal() / seen["tokens"]).sqrt()
-    tried = awq.candidates(power, awq.mean_in_group(torch.cat(weights), 32), method.exponents, storable)
+    tried = awq.candidates(power, mean_in_group(torch.cat(weights), 32), method.exponents, storable)
     with side_by_side(workers_count) as workers:
         return quantize_linears(weights, seen, tried, method, workers)
 
