@@ -69,6 +69,7 @@ def evaluate(
         scales,
         prompts,
         artifact=manifest.id,
+        recipe=manifest.recipe,
         device_class=toolchain["device"],
     )
     statement = make_statement(

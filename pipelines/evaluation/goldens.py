@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from engine.config import Recipe
 from engine.models.cache import KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.runtime import selftest
@@ -38,6 +39,7 @@ def record_goldens(
     prompts: dict[str, list[int]],
     *,
     artifact: str,
+    recipe: Recipe,
     device_class: str,
 ) -> dict[str, Any]:
     """The content of goldens.json: what `selftest.replay` needs, and which artifact and device class it is of."""
@@ -45,7 +47,7 @@ def record_goldens(
         "format": FORMAT,
         "artifact": artifact,
         "device_class": device_class,
-        "tolerance": selftest.TOLERANCE["kv16" if kv_scales is None else "kv8"],
+        "tolerance": selftest.tolerance_of(recipe),
         "prompts": selftest.record(engine, model, kv_scales, prompts, num_tokens=NUM_TOKENS),
     }
 

@@ -70,7 +70,7 @@ def measure(folder: Path, *, rope_theta: float | None = None) -> dict[str, Any]:
         # A kv8 rung has the weight files of its kv16 rung, which are compared by their digests.
         "weights": {} if scales is not None else sketches(weights(workspace)),
         "kv_scales": {} if scales is None else _kv_scales(scales.key, scales.value),
-        "tolerance": selftest.TOLERANCE["kv16" if scales is None else "kv8"],
+        "tolerance": selftest.tolerance_of(manifest.recipe),
         "prompts": selftest.record(engine, model, scales, prompts, num_tokens=NUM_TOKENS),
     }
 
@@ -131,7 +131,7 @@ def read_goldens() -> tuple[dict[str, Any], bool]:
 
 def compare_tensors(recorded: Mapping[str, list[float]], here: Mapping[str, list[float]]) -> list[str]:
     """What differs between two tables of sketches, a sentence for each tensor."""
-    tolerance = selftest.TOLERANCE["kv16"]
+    tolerance = selftest.FLOAT_TOLERANCE
     found = [f"{name} is missing." for name in recorded if name not in here]
     found += [f"{name} was not there." for name in here if name not in recorded]
     for name in recorded:

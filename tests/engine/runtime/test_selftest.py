@@ -10,8 +10,8 @@ from engine.models.cache import KVScales
 from engine.models.decoder import Decoder
 from engine.runtime.engine import Engine
 from engine.runtime.selftest import (
+    FLOAT_TOLERANCE,
     NUM_SIGNS,
-    TOLERANCE,
     deviation,
     locate_difference,
     record,
@@ -58,7 +58,7 @@ def test_the_trace_goes_through_the_cache_of_the_engine() -> None:
 def test_another_engine_fails_in_logits_and_answers_and_tolerance_alone_judges_logits() -> None:
     goldens = _record(tiny_model())
     other = _engine(tiny_model(dataclasses.replace(CONFIG, rope_theta=77.0)))
-    found = replay(other, goldens, tolerance=TOLERANCE["kv16"], exact=True)
+    found = replay(other, goldens, tolerance=FLOAT_TOLERANCE, exact=True)
     assert any("logits after 'first' deviates by" in message for message in found)
     elsewhere = replay(other, goldens, tolerance=math.inf, exact=False)
     assert elsewhere == []
