@@ -34,9 +34,9 @@ FAMILIES = (
     "dense:rows",
 )
 # Processes that compile and check a family side by side.
-COMPILERS = {"int4:gluon": 4, "int4:gemv": 2, "int4:triton": 2, "int8:columns": 3, "int8:tiles": 2}
+COMPILERS = {"cublas": 0, "int4:gluon": 6, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 2}
 # Relative shares of the time for measuring.
-SHARES = {"int4:gluon": 5, "int4:gemv": 2, "int8:columns": 3, "int8:tiles": 2, "int4:triton": 1}
+SHARES = {"cublas": 2, "int4:gluon": 5, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 3}
 # The rows of x that decide first; the others follow in the time that is left.
 FIRST_ROWS = (1, 16, 64, 256, 2048)
 SHARE_OF_CHECKS = 0.4
@@ -63,6 +63,8 @@ def main() -> None:
     started = time.monotonic()
     checks_end = started + given.seconds * SHARE_OF_CHECKS
     workers = []
+    for stale in (*given.out.glob("check-*.log"), *given.out.glob("rows-*.jsonl")):
+        stale.unlink()
     for family in given.families:
         for index in range(COMPILERS.get(family, 1)):
             shard = f"{index}/{COMPILERS.get(family, 1)}"
@@ -76,18 +78,22 @@ def main() -> None:
     print(f"checks: {passed} passed, {len(failed)} failed ({time.monotonic() - started:.0f} s)")
     for line in failed[:30]:
         print(line[:300])
-    left = list(given.families)
-    while left:
-        family = left.pop(0)
+    left, number = list(given.families), 0
+    while left:  # one process measures all, and another goes on behind the family that ended it
         remaining = started + given.seconds - time.monotonic()
-        share = SHARES.get(family, 1) / (SHARES.get(family, 1) + sum(SHARES.get(other, 1) for other in left))
-        wait(start(given, "time", family, "0/1", max(8.0, remaining * share)), max(40.0, remaining * share + 30))
+        if number and remaining < 15:
+            break
+        worker = start(given, "time", ",".join(left), f"{number}/1", max(20.0, remaining))
+        wait(worker, max(40.0, remaining + 30))
+        progress = (given.out / f"progress-{number}.txt").read_text().split()
+        left = left[len(progress) :] if progress else []
+        left, number = (left if worker.returncode else []), number + 1
     summarize(given.out)
     print(f"{time.monotonic() - started:.0f} s in all")
 
 
 def start(given: argparse.Namespace, phase: str, family: str, shard: str, seconds: float) -> subprocess.Popen[bytes]:
-    log = given.out / f"{phase}-{family.replace(':', '-')}-{shard.split('/')[0]}.log"
+    log = given.out / f"{phase}-{family.split(',')[0].replace(':', '-')}-{shard.split('/')[0]}.log"
     command = [sys.executable, "-m", "benchmarks.gemm_probe", "--out", str(given.out)]
     command += ["--rows", *map(str, given.rows), "--shapes", *given.shapes]
     command += ["--worker", phase, family, shard, f"{seconds:.0f}"]
@@ -137,8 +143,6 @@ def cases(family: str, given: argparse.Namespace) -> Iterator[tuple[Any, int, li
 
 def check(family: str, index: int, count: int, seconds: float, given: argparse.Namespace) -> None:
     """Prints PASS or FAIL a case; compiles every configuration on the way, so that measuring finds it in the cache."""
-    import torch
-
     from engine.kernels import tune
 
     deadline = time.monotonic() + seconds
@@ -157,14 +161,21 @@ def check(family: str, index: int, count: int, seconds: float, given: argparse.N
             if time.monotonic() > deadline:
                 print(f"LATE {family}: not all configurations were checked")
                 return
-            name = f"{family} {product.n}x{product.k} M={m} {json.dumps(config)}"
-            try:
-                error = product.error(m, config)
-                print("PASS" if error < 3e-3 else "FAIL", f"{error:.2e}", name, flush=True)
-            except Exception as problem:
-                print("FAIL", "raised", name, " ".join(str(problem).split())[:400], flush=True)
-                if "CUDA error" in str(problem) or isinstance(problem, torch.AcceleratorError):
-                    raise
+            verify(f"{family} {product.n}x{product.k} M={m} {json.dumps(config)}", product, m, config)
+
+
+def verify(name: str, product: Any, m: int, config: Any) -> bool:
+    """Prints TRY, then PASS or FAIL: a TRY that nothing follows ended its process, or did not end."""
+    print("TRY", "-", name, flush=True)
+    try:
+        error: float = product.error(m, config)
+    except Exception as problem:
+        print("FAIL", "raised", name, "|", " ".join(str(problem).split())[:400], flush=True)
+        if "CUDA error" in str(problem) or "illegal" in str(problem):
+            raise
+        return False
+    print("PASS" if error < 3e-3 else "FAIL", f"{error:.2e}", name, flush=True)
+    return error < 3e-3
 
 
 def odd_sizes(family: str) -> None:
@@ -224,18 +235,26 @@ def odd_sizes(family: str) -> None:
                             raise
 
 
-def measure(family: str, index: int, count: int, seconds: float, given: argparse.Namespace) -> None:
-    """Appends a JSON line a configuration to rows-<family>.jsonl."""
-    import torch
+def measure(families: str, index: int, count: int, seconds: float, given: argparse.Namespace) -> None:
+    """Appends a JSON line a configuration to rows-<family>.jsonl, and to progress-<index>.txt a family as it begins."""
+    started, left = time.monotonic(), families.split(",")
+    progress = given.out / f"progress-{index}.txt"
+    progress.write_text("")
+    while left:
+        family = left.pop(0)
+        with progress.open("a") as file:
+            file.write(family + "\n")
+        share = SHARES.get(family, 1) / (SHARES.get(family, 1) + sum(SHARES.get(other, 1) for other in left))
+        now = time.monotonic()
+        measure_family(family, now + max(4.0, (started + seconds - now) * share), given)
 
+
+def measure_family(family: str, deadline: float, given: argparse.Namespace) -> None:
     from engine.kernels import tune
 
-    deadline = time.monotonic() + seconds
-    bad = {
-        line.split(None, 2)[2]
-        for line in (given.out / "checks.txt").read_text().splitlines()
-        if line.startswith("FAIL")
-    }
+    lines = [line.split(None, 2) for line in (given.out / "checks.txt").read_text().splitlines()]
+    known = {line[2].split(" | ")[0]: line[0] for line in lines if len(line) == 3 and line[0] in ("PASS", "FAIL")}
+    tried = {line[2] for line in lines if line[0] == "TRY"}
     with (given.out / f"rows-{family.replace(':', '-')}.jsonl").open("w") as file:
         for product, m, configs in cases(family, given):
             if family == "cublas":
@@ -249,13 +268,15 @@ def measure(family: str, index: int, count: int, seconds: float, given: argparse
                 if time.monotonic() > deadline:
                     print("out of time at", name)
                     return
-                if any(name in line for line in bad):
+                if known.get(name, "FAIL" if name in tried else "") == "FAIL":
+                    continue
+                if name not in known and not verify(name, product, m, config):
                     continue
                 try:
                     write(file, family, product, m, tune.time_product(product, m, config), config)
                 except Exception as problem:
                     print("FAIL", name, " ".join(str(problem).split())[:400], flush=True)
-                    if "CUDA error" in str(problem) or isinstance(problem, torch.AcceleratorError):
+                    if "CUDA error" in str(problem) or "illegal" in str(problem):
                         raise
 
 

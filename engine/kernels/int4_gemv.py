@@ -152,6 +152,7 @@ def _multiply(
     pairs,
     x_ptr,
     tile,
+    tiles,
     m,
     k,
     GROUPS: gl.constexpr,
@@ -181,7 +182,9 @@ def _multiply(
             half = gl.convert_layout(halves[step // 4], A, assert_trivial=True)
             w = unpack(half, gl.expand_dims(zero, 2), dtype)
         mask = (token < m)[None, None, :]
-        if not WHOLE:
+        if WHOLE:  # tiles of inputs are whole: what lies past the last one is a warp's whole share
+            mask = mask & (tile + warp < tiles)[:, None, None]
+        else:
             mask = mask & (inputs + 16 * step < k)
         x = gl.load(x_ptr + inputs + 16 * step + (token * k)[None, None, :], mask=mask, other=0.0)
         part = mma_v2(w[step % 4], x, part)
@@ -227,7 +230,9 @@ def _gemv(
     for turn in range(turns):
         for step in gl.static_range(AHEAD):
             tile = (turn * AHEAD + step) * WARPS
-            total = _multiply(total, words[0], pairs[:GROUPS], x_ptr, tile, m, k, GROUPS, WHOLE, ROWS, WARPS, MMA)
+            total = _multiply(
+                total, words[0], pairs[:GROUPS], x_ptr, tile, tiles, m, k, GROUPS, WHOLE, ROWS, WARPS, MMA
+            )
             # What was used is replaced by the same step of the next turn, and the tuples go round once a turn.
             tile += AHEAD * WARPS
             words = words[1:] + (_load_words(words_ptr, block, tile, tiles, ROWS, WARPS),)

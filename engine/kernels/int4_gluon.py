@@ -4,7 +4,8 @@
 
 y^T = W x^T: W is the left operand of asynchronous matrix instructions, in registers, so no lane exchanges anything and
 no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
-half a tile is unpacked while the half before it is multiplied. x lies in a ring of `stages` tiles of [block_m, 128].
+half a tile is unpacked while the half before it is multiplied. x lies in a ring of `slots`, each of `slot` tiles of
+[block_m, 128] that arrive together and are given back together, once the products that read them are waited for.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
 MOST_ROWS = 512
+# Two names that Triton changed after 3.6.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -47,35 +51,32 @@ def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bo
 
 
 def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
-    """block_m rows of x and block_n of W a program; stages of x; ahead: tiles of W in registers.
+    """block_m rows of x and block_n of W a program; `splits` programs share a sum.
 
-    `splits` programs share a sum. settle: products are waited for after every tile (1) or every `ahead` tiles (0).
+    ahead: tiles of W in registers; slot: tiles of x that are waited for at once, a divisor of `ahead`; slots: of x.
     """
     n, tiles = weights.out_features, weights.words.shape[1]
-    if m <= 16:
-        parts = splits.near(-(-n // 64), device.multiprocessors, (3,))[0]
-        return _config(16, 64, 4, 8, 4, min(parts, max(1, tiles // 4)), 0)
     if m <= 32:
-        parts = splits.near(-(-n // 64), device.multiprocessors, (2,))[0]
-        return _config(32, 64, 4, 8, 4, parts, 0)
+        parts = splits.near(-(-n // 64), device.multiprocessors, (3 if m <= 16 else 2,))[0]
+        return _config(8 if m <= 8 else 16 if m <= 16 else 32, 64, 4, 4, 4, 2, min(parts, max(1, tiles // 4)))
     if m <= 64:
-        parts = splits.near(-(-n // 64), device.multiprocessors, (2,))[0]
-        return _config(64, 64, 4, 4, 2, parts, 1)
+        return _config(64, 64, 4, 2, 2, 2, splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
     if n >= 8192:
-        return _config(128, 128, 4, 3, 2, 1, 1)
-    return _config(128, 64, 4, 4, 2, splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0], 0)
+        return _config(128, 128, 4, 2, 1, 3, 1)
+    parts = splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0]
+    return _config(128, 64, 4, 2, 2, 2, parts)
 
 
-def _config(block_m: int, block_n: int, warps: int, stages: int, ahead: int, parts: int, settle: int) -> dict[str, Any]:
+def _config(block_m: int, block_n: int, warps: int, ahead: int, slot: int, slots: int, parts: int) -> dict[str, Any]:
     return {
         "kernel": "gluon",
         "block_m": block_m,
         "block_n": block_n,
         "warps": warps,
-        "stages": stages,
         "ahead": ahead,
+        "slot": slot,
+        "slots": slots,
         "splits": parts,
-        "settle": settle,
     }
 
 
@@ -83,25 +84,24 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries."""
     if m > MOST_ROWS:
         return []
-    if m <= 8:
-        shapes = [(8, 64, 4, 8, 4, 0), (8, 64, 4, 8, 8, 0), (16, 64, 4, 8, 4, 0)]
-    elif m <= 16:
-        shapes = [(16, 64, 4, 8, 8, 0), (16, 64, 4, 8, 4, 0), (16, 64, 4, 4, 4, 0), (16, 64, 4, 4, 2, 1)]
-    elif m <= 32:
-        shapes = [(32, 64, 4, 8, 8, 0), (32, 64, 4, 8, 4, 0), (32, 64, 4, 4, 4, 0), (32, 64, 4, 4, 2, 1)]
+    if m <= 32:
+        block_m = max(8, 1 << (m - 1).bit_length())
+        shapes = [
+            (block_m, 64, 4, *ring) for ring in ((4, 4, 2), (4, 4, 1), (8, 8, 1), (4, 2, 4), (2, 2, 2), (8, 4, 4))
+        ]
     elif m <= 64:
-        shapes = [(64, 64, 4, 4, 4, 0), (64, 64, 4, 4, 2, 1), (64, 64, 4, 8, 8, 0), (64, 128, 8, 8, 4, 0)]
-        shapes += [(64, 128, 8, 4, 2, 1)]
+        shapes = [(64, 64, 4, *ring) for ring in ((2, 2, 2), (2, 1, 4), (4, 2, 2))]
+        shapes += [(64, 128, 8, 2, 1, 4), (64, 128, 8, 4, 2, 2)]
     else:
-        shapes = [(128, 128, 4, 3, 2, 1), (128, 64, 4, 4, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 4, 2, 0)]
+        shapes = [(128, 128, 4, 2, 1, 3), (128, 64, 4, 2, 2, 2), (128, 64, 4, 2, 1, 3), (128, 64, 4, 4, 2, 2)]
+        shapes += [(128, 128, 8, 2, 1, 4)]
         if m > 128:
-            shapes += [(256, 128, 8, 3, 2, 0), (256, 64, 4, 3, 2, 0)]
+            shapes += [(256, 128, 8, 2, 1, 3), (256, 64, 4, 2, 1, 3)]
     found = []
-    for block_m, block_n, warps, stages, ahead, settle in shapes:
+    for block_m, block_n, warps, ahead, slot, slots in shapes:
         programs = -(-n // block_n) * -(-m // block_m)
-        shares = (1, 2, 3) if m <= 64 else (1, 2)
-        for parts in splits.near(programs, device.multiprocessors, shares):
-            found.append(_config(block_m, block_n, warps, stages, ahead, parts, settle))
+        for parts in splits.near(programs, device.multiprocessors, (1, 2, 4) if m <= 64 else (1, 2)):
+            found.append(_config(block_m, block_n, warps, ahead, slot, slots, parts))
     return found
 
 
@@ -114,13 +114,14 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) ->
         x = x.clone()  # the copy engine reads from whole 16 bytes
     block_m, block_n, ahead = config["block_m"], config["block_n"], config["ahead"]
     grid_n, grid_m = -(-n // block_n), -(-m // block_m)
-    parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, tiles)
-    longest = -(-tiles // parts)
-    turns = -(-longest // ahead)
+    all_turns = -(-tiles // ahead)
+    parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)
+    turns = -(-all_turns // parts)  # at most
     partials, arrivals = splits.buffers(x.device)
-    layout = gl.NVMMASharedLayout.get_default_for([block_m, 128], TYPES[x.dtype])
+    box = [block_m, 128 * config["slot"]]
+    layout = gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype])
     _gemm[(grid_n, grid_m, parts)](
-        TensorDescriptor.from_tensor(x, [block_m, 128], layout),
+        TensorDescriptor.from_tensor(x, box, layout),
         weights.words.view(torch.int16),
         weights.scale_zero,
         y if bias is None else bias,
@@ -132,13 +133,14 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) ->
         tiles,
         -(-n // 64),
         HAS_BIAS=bias is not None,
+        RAGGED=-(-n // 64) % (block_n // 64) != 0,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
-        STAGES=config["stages"],
         AHEAD=ahead,
+        SLOT=config["slot"],
+        SLOTS=config["slots"],
         SPLITS=parts,
-        SETTLE=config["settle"],
-        FITS=turns * ahead <= config["stages"],
+        FITS=turns * ahead <= config["slot"] * config["slots"],
         num_warps=config["warps"],
         **dependent_launch.options(facts(x.device)),
     )
@@ -172,27 +174,34 @@ def _pair_layout(block_n, warps):
 
 
 @gluon.jit
-def _load_words(words_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N: gl.constexpr):
-    """int16 [BLOCK_N * 4, 8] of a tile of inputs; zeros from `end` on and past the last rows."""
+def _load_words(words_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """int16 [BLOCK_N * 4, 8] of a tile of inputs where it is `needed`, anything else where not.
+
+    What would lie past the last rows or inputs is another tile: x is zero there, or the rows are not stored.
+    """
     LAYOUT: gl.constexpr = _word_layout(BLOCK_N, gl.num_warps())
     p = gl.arange(0, BLOCK_N * 4, layout=gl.SliceLayout(1, LAYOUT))
     rows = first_tile + p // 256
-    first = ((rows * tiles + tile) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
+    if RAGGED:
+        rows = gl.minimum(rows, tile_rows - 1)
+    first = ((rows * tiles + gl.minimum(tile, tiles - 1)) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
     inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
-    mask = (rows < tile_rows) & (tile < end)
-    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=mask[:, None], other=0)
+    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=needed)
 
 
 @gluon.jit
-def _load_pairs(scale_zero_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N: gl.constexpr):
-    """Scales and zeros int32 [BLOCK_N / 2, 2] of a tile of inputs; scales of 0 where words are zeros."""
+def _load_pairs(
+    scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `_load_words`."""
     LAYOUT: gl.constexpr = _pair_layout(BLOCK_N, gl.num_warps())
     q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
     rows = first_tile + q // 32
-    first = (rows * tiles + tile) * 64 + q % 32 * 2
+    if RAGGED:
+        rows = gl.minimum(rows, tile_rows - 1)
+    first = (rows * tiles + gl.minimum(tile, tiles - 1)) * 64 + q % 32 * 2
     half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
-    mask = (rows < tile_rows) & (tile < end)
-    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=mask[:, None], other=0)
+    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=needed)
 
 
 @gluon.jit
@@ -220,7 +229,7 @@ def _halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
 @gluon.jit
 def _fetch(x_desc, first_token, tile, barrier, place):
     mbarrier.expect(barrier, x_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(x_desc, [first_token, tile * 128], barrier, place)
+    load_tile(x_desc, [first_token, tile * 128], barrier, place)
 
 
 @gluon.jit(do_not_specialize=["m", "n", "tiles", "tile_rows"])
@@ -237,70 +246,77 @@ def _gemm(
     tiles,
     tile_rows,
     HAS_BIAS: gl.constexpr,
+    RAGGED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
+    SLOT: gl.constexpr,
+    SLOTS: gl.constexpr,
     SPLITS: gl.constexpr,
-    SETTLE: gl.constexpr,
     FITS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """One tile of y^T [BLOCK_N, BLOCK_M], or a part of its sum.
 
-    FITS: the ring of x holds all tiles of inputs of a program, so nothing is refilled.
+    RAGGED: the last program has fewer tiles of rows than the others. FITS: the ring of x holds all that a program
+    reads, so nothing is refilled.
     """
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     dtype: gl.constexpr = x_desc.dtype
     column, block, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    start, end = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
-    turns = (end - start + AHEAD - 1) // AHEAD
+    # The parts of a sum are whole turns: only the last part may reach past the inputs, where x is zero.
+    all_turns = (tiles + AHEAD - 1) // AHEAD
+    start = split * all_turns // SPLITS * AHEAD
+    turns = (split + 1) * all_turns // SPLITS - start // AHEAD
     first_tile, first_token = column * (BLOCK_N // 64), block * BLOCK_M
 
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
-        words = words + (_load_words(words_ptr, first_tile, start + step, tiles, end, tile_rows, BLOCK_N),)
-        pairs = pairs + (_load_pairs(scale_zero_ptr, first_tile, start + step, tiles, end, tile_rows, BLOCK_N),)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=1)
+        words = words + (_load_words(words_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
+        pairs = pairs + (
+            _load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),
+        )
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_M, 128 * SLOT], x_desc.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(barriers.index(slot), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     if PDL:
         dependent_launch.depend()
-    # Tiles past `end` are fetched too, up to whole turns: their weights are zero, and past x there are zeros.
-    for stage in gl.static_range(STAGES):
-        if stage < turns * AHEAD:
-            _fetch(x_desc, first_token, start + stage, barriers.index(stage), ring.index(stage))
+    for slot in gl.static_range(SLOTS):
+        if slot * SLOT < turns * AHEAD:
+            _fetch(x_desc, first_token, start + slot * SLOT, barriers.index(slot), ring.index(slot))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     for turn in range(turns):
         for step in gl.static_range(AHEAD):
-            place = turn * AHEAD + step
-            here = place % STAGES
-            x = ring.index(here)
+            used = turn * (AHEAD // SLOT) + step // SLOT
+            spot = used % SLOTS
+            x = ring.index(spot)
+            if step % SLOT == 0:
+                mbarrier.wait(barriers.index(spot), used // SLOTS & 1)
             first, second = _halves(words[0], BLOCK_N, A)
             left = _left(first, pairs[0], BLOCK_N, A, dtype)
-            mbarrier.wait(barriers.index(here), place // STAGES & 1)
-            total = warpgroup_mma(left, x.slice(0, 64, 1).permute([1, 0]), total, is_async=True)
+            right = x.slice(step % SLOT * 128, 64, 1).permute([1, 0])
+            total = warpgroup_mma(left, right, total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
             left = _left(second, pairs[0], BLOCK_N, A, dtype)
-            total = warpgroup_mma(left, x.slice(64, 64, 1).permute([1, 0]), total, is_async=True)
-            tile = start + place + AHEAD
-            words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N),)
-            pairs = pairs[1:] + (_load_pairs(scale_zero_ptr, first_tile, tile, tiles, end, tile_rows, BLOCK_N),)
-            if SETTLE or step == AHEAD - 1:
+            right = x.slice(step % SLOT * 128 + 64, 64, 1).permute([1, 0])
+            total = warpgroup_mma(left, right, total, is_async=True)
+            tile, more = start + turn * AHEAD + step + AHEAD, turn + 1 < turns
+            words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
+            pairs = pairs[1:] + (
+                _load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),
+            )
+            if step % SLOT == SLOT - 1:
                 total = warpgroup_mma_wait(0, deps=[total])
                 if not FITS:
-                    gl.thread_barrier()
-                    for back in gl.static_range(1 if SETTLE else AHEAD):
-                        used = place - back
-                        if used + STAGES < turns * AHEAD:
-                            spot = used % STAGES
-                            _fetch(x_desc, first_token, start + used + STAGES, barriers.index(spot), ring.index(spot))
+                    thread_barrier()
+                    if (used + SLOTS) * SLOT < turns * AHEAD:
+                        _fetch(x_desc, first_token, start + (used + SLOTS) * SLOT, barriers.index(spot), x)
             else:
                 total = warpgroup_mma_wait(1, deps=[total])
 
@@ -308,11 +324,11 @@ def _gemm(
     last = True
     if SPLITS > 1:
         tile = block * gl.num_programs(0) + column
-        inner = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))[:, None] * BLOCK_M
-        inner += gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
+        across = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
+        inner = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))[:, None] * BLOCK_M + across
         parts = partials + tile.to(gl.int64) * (SPLITS * BLOCK_N * BLOCK_M) + inner
         gl.store(parts + split * (BLOCK_N * BLOCK_M), total)
-        gl.thread_barrier()  # every thread's part is written before one thread counts the program in
+        thread_barrier()  # every thread's part is written before one thread counts the program in
         last = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1
         if last:
             total = gl.load(parts, cache_modifier=".cg")

@@ -100,7 +100,7 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         tiles = -(-n // TILE_ROWS) * -(-m // block_m)
         for block_n in (64, 128):
             for parts in splits.near(tiles, device.multiprocessors, (1, 3)):
-                for stages in (2, 4):
+                for stages in (3,):
                     found.append(
                         {
                             "kernel": "triton",

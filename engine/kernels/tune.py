@@ -47,15 +47,16 @@ class Product:
     k: int
     device: torch.device
     dtype: torch.dtype = torch.float16
-    rotated_bytes: int = ROTATED_BYTES
+    rotated_bytes: int | None = None  # None: ROTATED_BYTES
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(0)
         first = self._weight()
         self.weight_bytes = sum(tensor.nbytes for tensor in _tensors(first))
-        copies = max(1, min(64, self.rotated_bytes // self.weight_bytes))
+        copies = max(1, min(64, (self.rotated_bytes or ROTATED_BYTES) // self.weight_bytes))
         self.weights = [first, *(self._weight() for _ in range(copies - 1))]
         self._inputs: dict[int, tuple[Tensor, ...]] = {}
+        self._products: dict[int, Tensor] = {}
 
     def inputs(self, m: int) -> tuple[Tensor, ...]:
         """x of m rows as the operation takes it."""
@@ -75,15 +76,21 @@ class Product:
 
     def error(self, m: int, config: Config | None) -> float:
         """|y - exact| / |exact| over the first weight; infinite where y has a number that is not finite."""
-        x, weight = self.inputs(m), self.weights[0]
-        if self.op == "int8_linear":
-            exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
-        else:
-            dense = weight.dequantize(torch.float32) if self.op == "int4_linear" else weight.float()
-            exact = x[0].float() @ dense.t()
+        exact = self._exact(m)
         y = self.run(m, 0, config).float()
         error = float((y - exact).norm() / exact.norm())
         return error if bool(torch.isfinite(y).all()) else float("inf")
+
+    def _exact(self, m: int) -> Tensor:
+        if m not in self._products:
+            x, weight = self.inputs(m), self.weights[0]
+            if self.op == "int8_linear":
+                exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
+            else:
+                dense = weight.dequantize(torch.float32) if self.op == "int4_linear" else weight.float()
+                exact = x[0].float() @ dense.t()
+            self._products = {m: exact}
+        return self._products[m]
 
     def moved_bytes(self, m: int) -> int:
         """What the product must at least move: weights and x read once, y written once."""

@@ -1,0 +1,298 @@
+"""Gluon kernels run as plain Python over torch tensors: what they compute, without layouts, lanes and registers.
+
+Triton's interpreter does not run Gluon. Here `gl` is a module of a few functions over tensors, shared memory is a
+tensor, a copy arrives when it is asked for, and the assembly of `int4_fragments` is read line by line. Barriers count
+their phases, so waiting for one that no copy completes is an error. What layouts do to values is the compiler's to
+check: every conversion in these kernels is asserted to move nothing.
+"""
+
+import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+KERNELS = Path(__file__).parents[3] / "engine" / "kernels"
+
+
+class Values(torch.Tensor):
+    """A tensor with the methods that a kernel's tensors have."""
+
+    def to(self, dtype, bitcast=False):
+        return self.contiguous().view(dtype) if bitcast else torch.Tensor.to(self, dtype)
+
+    def split(self):
+        return self[..., 0], self[..., 1]
+
+
+def values(tensor):
+    return torch.as_tensor(tensor).as_subclass(Values)
+
+
+class Pointer:
+    def __init__(self, tensor, offsets=0):
+        self.tensor, self.offsets = tensor.view(-1), values(offsets)
+        self.dtype = types.SimpleNamespace(element_ty=tensor.dtype)
+
+    def __add__(self, offsets):
+        return Pointer(self.tensor, self.offsets + offsets)
+
+
+def load(pointer, mask=None, other=None, cache_modifier=None):
+    """What a mask leaves out is `other`, or bits that spoil whatever uses them."""
+    offsets = pointer.offsets.long()
+    mask, offsets = torch.broadcast_tensors(values(True if mask is None else mask), offsets)
+    read = pointer.tensor[torch.where(mask, offsets, 0)]
+    spoilt = torch.full_like(read, float("nan")) if read.is_floating_point() else torch.full_like(read, -1)
+    return values(torch.where(mask, read, spoilt if other is None else torch.full_like(read, other)))
+
+
+def store(pointer, value, mask=None):
+    value = torch.as_tensor(value, dtype=pointer.tensor.dtype)
+    offsets, value = torch.broadcast_tensors(pointer.offsets.long(), value)
+    if mask is not None:
+        mask = torch.broadcast_to(values(mask), offsets.shape)
+        offsets, value = offsets[mask], value[mask]
+    assert offsets.numel() == torch.unique(offsets).numel(), "two elements are stored to one place"
+    pointer.tensor[offsets] = value.as_subclass(torch.Tensor)
+
+
+def atomic_add(pointer, amount, sem):
+    old = pointer.tensor[pointer.offsets.long()].clone()
+    pointer.tensor[pointer.offsets.long()] += amount
+    return values(old)
+
+
+class Shared:
+    """Shared memory [stages, ...], or a view of it; not a number until something is copied there."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def index(self, i):
+        return Shared(self.tensor[int(i)])
+
+    def slice(self, start, length, dim):
+        return Shared(self.tensor.narrow(dim, start, length))
+
+    def permute(self, order):
+        return Shared(self.tensor.permute(order))
+
+
+def allocate_shared_memory(dtype, shape, layout):
+    fill = float("nan") if dtype.is_floating_point else 0
+    return Shared(torch.full(shape, fill, dtype=dtype))
+
+
+class Descriptor:
+    """x [rows, inputs] in blocks, zeros outside; what the host makes and the kernel reads."""
+
+    def __init__(self, tensor, block, layout):
+        self.tensor, self.block, self.layout, self.dtype = tensor, block, layout, tensor.dtype
+        self.block_type = types.SimpleNamespace(nbytes=block[0] * block[1] * tensor.element_size())
+
+    @staticmethod
+    def from_tensor(tensor, block, layout):
+        return Descriptor(tensor, block, layout)
+
+
+def copy(descriptor, place, barrier, shared):
+    row, column = (int(p) for p in place)
+    assert barrier.tensor[0] % 2 == 1, "a copy without expected bytes"
+    block = torch.zeros(descriptor.block, dtype=descriptor.dtype)
+    read = descriptor.tensor[row : row + block.shape[0], column : column + block.shape[1]]
+    block[: read.shape[0], : read.shape[1]] = read
+    shared.tensor.copy_(block)
+    barrier.tensor[0] += 1
+
+
+def expect(barrier, nbytes):
+    assert barrier.tensor[0] % 2 == 0, "a copy to a place whose last one is not complete"
+    barrier.tensor[0] += 1  # odd: on its way; half of an even count: completed phases
+
+
+def wait(barrier, phase):
+    assert barrier.tensor[0] % 2 == 0 and barrier.tensor[0] // 2 % 2 != int(phase), "this wait would not end"
+
+
+def multiply(left, right, total, is_async=False):
+    right = right.tensor if isinstance(right, Shared) else right
+    product = left.as_subclass(torch.Tensor).float() @ right.as_subclass(torch.Tensor).float()
+    return values(total + product)
+
+
+def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
+    """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension."""
+    assert pack == 2
+    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
+    results = len(dtype)
+    registers = {}
+    for number, operand in enumerate(operands):
+        bits = operand.expand(shape).contiguous().as_subclass(torch.Tensor).view(torch.int16)
+        registers[f"${results + number}"] = bits.numpy().view(np.uint32)
+    floats = types.SimpleNamespace(f16x2=torch.float16, bf16x2=torch.bfloat16)
+
+    def read(name):
+        return np.uint32(int(name, 16)) if name.startswith("0x") else registers[name]
+
+    def floating(kind, register):
+        bits = torch.from_numpy(np.broadcast_to(register, (*shape[:-1], shape[-1] // 2)).copy())
+        return bits.view(torch.int16).view(getattr(floats, kind)).float()
+
+    for line in asm.strip("{} \n").split(";"):
+        if not line.strip() or ".reg" in line:
+            continue
+        op, arguments = line.split(None, 1)
+        target, *sources = (part.strip() for part in arguments.split(","))
+        if op == "mov.b32":
+            registers[target] = read(sources[0])
+        elif op == "shr.u32":
+            registers[target] = read(sources[0]) >> np.uint32(sources[1])
+        elif op == "lop3.b32":
+            assert sources[3] == "0xea"  # a & b | c
+            registers[target] = read(sources[0]) & read(sources[1]) | read(sources[2])
+        else:
+            name, kind = re.fullmatch(r"(add|mul|fma)\.rn\.(b?f16x2)", op).groups()
+            a, b, *c = (floating(kind, read(source)) for source in sources)
+            value = a + b if name == "add" else a * b if name == "mul" else a * b + c[0]
+            registers[target] = value.to(getattr(floats, kind)).view(torch.int16).numpy().view(np.uint32)
+    return tuple(
+        values(torch.from_numpy(registers[f"${i}"].copy()).view(torch.int16).view(dtype[i]).reshape(shape))
+        for i in range(results)
+    )
+
+
+class Language(types.ModuleType):
+    """`gl`; a layout is nothing."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.warps, self.ids, self.grid = 4, (0, 0, 0), (1, 1, 1)
+        self.float16, self.bfloat16, self.float32 = torch.float16, torch.bfloat16, torch.float32
+        self.int16, self.int32, self.int64 = torch.int16, torch.int32, torch.int64
+        self.constexpr, self.static_range = lambda value: value, range
+        self.load, self.store, self.atomic_add = load, store, atomic_add
+        self.allocate_shared_memory, self.inline_asm_elementwise = allocate_shared_memory, inline_asm_elementwise
+
+    def __getattr__(self, name):
+        if not name.endswith("Layout"):
+            raise AttributeError(name)
+        layout = lambda *arguments: name  # noqa: E731
+        layout.get_default_for = layout
+        return layout
+
+    def arange(self, start, end, layout=None):
+        return values(torch.arange(start, end))
+
+    def zeros(self, shape, dtype, layout=None):
+        return values(torch.zeros(shape, dtype=dtype))
+
+    def convert_layout(self, value, layout, assert_trivial=False):
+        return value
+
+    def expand_dims(self, value, axis):
+        return value.unsqueeze(axis)
+
+    def join(self, first, second):
+        return values(torch.stack((first, second), dim=-1))
+
+    def minimum(self, first, second):
+        return torch.minimum(values(first), values(second))
+
+    def sum(self, value, axis):
+        return values(value.sum(axis))
+
+    def program_id(self, axis):
+        return values(torch.tensor(self.ids[axis]))
+
+    def num_programs(self, axis):
+        return self.grid[axis]
+
+    def num_warps(self):
+        return self.warps
+
+    def thread_barrier(self):
+        pass
+
+
+class Kernel:
+    """A jitted function: called, it is the function; `[grid]` runs it for every program, the last first."""
+
+    def __init__(self, function, language):
+        self.function, self.language = function, language
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps, **constants):
+            gl = self.language
+            gl.warps, gl.grid = num_warps, (*grid, 1, 1)[:3]
+            arguments = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            for z in reversed(range(gl.grid[2])):
+                for y in reversed(range(gl.grid[1])):
+                    for x in reversed(range(gl.grid[0])):
+                        gl.ids = (x, y, z)
+                        self.function(*arguments, **constants)
+
+        return launch
+
+
+def modules():
+    """The modules that kernels in Gluon import, by name."""
+    gl = Language("gl")
+    given = {}
+
+    def module(name, **attributes):
+        given[name] = types.ModuleType(name)
+        given[name].__dict__.update(attributes)
+        return given[name]
+
+    def jit(function=None, **options):
+        return Kernel(function, gl) if function else lambda function: Kernel(function, gl)
+
+    barrier = types.SimpleNamespace(
+        init=lambda barrier, count: None, expect=expect, wait=wait, MBarrierLayout=lambda: "barriers"
+    )
+    module("triton.experimental.gluon", jit=jit, constexpr_function=lambda function: function, language=gl)
+    given["triton.experimental.gluon.language"] = gl
+    module("triton.experimental.gluon.language.nvidia")
+    module("triton.experimental.gluon.language.nvidia.ampere", mma_v2=multiply)
+    module(
+        "triton.experimental.gluon.language.nvidia.hopper",
+        fence_async_shared=lambda: None,
+        mbarrier=barrier,
+        tma=types.SimpleNamespace(async_copy_global_to_shared=copy),
+        warpgroup_mma=multiply,
+        warpgroup_mma_wait=lambda count, deps: deps[0],
+    )
+    module("triton.experimental.gluon.nvidia")
+    module("triton.experimental.gluon.nvidia.hopper", TensorDescriptor=Descriptor)
+    return given
+
+
+def kernels(*names):
+    """The modules engine.kernels.<name>, of which later ones may import earlier ones, run as plain Python."""
+    replaced = modules()
+    replaced |= {f"engine.kernels.{name}": None for name in names}
+    before = {name: sys.modules.get(name) for name in replaced}
+    loaded = []
+    try:
+        for name, module in replaced.items():
+            if module is not None:
+                sys.modules[name] = module
+        for name in names:
+            spec = importlib.util.spec_from_file_location(f"engine.kernels.{name}", KERNELS / f"{name}.py")
+            loaded.append(importlib.util.module_from_spec(spec))
+            sys.modules[spec.name] = loaded[-1]
+            spec.loader.exec_module(loaded[-1])
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+    return loaded
