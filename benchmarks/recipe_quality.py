@@ -34,6 +34,7 @@ from pipelines.quant import w4a16
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.quant.tensor_file import tensors_over
+from pipelines.quant.w4a16.head import HEAD_FILE
 from pipelines.recipe_fields import weights_part
 from pipelines.schema import Weights
 from pipelines.toolchain import toolchain
@@ -51,6 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq, plain": {"method": "gptq", "clip": False, "correction": 0.0},
     "gptq": {"method": "gptq"},
     "awq+gptq": {"method": "awq+gptq"},
+    "awq+gptq, int8 head": {"method": "awq+gptq", "head": "int8"},
+    "awq+gptq, int4 head": {"method": "awq+gptq", "head": "int4"},
     "awq+gptq, symmetric": {"method": "awq+gptq", "symmetric": True},
 }
 WITH_KV8 = "awq+gptq"  # the method that is measured with an int8 cache as well
@@ -136,9 +139,10 @@ def draw(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu") -> Decoder:
-    """The model in float32, its layers from the quantized file where it exists."""
-    read = tensors_over(quantized, checkpoint.tensor)
-    held = load_file(quantized) if quantized.exists() else {}
+    """The model in float32, its layers and its head from the quantized files where they exist."""
+    head = quantized.with_name(HEAD_FILE)
+    read = tensors_over(head, tensors_over(quantized, checkpoint.tensor))
+    held = [*(load_file(quantized) if quantized.exists() else ()), *(load_file(head) if head.exists() else ())]
     outer = [name for name in checkpoint.names() if not held or ".layers." not in name]
     weights = {name: read(name) for name in [*held, *outer]}
     return Decoder(checkpoint.config, weights, device=device, dtype=torch.float32)

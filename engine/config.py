@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from engine.cache_size import CACHE_SIZES, CacheSize, is_cache_size
@@ -69,16 +69,26 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
 
+HEADS = ("fp16", "int8", "int4")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What is quantized: weights and KV cache are two nouns, so that they compose."""
+    """What is quantized: weights and KV cache are two nouns, so that they compose. `head` is the output matrix beside
+    w4a16 weights, one of HEADS; fp16 is what the other floats are."""
 
     weights: str = "fp16"
     kv: str = "kv16"
     group_size: int = 0
+    head: str = "fp16"
+
+    def fields(self) -> dict[str, Any]:
+        """The fields as JSON has them; an fp16 head is not said."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("head", "fp16")}
 
     def __str__(self) -> str:
-        return self.weights if self.kv == "kv16" else f"{self.weights}-{self.kv}"
+        weights = self.weights if self.head == "fp16" else f"{self.weights}-{self.head}head"
+        return weights if self.kv == "kv16" else f"{weights}-{self.kv}"
 
 
 # Fields of EngineConfig that are open when they are 0, and when they are None.

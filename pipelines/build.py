@@ -166,7 +166,8 @@ def check_device(root: Path, config: Config) -> None:
     as_is = weights.name == "as_is"
     checkpoint = Checkpoint(folder, allow_bin=config.model.allow_bin, allow_quantized=as_is)
     group_size = weights.group_size if weights.name == "w4a16" else 0
-    recipe = checkpoint.recipe if as_is else Recipe(weights=weights.name, group_size=group_size)
+    head = weights.head if weights.name == "w4a16" else "fp16"
+    recipe = checkpoint.recipe if as_is else Recipe(weights=weights.name, group_size=group_size, head=head)
     length = min(config.evaluation.sequence_length, checkpoint.config.max_position_embeddings)
     # The baseline runs the checkpoint as it lies, with the KV cache as computed.
     for each in (checkpoint.recipe, replace(recipe, kv=config.kv.name)):

@@ -140,7 +140,8 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
     if folder := known.paths.get(sources.identity(model)):
         check_weights(Path(folder), weights["name"])
     calibration = known.calibration(config.calibration)
-    recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0)}
+    head = {"head": weights["head"]} if "head" in weights else {}
+    recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0), **head}
     calibrated = recipe["weights"] not in UNCALIBRATED or recipe["kv"] != "kv16"
     measured = {
         "text": known.text("evaluation.text", config.evaluation.text),
@@ -162,7 +163,7 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
         f"quantize/{m}-{c}-{w}": quantize,
         f"shard/{m}-{c}-{w}-{tp}": {
             "model": model,
-            "weights": {"name": recipe["weights"], "group_size": recipe["group_size"]},
+            "weights": {"name": recipe["weights"], "group_size": recipe["group_size"], **head},
             "tp": config.tp,
         },
         f"export/{row.key}": {

@@ -75,7 +75,7 @@ def evaluate(
     statement = make_statement(
         artifact=manifest.id,
         name=evaluation["name"],
-        recipe=asdict(manifest.recipe),
+        recipe=manifest.recipe.fields(),
         baseline=baseline.weights,
         toolchain=toolchain,
         items=baseline.digest,

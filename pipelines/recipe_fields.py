@@ -23,9 +23,11 @@ def weights_part(weights: Weights) -> dict[str, Any]:
         return {"name": weights.name}
     if weights.name == "w8a8":
         return _fields(weights, "name", "search", "alpha" if weights.search == "none" else "alphas")
+    head = {} if weights.head == "fp16" else {"head": weights.head}
     if weights.search == "none":
-        return _fields(weights, "name", "group_size", "search", "alpha")
-    return _fields(weights, "name", "group_size", "search", "method", "symmetric", *METHOD_FIELDS[weights.method])
+        return _fields(weights, "name", "group_size", "search", "alpha") | head
+    fields = ("name", "group_size", "search", "method", "symmetric", *METHOD_FIELDS[weights.method])
+    return _fields(weights, *fields) | head
 
 
 def _fields(weights: Weights, *names: str) -> dict[str, Any]:

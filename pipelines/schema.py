@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from engine.config import HEADS
 from pipelines import ini_options
 from pipelines.field_checks import commit, digest, one_of
 from pipelines.ini_options import Ini
@@ -47,6 +48,7 @@ class Weights:
     with the fixed exponent `alpha`. With `search: grid` the scales tried are activation^x / weight^y for all x of
     `activation_exponents` and y of `weight_exponents`, and w4a16 has a `method`:
     rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both). w8a8 tries `alphas`.
+    `head` is the output matrix of w4a16: fp16 (as it is), int8 or int4.
     `clip` searches the ranges of groups; `correction` is the part of the error of the inputs that gptq makes up for.
     """
 
@@ -58,6 +60,7 @@ class Weights:
     symmetric: bool = False
     clip: bool = True
     correction: float = 0.5
+    head: str = "fp16"
     alpha: float = 0.5
     activation_exponents: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
     alphas: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
@@ -148,6 +151,7 @@ def _problems(config: Config) -> Iterator[str]:
         )
     elif weights.name == "w8a8" and weights.bits == 4:
         yield "weights.bits=4 is not w8a8, which has 8-bit weights and activations: 4-bit weights are w4a16"
+    yield from one_of("weights.head", weights.head, HEADS)
     yield from one_of("weights.search", weights.search, ("grid", "none"))
     yield from one_of("weights.method", weights.method, METHODS)
     yield from one_of("kv.name", config.kv.name, KVS)

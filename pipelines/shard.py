@@ -5,6 +5,8 @@ No config.ini and no KV scales.
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.config import Recipe
 from engine.storage.checkpoint import Checkpoint
 from pipelines.quant.tensor_file import tensors_over
@@ -17,11 +19,19 @@ def work(call: Call) -> None:
     record, weights, tp = call.slice["model"], call.slice["weights"], call.slice["tp"]
     as_is = weights["name"] == "as_is"
     checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=as_is)
-    tensor = tensors_over(call.inputs["quantize"] / "weights.safetensors", checkpoint.tensor)
-    recipe = checkpoint.recipe if as_is else Recipe(weights=weights["name"], group_size=weights["group_size"])
+    quantized = call.inputs["quantize"]
+    tensor = tensors_over(quantized / "weights.safetensors", checkpoint.tensor)
+    if "head" in weights:
+        tensor = tensors_over(quantized / "head.safetensors", tensor)
+    recipe = checkpoint.recipe if as_is else recipe_of(weights)
     with output(call.out) as folder:
         entries = write_with_bar(folder, checkpoint.config, tensor, recipe=recipe, tp=tp, title="shard")
         keep_digests(folder, entries)
+
+
+def recipe_of(weights: dict[str, Any]) -> Recipe:
+    """What the part `weights` of the slice asks for."""
+    return Recipe(weights=weights["name"], group_size=weights["group_size"], head=weights.get("head", "fp16"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from engine.kernels import ops, reference
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
-from engine.models.linear import Int8Linear, Int8Rows, Linear, read_linear, settled, stack
+from engine.models.linear import DenseLinear, Int8Linear, Int8Rows, Linear, read_linear, settled, stack
 from engine.models.rope import Rope, rope_tables
 
 Observe = Callable[[str, Tensor], None]
@@ -160,7 +160,7 @@ class Decoder:
             for layer in range(config.num_layers)
         ]
         self._norm = weights[names.FINAL_NORM].to(device, dtype)
-        self._head = self._embedding if config.tie_word_embeddings else weights[names.HEAD].to(device, dtype)
+        self._head = self._read_head(weights)
 
     def __call__(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """Logits float32 [R, vocab] of the tokens at `batch.logits_at`; K and V of all tokens are in `cache` after.
@@ -195,7 +195,18 @@ class Decoder:
         return self._project(ops.rms_norm(hidden, self._norm, self.config.norm_eps)).float()
 
     def _project(self, normed: Tensor) -> Tensor:
-        return ops.dense_linear(normed, self._head)
+        """The output matrix; a 4-bit one has whole tiles of outputs."""
+        return self._head.forward(normed)[:, : self.config.vocab_size]
+
+    def _read_head(self, weights: Mapping[str, Tensor]) -> Linear:
+        """The output matrix, of the kind whose tensors are there; a tied one that is not quantized is the embedding."""
+        module, parts = names.HEAD.removesuffix(".weight"), (names.WEIGHT_SCALE, *names.QUANTIZED)
+        found = {name: weights[name] for part in parts if (name := f"{module}.{part}") in weights}
+        if not found and self.config.tie_word_embeddings:
+            return DenseLinear(self._embedding)
+        if f"{module}.qweight" not in found:
+            found[names.HEAD] = weights[names.HEAD]
+        return settled(read_linear(found, module, device=self.device, dtype=self.dtype), self.dtype)
 
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

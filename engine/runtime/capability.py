@@ -76,10 +76,11 @@ def check_capability(
             f"{device.name} does not compute in bfloat16, which dtype={engine.dtype} asks for here. "
             "dtype=float16 would run (check its quality: float16 overflows beyond 65504), or dtype=float32."
         )
-    if recipe.weights == "w8a8" and not device.int8:
+    if not device.int8 and (recipe.weights == "w8a8" or recipe.head == "int8"):
+        needing = "w8a8 weights need" if recipe.weights == "w8a8" else "an int8 head needs"
         raise ValueError(
-            f"{device.name} does not multiply int8 matrices, which w8a8 weights need. An artifact with weights=w4a16 "
-            "or weights=fp16 would run."
+            f"{device.name} does not multiply int8 matrices, which {needing}. An artifact with weights=w4a16 or "
+            "weights=fp16 would run."
         )
     _check_memory(config, recipe, engine, device, dtype=getattr(torch, dtype), session_len=session_len)
 
@@ -93,8 +94,11 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int
         if recipe.weights == "w8a8" and linear:
             total += count + shape[0] * 4
             continue
+        if name == names.HEAD and recipe.head == "int8":
+            total += count + shape[0] * 4
+            continue
         total += count * dtype.itemsize
-        if recipe.weights == "w4a16" and linear:
+        if (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4"):
             groups = count // recipe.group_size
             total += count // 2 + groups // 2 + groups * 2
     return total

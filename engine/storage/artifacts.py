@@ -9,7 +9,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import Recipe
@@ -92,7 +92,7 @@ def write_manifest(
     digests |= {path: sha256 for path, (sha256, _) in hash_files(folder, found.keys() - known.keys()).items()}
     content = {
         "format": FORMAT,
-        "recipe": asdict(recipe),
+        "recipe": recipe.fields(),
         "tp": tp,
         "sources": dict(sources),
         "calibration": None if calibration is None else dict(calibration),
@@ -246,8 +246,8 @@ def _parse(raw: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _recipe(*, weights: object, kv: object, group_size: object) -> Recipe:
-    return Recipe(weights=_text(weights), kv=_text(kv), group_size=_whole(group_size, least=0))
+def _recipe(*, weights: object, kv: object, group_size: object, head: object = "fp16") -> Recipe:
+    return Recipe(weights=_text(weights), kv=_text(kv), group_size=_whole(group_size, least=0), head=_text(head))
 
 
 def _entry(*, path: object, size: object, sha256: object) -> FileEntry:

@@ -78,6 +78,8 @@ def write_config_ini(
     ours = ingot_section.section_of(config)
     if weight_type == "int8" and config.dtype == "bfloat16":
         ours = replace(ours, float_type=BFLOAT16)
+    if recipe.head != "fp16":
+        ours = replace(ours, head=recipe.head)
     ini = _typed({key: str(value) for key, value in (values | extra).items()}, ours, path)
     lines = [f"{key} = {value}" for key in KEYS if (value := getattr(ini, key)) is not None]
     more = ingot_section.section_lines(ini.ingot)

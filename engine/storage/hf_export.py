@@ -51,6 +51,11 @@ def export_checkpoint(workspace: Weights, folder: Path, *, form: str, shard_byte
         raise ValueError(
             f"{workspace.folder} holds {workspace.recipe.weights} weights; only w4a16 can be exported as {form}"
         )
+    if workspace.recipe.head != "fp16":
+        raise ValueError(
+            f"{workspace.folder} has its output matrix in {workspace.recipe.head}, which neither form holds: build "
+            "the artifact with weights.head=fp16 to export it"
+        )
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a folder that does not, the export makes it")
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")

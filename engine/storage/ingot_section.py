@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.config import ModelConfig, RopeKind, RopeScaling
+from engine.config import HEADS, ModelConfig, RopeKind, RopeScaling
 from engine.wording import cut, shown
 
 SECTION = "ingot"
@@ -24,9 +24,10 @@ LARGEST = 2**31 - 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngotSection:
     """`hidden_size` is None where it is heads x head_dim; `float_type` is "bf16" where what is not int8 is that and not
-    fp16; the others are ModelConfig's."""
+    fp16; `head` is "int8" or "int4" where the output matrix is; the others are ModelConfig's."""
 
     float_type: str | None = None
+    head: str | None = None
     hidden_size: int | None = None
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
@@ -76,6 +77,8 @@ def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
         raise ValueError(f"{path}: [{SECTION}] qk_norm = {cut(texts['qk_norm'])} must be true or false")
     if values.get("float_type", "bf16") != "bf16":
         raise ValueError(f'{path}: [{SECTION}] float_type = {cut(texts["float_type"])} may only be "bf16"')
+    if "head" in values and values["head"] not in HEADS[1:]:
+        raise ValueError(f"{path}: [{SECTION}] head = {cut(texts['head'])} must be one of {', '.join(HEADS[1:])}")
     if "rope_scaling" in values:
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"], texts["rope_scaling"], path)
     return IngotSection(**values)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.models.cache import KVScales
+from engine.storage import head_files
 from engine.storage import turbomind_layout as layout
 from engine.storage.rank_cuts import RankCut, rank_cut
 
@@ -18,7 +19,7 @@ class RankWeights(Mapping[str, Tensor]):
     """What rank `rank` of `tp` computes with, by canonical name; `rank_config` says its shape. Nothing is kept.
 
     Heads and FFN features are dealt in contiguous runs; the FFN is filled up with zeros so that all ranks have equal
-    shapes. `lm_head.weight` has the rank's share of the vocabulary's rows, zeros at its end. A bias of a linear that
+    shapes. The head has the rank's share of the vocabulary, zeros at its end. A bias of a linear that
     is cut along its inputs is added once: rank 0 has it, the others do not. Norms and the embedding are whole.
     """
 
@@ -34,10 +35,9 @@ class RankWeights(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         tensor = self._whole[name]
-        if name == names.HEAD:
-            rows = -(-tensor.shape[0] // self._tp)
-            return layout.rank_piece(tensor, self._rank, rows, dim=0)
         module, _, kind = names.split_name(name)[1].rpartition(".")
+        if module == head_files.MODULE:
+            return head_files.head_of_rank(tensor, kind, self._config, rank=self._rank, tp=self._tp)
         shard = names.LAYER_SHARDS.get(module, names.Shard.REPLICATED)
         if shard is names.Shard.REPLICATED or _added_once(name):
             return tensor

@@ -10,6 +10,7 @@ import torch
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
+from engine.storage.head_files import head_bytes, head_problem
 from engine.storage.rank_cuts import TILE, rank_cut
 from engine.storage.turbomind_layout import Cut, Join
 
@@ -134,8 +135,8 @@ def each_file(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[tuple[st
     yield from {
         "tok_embeddings.weight": vocabulary * norm,
         "norm.weight": norm,
-        "output.weight": vocabulary * norm,
     }.items()
+    yield from head_bytes(config, recipe, tp).items()
     for layer in range(config.num_layers):
         yield from ((layer_file(layer, name), values * 2) for name, (_, values) in norm_files(config).items())
         for part in parts_of(recipe):
@@ -155,6 +156,8 @@ def each_file(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[tuple[st
 def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
     """ValueError naming linear, dimension and what would fit, when a model cannot be laid out for `tp` ranks."""
     parts_of(recipe)
+    if (problem := head_problem(config, recipe)) is not None:
+        raise ValueError(problem)
     if config.head_dim % 2:
         raise ValueError(f"head_dim {config.head_dim} is odd: rotary embeddings need an even one")
     problem = next(_problems(config, recipe, tp), None)

@@ -12,6 +12,7 @@ from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.models.cache import KVScales
 from engine.models.decoder import Decoder
+from engine.storage import head_files
 from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
 from engine.storage.artifacts import FileEntry
@@ -58,7 +59,12 @@ def write_weights(
         return found
 
     with FileWriter(folder, files.file_bytes(config, recipe, tp), progress=progress) as writer:
+        quantized_head = recipe.head != "fp16"
         for name, canonical in files.OUTER_FILES.items():
+            if canonical == names.HEAD and quantized_head:
+                for file, block in head_files.head_blocks(config, recipe, ask, tp=tp):
+                    writer.append(file, _data(block))
+                continue
             source = names.EMBEDDING if config.tie_word_embeddings and canonical == names.HEAD else canonical
             rows = ask(source, shapes[source])
             for some in torch.split(rows, max(BLOCK_BYTES // (dtype.itemsize * rows[0].numel()), 1)):
@@ -107,6 +113,7 @@ class Workspace:
             weights=RECIPE_OF.get(self.ini.weight_type, "fp16"),
             kv="kv8" if self.ini.quant_policy == KV_INT8 else "kv16",
             group_size=self.ini.group_size,
+            head=self.ini.ingot.head or "fp16",
         )
         try:
             files.check_fits(self.config, self.recipe, self.tp)
@@ -125,12 +132,16 @@ class Workspace:
                 kinds = (*names.QUANTIZED, *kinds[2:])
             within += [f"{module}.{kind}" for module in part.modules for kind in kinds]
         layers = range(self.config.num_layers)
-        return [*files.OUTER_FILES.values(), *(names.layer_name(layer, name) for layer in layers for name in within)]
+        outer = [name for name in files.OUTER_FILES.values() if name != names.HEAD or self.recipe.head == "fp16"]
+        outer += head_files.head_tensors(self.config, self.recipe)
+        return [*outer, *(names.layer_name(layer, name) for layer in layers for name in within)]
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor of a canonical name, Q and K in half-split rotary order, int4 in the HF-AWQ layout."""
         layer, within = names.split_name(name)
         hidden = self.config.hidden_size
+        if name in head_files.head_tensors(self.config, self.recipe):
+            return self._head(name)
         for file, canonical in files.OUTER_FILES.items():
             if name == canonical:
                 whole = self._map(file)
@@ -186,6 +197,12 @@ class Workspace:
         dtype = dtype or files.float_type(self.config, self.recipe)
         # Private: the pages come from the file, and a write to the tensor could not reach it.
         return torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype)
+
+    def _head(self, name: str) -> Tensor:
+        try:
+            return head_files.read_head(name, self.config, self.recipe, self._map)
+        except ValueError as error:
+            raise ValueError(f"{self._weights / 'output.*'}: {error}") from error
 
     def _part(self, layer: int, part: Part) -> dict[str, Tensor]:
         # The last part is kept, because its q, k and v (or codes, zeros and scales) are asked for one after the other.

@@ -87,9 +87,19 @@ class Reader:
 
     def _read_outer(self) -> None:
         vocabulary = self._int("vocab_size")
-        for file, name in (("tok_embeddings", "model.embed_tokens"), ("output", "lm_head")):
-            self.weights[f"{name}.weight"] = self._floats(f"{file}.weight", self.hidden)[:vocabulary]
+        self.weights["model.embed_tokens.weight"] = self._floats("tok_embeddings.weight", self.hidden)[:vocabulary]
+        self.weights["lm_head.weight"] = self._head()[:vocabulary]
         self.weights["model.norm.weight"] = self._floats("norm.weight", self.hidden)[0]
+
+    def _head(self) -> Matrix:
+        kind = self.ingot.get("head")
+        if kind == "int8":
+            rows = np.fromfile(self._folder / "output.weight", dtype=np.int8).reshape(-1, self.hidden)
+            return rows.astype(np.float32) * np.fromfile(self._folder / "output.weight_scale", dtype="<f4")[:, None]
+        if kind == "int4":
+            outputs = -(-self._int("vocab_size") // 32) * 32
+            return self._int4("output", self.hidden, outputs, self.group).T
+        return self._floats("output.weight", self.hidden)
 
     def _read_layer(self, layer: int) -> None:
         at, queries, values = f"layers.{layer}.", self.heads * self.size, self.kv_heads * self.size
@@ -158,6 +168,9 @@ class Reader:
             return (rows.astype(np.float32) * scales[:, None]).T
         if kind == "bias" or not self.group:
             return self._floats(f"{stem}.{kind}", outputs)
+        return self._int4(stem, inputs, outputs, group)
+
+    def _int4(self, stem: str, inputs: int, outputs: int, group: int) -> Matrix:
         words = np.fromfile(self._folder / f"{stem}.qweight", dtype="<u4")
         k, n = np.arange(inputs)[:, None], np.arange(outputs)[None]
         lane = 4 * (n % 8) + (k % 8) // 2

@@ -58,13 +58,13 @@ class Build:
     def shard(self, weights, quantized: Path, *, tp: int = 1) -> Path:
         content = {
             "model": self.model,
-            "weights": {"name": weights["name"], "group_size": weights.get("group_size", 0)},
+            "weights": {"name": weights["name"], "group_size": weights.get("group_size", 0), **head_of(weights)},
             "tp": tp,
         }
         return self._run(shard, f"shard-{weights['name']}-{tp}", content, quantize=quantized)
 
     def export(self, weights, kv: str, *, tp: int = 1, symmetric: bool = False, **inputs: Path) -> Path:
-        recipe = {"weights": weights["name"], "kv": kv, "group_size": weights.get("group_size", 0)}
+        recipe = {"weights": weights["name"], "kv": kv, "group_size": weights.get("group_size", 0)} | head_of(weights)
         content = {
             "model": self.model,
             "name": "tiny",
@@ -92,6 +92,10 @@ class Build:
         out = self.root / name
         stage.work(Call(slice=content, out=out, inputs=inputs))
         return out
+
+
+def head_of(weights) -> dict[str, str]:
+    return {"head": weights["head"]} if "head" in weights else {}
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -145,6 +145,17 @@ def test_an_option_changes_the_slices_of_its_recipe_only(project):
     assert {name.split("/")[0] for name in names} == {"quantize", "shard", "export"}
 
 
+def test_a_quantized_head_is_said_to_those_who_make_it_and_w4a16_alone_has_it(project):
+    assert "head" not in json.loads(read_all(project)["quantize/one-demo_text-w4a16"])["weights"]
+    names = changed(project, lambda: None, overrides=["weights.head=int4"])
+    assert names and all("w4a16" in name for name in names)
+    assert {name.split("/")[0] for name in names} == {"quantize", "shard", "export"}
+    found = {name: json.loads(content) for name, content in read_all(project).items()}
+    assert found["quantize/one-demo_text-w4a16"]["weights"]["head"] == "int4"
+    assert found["shard/one-demo_text-w4a16-1"]["weights"] == {"name": "w4a16", "group_size": 128, "head": "int4"}
+    assert found["export/one-demo_text-w4a16-1-kv8"]["recipe"]["head"] == "int4"
+
+
 def test_a_comment_and_an_unused_option_change_nothing(project):
     assert not changed(project, lambda: replace(project / "conf/weights/w4a16.yaml", "name:", "# why\nname:"))
     assert not changed(project, lambda: replace(project / "conf/weights/w4a16.yaml", "name:", "alpha: 0.7\nname:"))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from engine.config import EngineConfig, Sampling
 from engine.models.batch import packed
+from engine.models.linear import DenseLinear
 from engine.runtime.engine import Engine
 from engine.runtime.tokenizer import Tokenizer
 from engine.storage import artifacts
@@ -257,3 +258,29 @@ def test_a_meta_checkpoint_is_built_like_any_other(tmp_path, monkeypatch):
     assert set(manifest.sources) == {"consolidated.00.pth", "params.json", "tokenizer.model"}
     assert [path.name for path in (artifact / TOKENIZER).iterdir()] == ["tokenizer.model"]
     assert Workspace(artifact).ini.end_id == 2
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_quantized_head_is_part_of_the_artifact(build, tmp_path, head, tp):
+    plain = build.artifact(W4A16, "kv8", tp=tp)
+    kept = {p.name: p.read_bytes() for p in (plain / WEIGHTS).iterdir()}
+    artifact = build.artifact(W4A16 | {"head": head}, "kv8", tp=tp)
+    manifest, workspace = verify(artifact), Workspace(artifact)
+    assert str(manifest.recipe) == f"w4a16-{head}head-kv8" and manifest.recipe == workspace.recipe
+    assert workspace.ini.ingot.head == head
+    changed = {p.name for p in (artifact / WEIGHTS).iterdir() if kept.get(p.name) != p.read_bytes()}
+    files = {"int8": {"output.weight", "output.weight_scale"}, "int4": {"output.qweight", "output.scales_zeros"}}[head]
+    assert changed == {*files, "config.ini"}
+    batch = packed([[3, 4, 5, 6, 7]])
+    whole = Checkpoint(tmp_path / "model").tensor("lm_head.weight").float()
+    model = load_workspace(artifact, device="cpu", dtype=torch.float32)
+    weight = model._head.weight if head == "int8" else None
+    logits = model(batch, None)
+    assert logits.shape == (5, len(whole)) and (weight is None or weight.dtype == torch.int8)
+    model._head = DenseLinear(whole)
+    assert 0 < float((logits - model(batch, None)).norm() / model(batch, None).norm()) < 0.2
+    [answer] = Engine.from_workspace(artifact, EngineConfig(max_batch_size=1)).generate(
+        [[3, 4, 5]], Sampling(max_new_tokens=3, temperature=0)
+    )
+    assert len(answer.token_ids) == 3

@@ -47,6 +47,7 @@ def test_a_valid_configuration_passes():
         ({"weights": Weights(name="w8a8", bits=4)}, "weights.bits=4 is not w8a8"),
         ({"weights": Weights(name="w8a8", bits=8, alphas=[0.5, -0.1])}, "weights.alphas=-0.1 must be from 0 to 1"),
         ({"weights": Weights(search="all")}, "weights.search=all must be one of grid, none"),
+        ({"weights": Weights(name="w4a16", head="int2")}, "weights.head=int2 must be one of fp16, int8, int4"),
         ({"weights": Weights(group_size=4)}, "weights.group_size=4 must be at least 8"),
         ({"weights": Weights(alpha=1.5)}, "weights.alpha=1.5 must be from 0 to 1"),
         ({"weights": Weights(activation_exponents=[2.0])}, "weights.activation_exponents=2.0 must be from 0 to 1"),

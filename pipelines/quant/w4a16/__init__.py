@@ -19,6 +19,7 @@ from pipelines.quant.results import layer_result, write_results
 from pipelines.quant.resume import LayerResult, Resume
 from pipelines.quant.stream import LayerTensors, Workers, side_by_side
 from pipelines.quant.tensor_file import Plan
+from pipelines.quant.w4a16.head import quantize_head
 from pipelines.quant.w4a16.layer import QuantizedLayer, quantize_as_reference, quantize_by_search, round_layer
 from pipelines.quant.w4a16.search import Method
 from pipelines.quant.walk import Walk
@@ -44,7 +45,8 @@ def quantize(
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config, group_size = checkpoint.config, int(weights["group_size"])
-    check_fits(config, Recipe(weights="w4a16", group_size=group_size), tp=1)  # before any work
+    head = str(weights.get("head", "fp16"))
+    check_fits(config, Recipe(weights="w4a16", group_size=group_size, head=head), tp=1)  # before any work
     with side_by_side(device=device) as workers:
         walk: Walk | None = None
         if weights["search"] == "none":
@@ -56,6 +58,8 @@ def quantize(
             walk, one = _searched(checkpoint, blocks, method(weights), workers, device)
         layers = Resume(unfinished, count=config.num_layers, state=walk).results(one)
         write_results(layers, _plan(config, group_size), out, count=config.num_layers, weights=weights)
+        asked = method(weights) if walk is not None else None
+        quantize_head(checkpoint, weights, out, walk=walk, method=asked, device=device)
 
 
 def method(weights: Mapping[str, Any]) -> Method:

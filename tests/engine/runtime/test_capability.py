@@ -142,7 +142,7 @@ def test_the_engine_asks_before_it_reads_a_weight(tmp_path, monkeypatch):
     config = Workspace(tmp_path).config
     # What is counted is what a model holds.
     model = Decoder(config, Workspace(tmp_path).weights(), device="cpu", dtype=torch.float32)
-    held = [model._embedding, model._head, model._norm]
+    held = [model._embedding, model._head.weight, model._norm]
     for layer in model.layers:
         held += [layer._attention_norm, layer._mlp_norm]
         held += [linear.weight for linear in (layer._qkv, layer._output, layer._gate_up, layer._down)]

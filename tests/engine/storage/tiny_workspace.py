@@ -5,6 +5,7 @@ import torch
 from engine.config import ModelConfig
 from engine.models import names
 from engine.storage.config_ini import weight_type_of, write_config_ini
+from engine.storage.head_files import head_tensors
 from engine.storage.reshard import reshard
 from engine.storage.workspace import WEIGHTS, write_weights
 
@@ -41,6 +42,14 @@ def random_tensors(config, recipe, seed=0):
             tensors[f"{name}_scale"] = torch.rand(shape[0], generator=random)
         else:
             tensors[name] = torch.randn(shape, generator=random).to(dtype)
+    if recipe.head != "fp16":
+        del tensors[names.HEAD]
+    for name, (dtype, shape) in head_tensors(config, recipe).items():
+        if dtype in (torch.int32, torch.int8):
+            ends = torch.iinfo(dtype)
+            tensors[name] = torch.randint(ends.min, ends.max + 1, shape, generator=random).to(dtype)
+        else:
+            tensors[name] = torch.rand(shape, generator=random).to(dtype)
     return tensors
 
 
