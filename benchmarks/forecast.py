@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from benchmarks.calibration_memory import MEGABYTE, SHAPE, append, commit, write_checkpoint
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
-from pipelines.forecast import load_of
-from pipelines.machine import measured, operations_a_second
+from pipelines.forecast import load_of, seconds_of
+from pipelines.machine import measured
 from pipelines.quant import w4a16
-from pipelines.quant.cost import LIBRARIES, STEP_SECONDS, calibration_cost, quantization_cost
+from pipelines.quant.cost import LIBRARIES, calibration_cost, quantization_cost
 from pipelines.quant.stream import side_by_side
 from pipelines.recipe_fields import weights_part
 from pipelines.schema import Weights
@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "forecast.csv"
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8},
     "wide": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
 }
 STAGES: dict[str, dict[str, Any]] = {
@@ -53,11 +54,12 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "wide"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "STAGE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         folder, stage = arguments.measure
-        print(json.dumps(measure(Path(folder), stage, arguments.samples, arguments.sequence_length)))
+        print(json.dumps(measure(Path(folder), stage, arguments.samples, arguments.sequence_length, arguments.device)))
         return 0
     bad = 0
     for shape in arguments.shapes:
@@ -67,10 +69,12 @@ def main() -> int:
             for stage in STAGES:
                 command = [sys.executable, "-m", "benchmarks.forecast", "--measure", folder, stage]
                 command += ["--samples", str(arguments.samples), "--sequence-length", str(arguments.sequence_length)]
+                command += ["--device", arguments.device]
                 found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
                 row = {
                     "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "commit": commit(),
+                    "device": arguments.device if arguments.device == "cpu" else torch.cuda.get_device_name(),
                     "processors": os.cpu_count(),
                     "shape": shape,
                     "stage": stage,
@@ -85,24 +89,24 @@ def main() -> int:
     return int(bad > 0)
 
 
-def measure(folder: Path, stage: str, samples: int, length: int) -> dict[str, float]:
+def measure(folder: Path, stage: str, samples: int, length: int, device: str) -> dict[str, float]:
     """Forecast and measured peak in MB, forecast and measured seconds, and the seconds of processor time."""
     config = Checkpoint(folder).config
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, config.vocab_size, (samples, length), generator=generator, dtype=torch.int32)
     weights = weights_part(Weights(name="w4a16", activation_exponents=[0.0, 0.4], **STAGES[stage]))
-    load = load_of(config, samples, length, "cpu")
+    load = load_of(config, samples, length, device)
     cost = calibration_cost(config, load) if stage == "calibrate" else quantization_cost(config, weights, load)
-    seconds = cost.operations / operations_a_second("cpu", load.workers) + cost.steps * STEP_SECONDS
+    seconds = seconds_of(cost, load, device)
     with tempfile.TemporaryDirectory() as out:
         save_file({"tokens": blocks}, Path(out) / "blocks.safetensors")
         begun = time.process_time()
-        with measured("cpu") as used:
+        with measured(device) as used:
             if stage == "calibrate":
-                with side_by_side() as workers:
-                    calibrate(Checkpoint(folder), blocks, workers)
+                with side_by_side(device=device) as workers:
+                    calibrate(Checkpoint(folder), blocks, workers, device)
             else:
-                w4a16.quantize(weights, folder, Path(out), Path(out))
+                w4a16.quantize(weights, folder, Path(out), Path(out), device=device)
     return {
         "forecast_mb": round(cost.peak / MEGABYTE, 1),
         "peak_mb": round(used.memory / MEGABYTE, 1),

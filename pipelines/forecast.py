@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config import ModelConfig
 from pipelines.machine import free_memory, measured, operations_a_second, usable_processors
-from pipelines.quant.cost import STEP_SECONDS, Cost, Load
+from pipelines.quant.cost import Cost, Load
 from pipelines.slices import Call, write_json
 from pipelines.units import human_size, human_time
 
@@ -27,7 +29,14 @@ SPARE_BYTES = 128_000_000
 def load_of(config: ModelConfig, samples: int, length: int, device: str) -> Load:
     """What is streamed through a model on a device."""
     element = 4 if device == "cpu" or config.dtype == "float32" else 2
-    return Load(samples=samples, length=length, workers=usable_processors(device), element=element)
+    wide = 8 if device == "cpu" else 4
+    return Load(samples=samples, length=length, workers=usable_processors(device), element=element, wide=wide)
+
+
+def seconds_of(cost: Cost, load: Load, device: str) -> float:
+    """How long it takes at the rates that this machine shows now."""
+    dtype = torch.float32 if load.element == 4 else torch.float16
+    return cost.seconds(*(operations_a_second(device, load.workers, one) for one in (dtype, torch.float32)))
 
 
 @contextlib.contextmanager
@@ -41,8 +50,7 @@ def forecast(
     title, expected = f"{stage} {call.out.name}", cost(load, options)
     free = free_memory(call.device)
     check_fits(title, load, cost, options, device=call.device, free=free)
-    seconds = expected.operations / operations_a_second(call.device, load.workers)
-    seconds += expected.steps * STEP_SECONDS
+    seconds = seconds_of(expected, load, call.device)
     room = shutil.disk_usage(_existing(call.out)).free
     if expected.disk + expected.kept > room:
         raise ValueError(

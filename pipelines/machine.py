@@ -40,14 +40,16 @@ def usable_processors(device: str) -> int:
 
 
 @functools.cache
-def operations_a_second(device: str, workers: int) -> float:
+def operations_a_second(device: str, workers: int, dtype: torch.dtype = torch.float32) -> float:
     """Floating-point operations of products that `workers` reach together, seen in a moment."""
-    size, dtype = (512, torch.float32) if device == "cpu" else (4096, torch.float16)
+    size = 512 if device == "cpu" else 4096
     x = torch.randn(size, size, device=device).to(dtype)
 
     def seen(_: int) -> float:
         torch.set_num_threads(1)
         x @ x
+        if device != "cpu":
+            torch.cuda.synchronize()
         count, begun = 0, time.perf_counter()
         while time.perf_counter() - begun < 0.05:
             x @ x
@@ -80,7 +82,7 @@ def _begin(device: str) -> int:
 
 def _peak(device: str) -> int:
     if device != "cpu":
-        return int(torch.cuda.max_memory_reserved(device))
+        return int(torch.cuda.max_memory_allocated(device))
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -24,12 +24,13 @@ LIBRARIES = 60_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What goes through the model: `samples` blocks of `length` tokens, by `workers` side by side, of a type of
-    `element` bytes (4 on a CPU, the checkpoint's own on a GPU)."""
+    `element` bytes (4 on a CPU, the checkpoint's own on a GPU). Factors are taken in a type of `wide` bytes."""
 
     samples: int
     length: int
     workers: int = 1
     element: int = 4
+    wide: int = 8
 
     @property
     def tokens(self) -> int:
@@ -40,10 +41,12 @@ class Load:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Bytes of memory by what takes them (above the loaded libraries, at the worst moment), floating-point operations
-    of products, steps one after the other, bytes of the output, and bytes kept beside it while it runs."""
+    of products in the type of the hidden states and in float32, steps one after the other, bytes of the output, and
+    bytes kept beside it while it runs."""
 
     memory: Mapping[str, int]
     operations: float
+    float_operations: float
     steps: float
     disk: int
     kept: int
@@ -52,6 +55,10 @@ class Cost:
     def peak(self) -> int:
         """Bytes of memory in all."""
         return sum(self.memory.values())
+
+    def seconds(self, rate: float, float_rate: float) -> float:
+        """How long it takes at these operations a second, in the type of the hidden states and in float32."""
+        return self.operations / rate + self.float_operations / float_rate + self.steps * STEP_SECONDS
 
 
 def calibration_cost(config: ModelConfig, load: Load) -> Cost:
@@ -68,6 +75,7 @@ def calibration_cost(config: ModelConfig, load: Load) -> Cost:
             "libraries": LIBRARIES,
         },
         operations=config.num_layers * _forward(config, size, load),
+        float_operations=0.0,
         steps=config.num_layers * load.samples * 100.0,
         disk=config.num_layers * statistics + 4 * load.tokens,
         kept=config.num_layers * statistics + 2 * hidden,
@@ -91,7 +99,8 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
                 "samples under way": load.workers * size.sample(load) if streamed else 0,
                 "libraries": LIBRARIES,
             },
-            operations=config.num_layers * (forward * 2 + size.layer * 64.0),
+            operations=config.num_layers * forward * 2,
+            float_operations=config.num_layers * size.layer * 64.0,
             steps=config.num_layers * 1000.0,
             disk=out,
             kept=out + 2 * hidden,
@@ -101,16 +110,17 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
     hidden = load.tokens * config.hidden_size * load.element
     between = load.tokens * max(size.query, config.hidden_size) * load.element
     tried = 1 + len(weights.get("activation_exponents", ())) * len(weights.get("weight_exponents", ()))
-    search, operations, steps = 0, 0.0, 0.0
+    search, grams_operations, operations, steps = 0, 0.0, 0.0, 0.0
     for pair in PAIRS:
         inputs = names.linear_shape(config, pair.after[0])[1]
         outputs = sum(names.linear_shape(config, module)[0] for module in pair.after)
         square, weight = inputs * inputs, inputs * outputs
         grams = (2 + load.workers) * streams * 4 * square
-        factor = (6 * 8 + 4 + 4 * streams) * square if feedback or drift else 4 * square
+        factor = (6 * load.wide + 4 + 4 * streams) * square if feedback or drift else 4 * square
         rounding = 4 * square * (2 + load.workers) + load.workers * 13 * weight + 12 * weight
         search = max(search, grams, factor, rounding)
-        operations += streams * 2.0 * load.tokens * square + (8.0 / 3) * square * inputs
+        grams_operations += streams * 2.0 * load.tokens * square
+        operations += (8.0 / 3) * square * inputs
         operations += (tried + 2) * 2.0 * weight * (inputs / 2 if feedback else inputs)
         if weights["clip"]:
             operations += 2 * 7 * 2.0 * weight * weights["group_size"]
@@ -125,7 +135,8 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
             "samples under way": load.workers * size.sample(load),
             "libraries": LIBRARIES,
         },
-        operations=config.num_layers * (operations + 2.0 * streams * _forward(config, size, load)),
+        operations=config.num_layers * (grams_operations + 2.0 * streams * _forward(config, size, load)),
+        float_operations=config.num_layers * operations,
         steps=config.num_layers * (steps + load.samples * 200.0),
         disk=out,
         kept=out + 2 * streams * hidden,

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import unfinished
 from pipelines.slices import Call, write_json
@@ -65,6 +66,23 @@ def test_stages_that_are_killed_twice_go_on_with_the_next_layer(stages):
     for name, weights in RECIPES.items():
         assert bytes_of(Path(name, "out")) == bytes_of(stages.build.quantize(weights, stages.calibrated))
         assert [path.name for path in Path(name).iterdir()] == ["out"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_stages_that_are_killed_on_a_gpu_go_on_with_the_next_layer(stages):
+    os.chdir(stages.root)
+    requests = []
+    for name, kills in (("whole", []), ("killed", [1, 3])):
+        requests += [
+            stages.quantization(f"{name}-{recipe}", RECIPES[recipe], kills) for recipe in ("search", "one-stream")
+        ]
+        requests[-2]["argv"] += ["--device", "cuda"]
+        requests[-1]["argv"] += ["--device", "cuda"]
+    said = run_forked(*requests)
+    assert all(f"resume: 3 of {LAYERS} layers" in killed[2] for killed in said[2:])
+    for recipe in ("search", "one-stream"):
+        assert bytes_of(Path(f"killed-{recipe}/out")) == bytes_of(Path(f"whole-{recipe}/out"))
 
 
 @pytest.mark.soak
