@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.config import ModelConfig
 
 # Modules that register cases when they are imported; one that times further kernels is named here.
-MODULES = ("benchmarks.kernel_cases", "benchmarks.linear_cases")
+MODULES = ("benchmarks.row_cases", "benchmarks.linear_cases", "benchmarks.attention_cases")
 REFERENCE = "engine.kernels.reference"
 
 
@@ -74,6 +75,11 @@ def cases(kernel: str, setting: Setting) -> Iterator[Case]:
     if kernel not in kernels():
         raise ValueError(f"kernels={kernel} is not known; there are {', '.join(kernels())}.")
     yield from _PROVIDERS[kernel](setting)
+
+
+def values(setting: Setting, *shape: int) -> Tensor:
+    """Normal random numbers in the computing type."""
+    return torch.randn(shape, device=setting.device).to(setting.dtype)
 
 
 def implementations(

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import values
-from benchmarks.kernel_registry import Case, Setting, implementations, register
+from benchmarks.kernel_registry import Case, Setting, implementations, register, values
 from engine.config import ModelConfig
 from engine.kernels.int4_weights import Int4Weights
 from engine.models import names

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,16 @@ SETTING = Setting(config=shape("tiny"), tokens=5, context=70, group_size=32, dev
 
 def test_every_case_runs_and_gives_what_its_bytes_count() -> None:
     """The bytes of a case are those of its tensors: inputs that are read whole, and the output."""
-    whole = ("rms_norm", "rms_norm_int8", "silu_and_mul", "silu_and_mul_int8", "causal_attention", "int4_unpack")
+    whole = (
+        "add_rms_norm",
+        "quantize_rows",
+        "rms_norm",
+        "rms_norm_int8",
+        "silu_and_mul",
+        "silu_and_mul_int8",
+        "causal_attention",
+        "int4_unpack",
+    )
     seen = set()
     for kernel in kernels():
         for case in cases(kernel, SETTING):
@@ -29,17 +40,18 @@ def test_every_case_runs_and_gives_what_its_bytes_count() -> None:
                         read = list(arguments)
                     written = result if isinstance(result, tuple) else (result,)
                     # Scales of rows, one float beside hundreds of bytes, are not counted.
-                    total = sum(each.nbytes for each in (*read, *written[:1]))
+                    total = sum(each.nbytes for each in (*read, *written) if each.dim() > 1 or len(each) == 128)
                     assert total == case.bytes, case
     assert seen == set(kernels())
 
 
 def test_decode_attention_counts_the_cache_in_its_form() -> None:
-    plain, int8 = cases("decode_attention", SETTING)
+    plain, int8, by_token = cases("decode_attention", SETTING)
     tokens, row, item = 5 * 70, 2 * 32, 4
     beside = 2 * 5 * 4 * 32 * item
     assert plain.bytes == 2 * tokens * row * item + beside
     assert int8.bytes == 2 * tokens * row + beside
+    assert by_token.bytes == 2 * tokens * (row + 2 * 4) + beside  # a scale and a zero point of two bytes a head
     assert plain.operations == 4 * tokens * 4 * 32
 
 
@@ -93,3 +105,14 @@ def test_a_case_says_which_implementations_ask_the_host() -> None:
     for case in cases("decode_attention", SETTING):
         assert isinstance(case, Case)
         assert set(case.eager) <= set(case.run)
+
+
+def test_what_is_timed_is_the_same_operation() -> None:
+    """Each case calls Triton's kernel with arguments that give what the reference gives."""
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("interpreted_cases.py")
+    answer = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    said = answer.stdout.splitlines()
+    assert said[-1].startswith("compared")
+    assert int(said[-1].split()[1]) >= 20
+    assert said[:-1] == []
