@@ -22,7 +22,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 @dataclass(slots=True, kw_only=True)
 class Served:
     url: str
-    artifact_id: str
+    artifact_id: str | None
     tokenizer: Tokenizer
     client: EngineClient
     loop: asyncio.AbstractEventLoop
@@ -33,8 +33,8 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, artifact_id: str, config: EngineConfig, **options: object) -> Iterator[Served]:
-    """`options` are more fields of AppConfig."""
+def serving(folder: Path, artifact_id: str | None, config: EngineConfig, **options: object) -> Iterator[Served]:
+    """`options` are more fields of AppConfig. Without an `artifact_id` the folder is taken unverified."""
     ready: threading.Event = threading.Event()
     found: list[Served] = []
     errors: list[BaseException] = []
@@ -42,7 +42,7 @@ def serving(folder: Path, artifact_id: str, config: EngineConfig, **options: obj
 
     async def run() -> None:
         tokenizer = Tokenizer(folder / "triton_models/tokenizer")
-        async with EngineClient(folder, config, artifact_id=artifact_id) as client:
+        async with EngineClient(folder, config, verify=artifact_id is not None, artifact_id=artifact_id) as client:
             model = ServedModel(name="tiny", artifact_id=artifact_id, recipe="fp16", verdict="pass")
             app = create_app(client, tokenizer, AppConfig(model=model, api_key=KEY, **options))
             server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
