@@ -3,8 +3,8 @@
     seconds = max((weight bytes + sequences * context * KV bytes a token) / copy, 2 * tokens * parameters / matmul)
 
 Weights are the linears and the output matrix, in the form in which the recipe keeps them: int4 with a scale and a zero
-point (4 bytes together) a group, the output matrix in the computing type. Activations, norms and embeddings, less than
-a hundredth, are left out. A run's floor is the sum over its steps, each with the context that it really has.
+point (4 bytes together) a group, what is not quantized in the computing type. Activations, norms and embeddings, less
+than a hundredth, are left out. A run's floor is the sum over its steps, each with the context that it really has.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def cost(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> Cost:
         "w8a8": linears,
         "w4a16": linears // 2 + linears // max(recipe.group_size, 1) * 4,
     }
+    head_bytes = {
+        "fp16": head * dtype.itemsize,
+        "int8": head,
+        "int4": head // 2 + head // max(recipe.group_size, 1) * 4,
+    }
     return Cost(
-        weight_bytes=bytes_of[recipe.weights] + head * dtype.itemsize,
+        weight_bytes=bytes_of[recipe.weights] + head_bytes[recipe.head],
         parameters=linears + head,
         kv_bytes=page_bytes(config, page_len=1, dtype=dtype, quantized=recipe.kv == "kv8"),
     )

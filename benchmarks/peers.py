@@ -47,6 +47,8 @@ def check_peer(options: PeerOptions, subject: Subject) -> None:
             raise ValueError(
                 f"peer={options.peer} is not run with {name}={value}; it is with {', '.join(sorted(known))}."
             )
+    if subject.recipe.head != "fp16":
+        raise ValueError(f"peer={options.peer} is not run with head={subject.recipe.head}; it is with fp16.")
     if subject.device.startswith("cpu") and options.peer != "hf":
         raise ValueError(f"peer={options.peer} needs a GPU; on a CPU there is peer=hf.")
     module = MODULES[options.peer]

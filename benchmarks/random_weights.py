@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import ModelConfig, Recipe
 from engine.models import names
 from engine.models.cache import KVScales
+from engine.storage.head_files import head_problem, head_tensors
 
 # Deviation of (code - zero point) with codes uniform in 0..15 and zero points 7 or 8.
 INT4_DEVIATION = math.sqrt((16**2 - 1) / 12 + 0.25 + 0.25)
@@ -32,7 +33,7 @@ class RandomWeights(Mapping[str, Tensor]):
     """The tensors of a model by canonical name, each made anew when it is asked for, the same ones every time.
 
     float16 on `device`; the linears of the layers are in the HF-AWQ layout under w4a16, and int8 with float32 scales
-    under w8a8.
+    under w8a8; the output matrix is as `recipe.head` says.
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, device: torch.device | str, seed: int = 0) -> None:
@@ -42,6 +43,8 @@ class RandomWeights(Mapping[str, Tensor]):
         self._recipe = recipe
         self._device = torch.device(device)
         self._seed = seed
+        if (problem := head_problem(config, recipe)) is not None:
+            raise ValueError(f"{problem}.")
         self._shapes = dict(_stored(config, recipe))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -139,6 +142,9 @@ def _stored(config: ModelConfig, recipe: Recipe) -> Iterator[tuple[str, tuple[in
     """Name and shape of every tensor as it is kept, in the order of the forward pass."""
     for name, shape in names.model_tensors(config).items():
         module = name.removesuffix(".weight")
+        if name == names.HEAD and recipe.head != "fp16":
+            yield from ((part, shape) for part, (_, shape) in head_tensors(config, recipe).items())
+            continue
         if name == names.HEAD and config.tie_word_embeddings:
             continue
         if recipe.weights == "fp16" or names.split_name(module)[1] not in names.LINEARS:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from benchmarks.options import option
 from benchmarks.rows import ROOT
 from benchmarks.shapes import SHAPES, shape
+from engine.config import HEADS
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class ModelOptions:
     folder: str | None = option(None, "instead: a workspace folder")
     shape: str | None = option(None, "instead: random weights of a model's shape", choices=tuple(SHAPES))
     weights: str = option("fp16", "recipe of a shape's weights", choices=("fp16", "w8a8", "w4a16"))
+    head: str = option("fp16", "output matrix of a shape's w4a16", choices=HEADS)
     group_size: int = option(DEFAULT_GROUP, "inputs that share an int4 scale", least=1)
     tp: int = option(1, "tensor-parallel ranks", least=1)
     seed: int = option(0, "of the random weights and of the requests", least=0)
@@ -123,7 +125,13 @@ def find_subject(options: ModelOptions) -> Subject:
             f"{' and '.join(named) or 'None of them'} {'were' if named else 'was'} given."
         )
     if options.shape is None:
-        for name, default in (("weights", "fp16"), ("kv", "kv16"), ("group_size", DEFAULT_GROUP), ("tp", 1)):
+        for name, default in (
+            ("weights", "fp16"),
+            ("kv", "kv16"),
+            ("head", "fp16"),
+            ("group_size", DEFAULT_GROUP),
+            ("tp", 1),
+        ):
             if getattr(options, name, default) != default:
                 raise ValueError(f"{name}={getattr(options, name)} goes with shape=NAME: {named[0]} has its own.")
     import torch
@@ -136,7 +144,8 @@ def find_subject(options: ModelOptions) -> Subject:
     if options.shape is not None:
         config = shape(options.shape)
         group_size = options.group_size if options.weights == "w4a16" else 0
-        recipe = Recipe(weights=options.weights, kv=getattr(options, "kv", "kv16"), group_size=group_size)
+        kv = getattr(options, "kv", "kv16")
+        recipe = Recipe(weights=options.weights, kv=kv, group_size=group_size, head=options.head)
         return Subject(
             name=options.shape,
             config=config,

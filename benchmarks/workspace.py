@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.options import option, read_options
 from benchmarks.shapes import SHAPES, shape
+from engine.config import HEADS
 
 ABOUT = """
 Writes a workspace of random weights, with a tokenizer of bytes and words, a chat template and a manifest, and prints
@@ -19,6 +20,7 @@ class Options:
     shape: str = option("tiny", "the model", choices=tuple(SHAPES))
     weights: str = option("fp16", "recipe of the weights", choices=("fp16", "w8a8", "w4a16"))
     kv: str = option("kv16", "KV cache: as computed, or int8", choices=("kv16", "kv8"))
+    head: str = option("fp16", "output matrix of w4a16", choices=HEADS)
     group_size: int = option(128, "inputs that share an int4 scale", least=1)
     tp: int = option(1, "tensor-parallel ranks", least=1)
     seed: int = option(0, "of the random weights", least=0)
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
         options.out,
         options.shape,
         shape(options.shape),
-        Recipe(weights=options.weights, kv=options.kv, group_size=group_size),
+        Recipe(weights=options.weights, kv=options.kv, group_size=group_size, head=options.head),
         tp=options.tp,
         seed=options.seed,
         session_len=options.session_len,

@@ -18,6 +18,8 @@ LLAMA2 = shape("llama2_7b")
         (Recipe(weights="w8a8"), 6.74, 524288),
         (Recipe(weights="w4a16", group_size=128), 3.70, 524288),
         (Recipe(weights="w4a16", group_size=128, kv="kv8"), 3.70, 262144),
+        (Recipe(weights="w4a16", group_size=128, head="int8"), 3.57, 524288),
+        (Recipe(weights="w4a16", group_size=128, head="int4"), 3.51, 524288),
     ],
     ids=str,
 )

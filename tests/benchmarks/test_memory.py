@@ -14,7 +14,16 @@ from engine.models.cache import KVCache
 TINY = shape("tiny")
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(weights="w8a8"), Recipe(weights="w4a16", group_size=64)], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(weights="w8a8"),
+        Recipe(weights="w4a16", group_size=64),
+        Recipe(weights="w4a16", group_size=32, head="int4"),
+    ],
+    ids=str,
+)
 def test_weights_are_counted_to_the_byte(recipe: Recipe) -> None:
     for config in (TINY, replace(TINY, tie_word_embeddings=True, qkv_bias=True)):
         made = RandomWeights(config, recipe, device="cpu")

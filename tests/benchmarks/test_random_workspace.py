@@ -21,6 +21,7 @@ TINY = shape("tiny")
     [
         (Recipe(), 1),
         (Recipe(weights="w8a8"), 1),
+        (Recipe(weights="w4a16", group_size=32, head="int8"), 1),
         (Recipe(weights="w4a16", kv="kv8", group_size=64), 1),
         (Recipe(kv="kv8"), 2),
     ],
