@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.options import option, read_options
-from benchmarks.rows import RESULTS, ROOT, provenance, record
+from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Options(SubjectOptions):
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench cold", about=ABOUT)
+    check_out(options.out)
     subject = find_subject(options)
     with workspace_of(subject) as (folder, artifact_id):
         if options.verify and artifact_id is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import workload
 from benchmarks.generation import enough_pages
 from benchmarks.options import option, read_options
-from benchmarks.rows import RESULTS, ROOT, provenance, record
+from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.subject import SubjectOptions, find_subject, tokens_per_step
 from benchmarks.workload import Request
@@ -43,6 +43,7 @@ class Options(SubjectOptions):
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench profile", about=ABOUT)
+    check_out(options.out)
     subject = find_subject(options)
     inputs = max(options.context - options.steps // 2, 1)
     length = inputs + options.steps + 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.options import option, read_options
-from benchmarks.rows import RESULTS, provenance, record
+from benchmarks.rows import RESULTS, check_out, provenance, record
 from benchmarks.shapes import SHAPES, shape
 
 ABOUT = """
@@ -37,6 +37,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench kernels", about=ABOUT)
+    check_out(options.out)
     import torch
 
     from benchmarks.ceilings import measure_ceilings

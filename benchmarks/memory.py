@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks import workload
 from benchmarks.options import option, read_options
-from benchmarks.rows import RESULTS, provenance, record
-from benchmarks.subject import ModelOptions, Subject, find_subject, tokens_per_step, with_kv
+from benchmarks.rows import RESULTS, check_out, provenance, record
+from benchmarks.subject import DoesNotFit, ModelOptions, Subject, find_subject, tokens_per_step, with_kv
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench memory", about=ABOUT)
+    check_out(options.out)
     if options.plot is not None:
         from benchmarks.plots import check_plot
 
@@ -111,7 +112,7 @@ def measure(subject: Subject, batch: int, context: int) -> dict[str, object]:
         free, total = torch.cuda.mem_get_info(device)
         found = report(weights, pages, total - free, fits="yes")
         del engine
-    except torch.cuda.OutOfMemoryError:
+    except (DoesNotFit, torch.cuda.OutOfMemoryError):
         found = {"fits": "no"}
     gc.collect()
     torch.cuda.empty_cache()

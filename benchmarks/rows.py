@@ -59,6 +59,15 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_out(path: Path) -> None:
+    """ValueError where rows could not be added to `path`, before anything is measured."""
+    if path == NOWHERE:
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"out={path} cannot be written: name a CSV file, or `none` to keep no rows.")
+
+
 def record(path: Path, row: Mapping[str, object], shown: Sequence[str]) -> None:
     """Append a row (nowhere, where `path` is `none`) and print the columns `shown` of it on one line."""
     if path != NOWHERE:

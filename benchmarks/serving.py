@@ -19,7 +19,7 @@ from benchmarks import workload
 from benchmarks.cold import workspace_of
 from benchmarks.http_client import Address, Answered, address_of, get, stream
 from benchmarks.options import option, read_options
-from benchmarks.rows import RESULTS, ROOT, provenance, record
+from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
 from benchmarks.timeline import percentile, run
 from benchmarks.workload import Request
@@ -69,6 +69,7 @@ class Options(SubjectOptions):
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench serving", about=ABOUT)
+    check_out(options.out)
     if options.url is not None:
         if options.artifact or options.folder or options.shape:
             raise ValueError("url= names a running server: leave artifact=, folder= and shape= out.")

@@ -18,7 +18,7 @@ from engine.config import HEADS
 if TYPE_CHECKING:
     import torch
 
-    from engine.config import ModelConfig, Recipe
+    from engine.config import EngineConfig, ModelConfig, Recipe
     from engine.runtime.engine import Engine
     from engine.runtime.tokenizer import Tokenizer
 
@@ -51,6 +51,10 @@ class SubjectOptions(ModelOptions):
     kv: str = option("kv16", "KV cache of a shape: as computed, or int8", choices=("kv16", "kv8"))
 
 
+class DoesNotFit(ValueError):
+    """A GPU has not the memory for an engine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """A model to be measured. `folder` is None for random weights, which are made on the device."""
@@ -80,12 +84,11 @@ class Subject:
     def engine(self, *, session_len: int, max_batch_size: int, **options: object) -> Engine:
         """The engine of the model, ready for requests, with prefix caching off: a repeated prompt costs its time.
 
-        `options` are fields of EngineConfig; 0 leaves one open.
+        `options` are fields of EngineConfig; 0 leaves one open. DoesNotFit where a GPU is full before it is made.
         """
-        from benchmarks.random_weights import RandomWeights, random_kv_scales
+        import torch
+
         from engine.config import EngineConfig
-        from engine.models.decoder import Decoder
-        from engine.runtime.engine import Engine
 
         config = EngineConfig(
             device=self.device,
@@ -95,10 +98,26 @@ class Subject:
             prefix_caching=False,
             **options,  # type: ignore[arg-type]  # EngineConfig checks them
         )
+        try:
+            return self._engine(config, session_len)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"{self.device} ({torch.cuda.get_device_name(self.device)}) has not the memory for this: ask for fewer "
+                "sequences at once, shorter ones, or kv=kv8."
+            ) from error
+
+    def _engine(self, config: EngineConfig, session_len: int) -> Engine:
+        from benchmarks.random_weights import RandomWeights, random_kv_scales
+        from engine.models.decoder import Decoder
+        from engine.runtime.capability import check_capability, probe_device
+        from engine.runtime.engine import Engine
+
         if self.folder is not None:
             return Engine.from_workspace(self.folder, config)
         if self.tp != 1:
             raise ValueError(f"tp={self.tp}: random weights run on one device here. Leave tp out, or measure a folder.")
+        if self.device == "cpu":  # which would swap, or end the process; a GPU says that it is full
+            check_capability(self.config, self.recipe, config, probe_device(self.device), session_len=session_len)
         weights = RandomWeights(self.config, self.recipe, device=self.device, seed=self.seed)
         model = Decoder(self.config, weights, device=self.device, dtype=self.dtype)
         scales = random_kv_scales(self.config) if self.recipe.kv == "kv8" else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import workload
 from benchmarks.options import option, read_options
 from benchmarks.peers import PeerOptions, check_peer, run_peer
-from benchmarks.rows import RESULTS, provenance, record
+from benchmarks.rows import RESULTS, check_out, provenance, record
 from benchmarks.subject import Subject, find_subject, tokens_per_step
 from benchmarks.timeline import Run, milliseconds, run
 from benchmarks.workload import Request
@@ -50,6 +50,7 @@ class Options(PeerOptions):
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench throughput", about=ABOUT)
+    check_out(options.out)
     subject = find_subject(options)
     if options.peer is not None:
         check_peer(options, subject)
