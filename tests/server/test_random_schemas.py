@@ -15,7 +15,7 @@ from tests.server.random_schemas import random_schema
 from tests.server.running import KEY, Served, serving
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
-CONFIG = EngineConfig(max_batch_size=16, num_tokens_per_iter=512, cache_max_entry_count=300, cache_block_seq_len=32)
+CONFIG = EngineConfig(max_batch_size=32, num_tokens_per_iter=512, cache_max_entry_count=600, cache_block_seq_len=32)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def ask(client: openai.OpenAI, number: int) -> str:
 def ask_all(served: Served, numbers: Sequence[int]) -> list[str]:
     with (
         openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, timeout=600) as client,
-        ThreadPoolExecutor(8) as pool,
+        ThreadPoolExecutor(32) as pool,
     ):
         return list(pool.map(lambda number: ask(client, number), numbers))
 
