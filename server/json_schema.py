@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from server.schema_formats import FORMATS
 from server.schema_types import apart, has_type
 from server.shapes import RefusedField
 
@@ -34,9 +35,6 @@ KEYWORDS: Mapping[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-FORMATS = frozenset(
-    ("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference")
-) | {"uri-template", "json-pointer", "relative-json-pointer"}
 # Lookaround, backreferences, word borders, properties of characters: read past or misread by the compiler.
 UNREAD = re.compile(r"\(\?(?!:)|\\[1-9bBkpPAZzG]|[*+?}][+?]")
 # A character of a string that JSON writes as it is.
@@ -166,8 +164,10 @@ class _Rewriter:
         kinds = [key for key in ("pattern", "format") if key in said]
         if kinds and len(said) > 1:
             raise self._refused(place, f"has {kinds[0]!r} beside another keyword, which cannot be followed together")
-        if "format" in said and said["format"] not in FORMATS:
-            raise self._refused(place, f"has a 'format' that is none of {', '.join(sorted(FORMATS))}")
+        if "format" in said:
+            if not isinstance(said["format"], str) or said["format"] not in FORMATS:
+                raise self._refused(place, f"has a 'format' that is none of {', '.join(sorted(FORMATS))}")
+            return {"type": "string", "pattern": f"^{FORMATS[said['format']]}$"}
         if "pattern" in said:
             pattern = said["pattern"]
             if not isinstance(pattern, str) or UNREAD.search(pattern):

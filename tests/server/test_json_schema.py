@@ -1,9 +1,20 @@
+import contextlib
 import json
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from server.json_schema import DEEPEST, LARGEST, LARGEST_COUNT, followable
+from server.json_schema import (
+    ANNOTATIONS,
+    DEEPEST,
+    DEFINITIONS,
+    KEYWORDS,
+    LARGEST,
+    LARGEST_COUNT,
+    followable,
+)
 from server.shapes import RefusedField
 
 
@@ -126,3 +137,25 @@ def test_one_of_definitions_that_exclude_each_other():
 def test_what_is_rewritten_is_a_schema():
     schema = {"type": "object", "properties": {"a": {"type": ["string", "array"], "minLength": 2, "minItems": 1}}}
     jsonschema.Draft202012Validator.check_schema(rewritten(schema))
+
+
+KEYS = st.sampled_from([*sorted(set().union(*KEYWORDS.values())), *ANNOTATIONS, *DEFINITIONS, "type", "enum", "const"])
+MORE = st.sampled_from(["$ref", "anyOf", "oneOf", "allOf", "not", "a", "b"])
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 5),
+    st.floats(),
+    st.text(max_size=3),
+    st.sampled_from([*KEYWORDS, "#/$defs/a"]),
+)
+SCHEMAS = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | MORE, inner, max_size=4), max_leaves=20
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(SCHEMAS)
+def test_whatever_it_is_given_it_follows_or_refuses(schema):
+    with contextlib.suppress(RefusedField):
+        followable(schema, param="x")
