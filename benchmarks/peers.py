@@ -72,7 +72,7 @@ def run_peer(
 
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary) / subject.name
-        write_checkpoint(checkpoint, subject.config, subject.recipe, seed=subject.seed)
+        write_checkpoint(checkpoint, subject.config, subject.recipe, seed=subject.seed, device=subject.device)
         job = {
             "peer": options.peer,
             "checkpoint": str(checkpoint),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,8 +18,11 @@ from engine.storage.hf_config import HF_AWQ, hf_config, quantization_config
 WEIGHTS = ("fp16", "w4a16")
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, recipe: Recipe, *, seed: int = 0) -> None:
-    """The weights of `RandomWeights` with this seed: a file a layer, float16 or HF-AWQ, with config.json and tokenizer.
+def write_checkpoint(
+    folder: Path, config: ModelConfig, recipe: Recipe, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> None:
+    """The weights of `RandomWeights` on this device with this seed: a file a layer, float16 or HF-AWQ, with config.json
+    and tokenizer.
 
     ValueError for weights that have no such form, and for a model that no config.json says.
     """
@@ -29,7 +33,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, recipe: Recipe, *, seed:
     content = hf_config(config, tied=config.tie_word_embeddings)
     if recipe.weights == "w4a16":
         content["quantization_config"] = quantization_config(HF_AWQ, recipe.group_size)
-    weights = RandomWeights(config, recipe, device="cpu", seed=seed)
+    weights = RandomWeights(config, recipe, device=device, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     write_tokenizer(folder, config.vocab_size)
@@ -40,7 +44,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, recipe: Recipe, *, seed:
     total = 0
     for number, of_layer in enumerate(layers.values()):
         file = f"model-{number + 1:05}-of-{len(layers):05}.safetensors"
-        tensors: dict[str, Tensor] = {name: weights[name] for name in of_layer}
+        tensors: dict[str, Tensor] = {name: weights[name].cpu() for name in of_layer}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

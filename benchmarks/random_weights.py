@@ -30,7 +30,8 @@ KV_REACH = 5.0
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """The tensors of a model by canonical name, each made anew when it is asked for, the same ones every time.
+    """The tensors of a model by canonical name, each made anew when it is asked for, the same ones every time on one
+    kind of device.
 
     float16 on `device`; the linears of the layers are in the HF-AWQ layout under w4a16, and int8 with float32 scales
     under w8a8; the output matrix is as `recipe.head` says.

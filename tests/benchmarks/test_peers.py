@@ -51,9 +51,10 @@ def test_transformers_runs_the_same_case_into_the_same_columns(tmp_path: Path) -
 
 
 def test_a_peer_that_fails_is_said_in_its_words() -> None:
-    subject = Subject(name="tiny", config=TINY, recipe=Recipe(), tp=1, device="cuda:77", dtype=torch.float32, seed=0)
-    with pytest.raises(ValueError, match="hf ended with exit code 1 before it had answered"):
-        run_peer(PeerOptions(peer="hf"), subject, [fixed(1, 2, 2, vocab_size=9, seed=0)], at_once=1)
+    subject = Subject(name="tiny", config=TINY, recipe=Recipe(), tp=1, device="cpu", dtype=torch.float32, seed=0)
+    beyond = [fixed(1, 9, 2, vocab_size=10**6, seed=0)]
+    with pytest.raises(ValueError, match=r"hf ended with exit code 1 before it had answered: IndexError"):
+        run_peer(PeerOptions(peer="hf"), subject, beyond, at_once=1)
 
 
 @pytest.mark.parametrize(
