@@ -9,6 +9,7 @@ is above its forecast by more than a tenth, or so far below it that half of the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -26,7 +27,6 @@ from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
 from pipelines.forecast import load_of, seconds_of
 from pipelines.machine import measured
-from pipelines.quant import w4a16
 from pipelines.quant.cost import LIBRARIES, calibration_cost, quantization_cost
 from pipelines.quant.stream import side_by_side
 from pipelines.recipe_fields import weights_part
@@ -45,6 +45,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq"},
     "gptq": {"method": "gptq", "correction": 0.0, "clip": False},
     "awq+gptq": {"method": "awq+gptq"},
+    "w8a8": {"name": "w8a8"},
 }
 MOST_OVER, LEAST = 1.1, 0.5
 
@@ -94,7 +95,7 @@ def measure(folder: Path, stage: str, samples: int, length: int, device: str) ->
     config = Checkpoint(folder).config
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, config.vocab_size, (samples, length), generator=generator, dtype=torch.int32)
-    weights = weights_part(Weights(name="w4a16", activation_exponents=[0.0, 0.4], **STAGES[stage]))
+    weights = weights_part(Weights(**{"name": "w4a16", "activation_exponents": [0.0, 0.4], **STAGES[stage]}))
     load = load_of(config, samples, length, device)
     cost = calibration_cost(config, load) if stage == "calibrate" else quantization_cost(config, weights, load)
     seconds = seconds_of(cost, load, device)
@@ -106,7 +107,8 @@ def measure(folder: Path, stage: str, samples: int, length: int, device: str) ->
                 with side_by_side(device=device) as workers:
                     calibrate(Checkpoint(folder), blocks, workers, device)
             else:
-                w4a16.quantize(weights, folder, Path(out), Path(out), device=device)
+                recipe = importlib.import_module(f"pipelines.quant.{weights.get('name', 'w4a16')}")
+                recipe.quantize(weights, folder, Path(out), Path(out), device=device)
     return {
         "forecast_mb": round(cost.peak / MEGABYTE, 1),
         "peak_mb": round(used.memory / MEGABYTE, 1),

@@ -19,15 +19,17 @@ from engine.models.cache import KVScales
 from engine.models.linear import Int4Linear, Int8Linear, read_linear
 from engine.storage import turbomind_files as files
 from engine.storage.artifacts import Manifest, read_manifest
+from engine.storage.head_files import MODULE as HEAD
+from engine.storage.head_files import head_bytes
 from engine.storage.workspace import WEIGHTS, Workspace
 from pipelines.quant.pairs import ATTENTION_OUT, PAIRS, repeat_heads
 
 EXACT = 1e-3
-ROUNDED = {"w4a16": 0.35, "w8a8": 0.03}
+ROUNDED = {"w4a16": 0.35, "int4": 0.35, "w8a8": 0.03, "int8": 0.03}
 """How far tensors may be apart, in parts of their norm, that another device made of the same: floats and scales, and
-linears by recipe. Error feedback turns one bit of difference into another rounding altogether, so two results are as
-far apart as each is from the model: measured 0.16 to 0.23 for 4 bits of the demo, between two classes of CPU. Weights
-that have nothing to do with each other are 1.4 apart."""
+linears by recipe, the output matrix by its own type. Error feedback turns one bit of difference into another rounding
+altogether, so two results are as far apart as each is from the model: measured 0.16 to 0.23 for 4 bits of the demo,
+between two classes of CPU. Weights that have nothing to do with each other are 1.4 apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ def tensor_differences(one: Path, other: Path) -> Iterator[Difference]:
     left, right, changed = _opened(one, other)
     parts: dict[str, list[str]] = {}
     for name in left.names():
-        parts.setdefault(_stem(name), []).append(name)
+        parts.setdefault(_stem(left, name), []).append(name)
     for name, stored in parts.items():
         file = _changed_file(left, name, changed)
         if file is None or all(torch.equal(left.tensor(part), right.tensor(part)) for part in stored):
@@ -74,10 +76,11 @@ def model_differences(one: Path, other: Path) -> Iterator[Difference]:
     """The same, blind to scales that cancel out in the model (`scale_free_layer`); V's scales of int8 KV, which follow
     v's, are left out."""
     left, right, changed = _opened(one, other)
-    for name in files.OUTER_FILES.values():
+    for name in dict.fromkeys(_stem(left, name) for name in left.names() if names.split_name(name)[0] is None):
         file = _changed_file(left, name, changed)
         if file is not None:
-            yield _difference(name, file, _value(left, name), _value(right, name))
+            tolerance = ROUNDED.get(left.recipe.head, EXACT) if name == HEAD else EXACT
+            yield _difference(name, file, _value(left, name), _value(right, name), tolerance)
     for layer in range(left.config.num_layers):
         wanted, found = (scale_free_layer(one.config, one.weights(), layer) for one in (left, right))
         for module, tensor in wanted.items():
@@ -146,10 +149,12 @@ def _difference(name: str, file: str, wanted: Tensor, found: Tensor, tolerance: 
     )
 
 
-def _stem(name: str) -> str:
+def _stem(workspace: Workspace, name: str) -> str:
     """A linear's name for its weight, whatever it is stored in; other tensors' own."""
     layer, within = names.split_name(name)
     module, _, part = within.rpartition(".")
+    if layer is None and workspace.recipe.head != "fp16" and name.startswith(f"{HEAD}."):
+        return HEAD
     return name.removesuffix(f".{part}") if layer is not None and module in names.LINEARS and part != "bias" else name
 
 
@@ -163,6 +168,8 @@ def _files_of(workspace: Workspace, name: str) -> Iterator[str]:
     layer, within = names.split_name(name)
     config, recipe = workspace.config, workspace.recipe
     found = [file for file, canonical in files.OUTER_FILES.items() if canonical == name]
+    if name == HEAD:
+        found += head_bytes(config, recipe, workspace.tp)
     if layer is not None:
         norms = files.norm_files(config).items()
         found += [files.layer_file(layer, file) for file, (canonical, _) in norms if canonical == within]
@@ -175,7 +182,7 @@ def _files_of(workspace: Workspace, name: str) -> Iterator[str]:
 
 def _value(workspace: Workspace, name: str) -> Tensor:
     """A tensor as what it stands for, float32."""
-    if names.split_name(name)[1] in names.LINEARS:
+    if name == HEAD or names.split_name(name)[1] in names.LINEARS:
         return dense_weight(workspace.weights(), name)
     return workspace.tensor(name).float()
 

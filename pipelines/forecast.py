@@ -29,14 +29,20 @@ SPARE_BYTES = 128_000_000
 def load_of(config: ModelConfig, samples: int, length: int, device: str) -> Load:
     """What is streamed through a model on a device."""
     element = 4 if device == "cpu" or config.dtype == "float32" else 2
-    wide = 8 if device == "cpu" else 4
-    return Load(samples=samples, length=length, workers=usable_processors(device), element=element, wide=wide)
+    return Load(
+        samples=samples,
+        length=length,
+        workers=usable_processors(device),
+        element=element,
+        wide=8 if device == "cpu" else 4,
+        device=device.partition(":")[0],
+    )
 
 
 def seconds_of(cost: Cost, load: Load, device: str) -> float:
     """How long it takes at the rates that this machine shows now."""
     dtype = torch.float32 if load.element == 4 else torch.float16
-    return cost.seconds(*(operations_a_second(device, load.workers, one) for one in (dtype, torch.float32)))
+    return cost.seconds(load, *(operations_a_second(device, load.workers, one) for one in (dtype, torch.float32)))
 
 
 @contextlib.contextmanager

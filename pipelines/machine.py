@@ -46,7 +46,8 @@ def operations_a_second(device: str, workers: int, dtype: torch.dtype = torch.fl
     x = torch.randn(size, size, device=device).to(dtype)
 
     def seen(_: int) -> float:
-        torch.set_num_threads(1)
+        if device == "cpu":
+            torch.set_num_threads(1)  # of this thread alone
         x @ x
         if device != "cpu":
             torch.cuda.synchronize()
@@ -58,6 +59,8 @@ def operations_a_second(device: str, workers: int, dtype: torch.dtype = torch.fl
             count += 1
         return count * 2.0 * size**3 / (time.perf_counter() - begun)
 
+    if device != "cpu":
+        return seen(0)
     with ThreadPoolExecutor(workers) as pool:
         return sum(pool.map(seen, range(workers)))
 

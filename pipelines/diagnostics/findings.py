@@ -36,8 +36,9 @@ class Findings:
 
     `errors` are the rows of the recipe's report.json; `outliers` by pair (before, after scaling): the largest input
     channel in parts of the median one; `weights` by linear: the error of the weights in parts of their norm, scales
-    that cancel out taken out; `levels` by (K or V) and what shares a scale: the steps of int8, of 255, that the median
-    and the smallest channel use; `unquantized`: linears whose weights are as they were.
+    that cancel out taken out; `head` is what head.json says of the output matrix; `levels` by (K or V) and what shares
+    a scale: the steps of int8, of 255, that the median and the smallest channel use; `unquantized`: linears whose
+    weights are as they were.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Findings:
     unquantized: list[str] = field(default_factory=list)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
     statement: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -75,6 +77,7 @@ def collect(root: Path, key: str) -> Findings:
         options={**slices["quantize"].get("weights", {}), "kv": slices["export"].get("kv")},
         errors=[row for row in report.get("pairs", ()) if "skipped" not in row],
         calibration=_read(calibrated / "calibration.json"),
+        head=_read(quantized / "head.json"),
         runs={stage: run for stage, name in keys.items() if (run := _read(build / RUNS / stage / f"{name}.json"))},
         statement=_read(build / "evaluate" / key / "statement.json").get("predicate"),
     )

@@ -101,9 +101,13 @@ def _left_as_they_were(findings: Findings) -> Iterator[str]:
         yield f'<p class="warn">{len(linears)} linears of decoder layers stayed floats; the recipe says otherwise:</p>'
         yield f"<p><code>{escape(', '.join(linears))}</code></p>"
     else:
-        count = len(names.LINEARS) * findings.config.num_layers
-        yield f"<p>All {count} linears of the decoder layers are. Floats, as the recipe has it: embedding, output"
-        yield " matrix, norms and biases.</p>"
+        count, head = len(names.LINEARS) * findings.config.num_layers, findings.manifest.recipe.head
+        floats = "embedding, norms and biases" if head != "fp16" else "embedding, output matrix, norms and biases"
+        yield f"<p>All {count} linears of the decoder layers are. Floats, as the recipe has it: {floats}.</p>"
+        if head != "fp16":
+            error = findings.head.get("error")
+            said = f", with an error of outputs of {error:.2e} of their power" if error is not None else ""
+            yield f"<p>The output matrix is {escape(head)}{said}.</p>"
 
 
 def _output_errors(findings: Findings) -> Iterator[str]:

@@ -15,8 +15,13 @@ from engine.config import ModelConfig
 from engine.models import names
 from pipelines.quant.pairs import PAIRS
 
-STEP_SECONDS = 60e-6
-"""One column of error feedback, or one of the smallest operations, takes this long whatever its size."""
+STEP_SECONDS = {"cpu": 60e-6, "cuda": 3e-6}
+"""One column of error feedback, or one of the smallest operations, takes this long whatever its size (a GPU rounds a
+whole block of columns in one go)."""
+START_SECONDS = {"cpu": 0.0, "cuda": 4.0}
+"""Until kernels are compiled and libraries loaded."""
+SMOOTHING_ROWS = 2048  # of inputs on which w8a8 compares exponents
+HEAD_ROWS = 8192  # of the output matrix, at a time
 LIBRARIES = 60_000_000
 """What the libraries take when they compute for the first time, above what they take when they are loaded."""
 
@@ -24,13 +29,15 @@ LIBRARIES = 60_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What goes through the model: `samples` blocks of `length` tokens, by `workers` side by side, of a type of
-    `element` bytes (4 on a CPU, the checkpoint's own on a GPU). Factors are taken in a type of `wide` bytes."""
+    `element` bytes (4 on a CPU, the checkpoint's own on a GPU). Factors are taken in a type of `wide` bytes. `device`
+    is cpu or cuda."""
 
     samples: int
     length: int
     workers: int = 1
     element: int = 4
     wide: int = 8
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -56,9 +63,10 @@ class Cost:
         """Bytes of memory in all."""
         return sum(self.memory.values())
 
-    def seconds(self, rate: float, float_rate: float) -> float:
+    def seconds(self, load: Load, rate: float, float_rate: float) -> float:
         """How long it takes at these operations a second, in the type of the hidden states and in float32."""
-        return self.operations / rate + self.float_operations / float_rate + self.steps * STEP_SECONDS
+        computing = self.operations / rate + self.float_operations / float_rate
+        return START_SECONDS[load.device] + computing + self.steps * STEP_SECONDS[load.device]
 
 
 def calibration_cost(config: ModelConfig, load: Load) -> Cost:
@@ -83,28 +91,26 @@ def calibration_cost(config: ModelConfig, load: Load) -> Cost:
 
 
 def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Load) -> Cost:
-    """The cost of the stage `quantize` with the slice's part `weights`; it computes nothing for weights as they are."""
+    """The cost of the stage `quantize` with the slice's part `weights`, of a recipe that computes."""
     size = _Sizes.of(config)
     bits = 8 if weights["name"] == "w8a8" else 4
-    packed = size.layer * bits // 8 + size.layer * 5 // 2 // weights.get("group_size", 128)
-    out = config.num_layers * packed
-    if weights.get("search") == "none" or weights.get("method") == "rtn" or ("name" in weights and bits == 8):
-        streamed = bits == 8 and weights.get("search") != "none"
-        hidden = load.tokens * config.hidden_size * load.element if streamed else 0
-        forward = _forward(config, size, load) if streamed else 0.0
+    out = config.num_layers * (size.layer * bits // 8 + size.layer * 5 // 2 // weights.get("group_size", 128))
+    head = config.vocab_size * config.hidden_size if weights.get("head", "fp16") != "fp16" else 0
+    matrix = {"output matrix": 2 * head + 24 * HEAD_ROWS * config.hidden_size} if head else {}
+    out += head
+    if weights.get("search") == "none" or weights.get("method") == "rtn":
+        # Linear by linear; the reference's formula scales a copy of the layer first.
+        held = 3 * size.layer // 2 if weights.get("method") == "rtn" else 5 * size.layer
         return Cost(
-            memory={
-                "hidden states": hidden,
-                "one layer": size.layer * 8 + size.largest * 16,
-                "samples under way": load.workers * size.sample(load) if streamed else 0,
-                "libraries": LIBRARIES,
-            },
-            operations=config.num_layers * forward * 2,
+            memory={"one layer": held + 12 * size.largest, "libraries": LIBRARIES, **matrix},
+            operations=0.0,
             float_operations=config.num_layers * size.layer * 64.0,
             steps=config.num_layers * 1000.0,
             disk=out,
-            kept=out + 2 * hidden,
+            kept=out,
         )
+    if bits == 8:
+        return _smoothing_cost(config, weights, load, size, out)
     drift, feedback = bool(weights.get("correction")), "gptq" in weights["method"]
     streams = 2 if drift else 1
     hidden = load.tokens * config.hidden_size * load.element
@@ -134,12 +140,34 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
             "search": search,
             "samples under way": load.workers * size.sample(load),
             "libraries": LIBRARIES,
+            **matrix,
         },
         operations=config.num_layers * (grams_operations + 2.0 * streams * _forward(config, size, load)),
         float_operations=config.num_layers * operations,
         steps=config.num_layers * (steps + load.samples * 200.0),
         disk=out,
         kept=out + 2 * streams * hidden,
+    )
+
+
+def _smoothing_cost(config: ModelConfig, weights: Mapping[str, Any], load: Load, size: _Sizes, out: int) -> Cost:
+    """W8A8 with a search: one stream, and some rows of every input on which exponents are compared."""
+    hidden = load.tokens * config.hidden_size * load.element
+    rows = max(load.samples, SMOOTHING_ROWS)
+    tried = 1 + len(weights.get("alphas", ()))
+    return Cost(
+        memory={
+            "hidden states": hidden,
+            "one layer": size.layer * (7 + load.element) + size.stacked * load.element,
+            "search": load.workers * (12 * size.largest * 2 + 12 * rows * config.intermediate_size),
+            "samples under way": load.workers * size.sample(load),
+            "libraries": LIBRARIES,
+        },
+        operations=config.num_layers * _forward(config, size, load),
+        float_operations=config.num_layers * tried * 2.0 * rows * size.layer,
+        steps=config.num_layers * (tried * 100.0 + load.samples * 100.0),
+        disk=out,
+        kept=out + 2 * hidden,
     )
 
 

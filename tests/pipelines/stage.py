@@ -19,6 +19,7 @@ W4A16 = {
     "weight_exponents": [0.0, 1.0],
 }
 FORMULA = {"name": "w4a16", "group_size": 32, "search": "none", "alpha": 0.5}
+W8A8 = {"name": "w8a8", "search": "grid", "alphas": [0.3, 0.6]}
 FP16 = {"name": "fp16"}
 
 

@@ -189,3 +189,24 @@ def test_what_is_near_depends_on_what_it_is():
     found = {"tensor": "t", "file": "f", "max_error": 1.0, "relative_error": 0.2}
     assert Difference(**found, tolerance=0.35).is_near and not Difference(**found, tolerance=1e-3).is_near
     assert torch.finfo(torch.float16).eps < 1e-3
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_an_output_matrix_that_differs_is_one_tensor_whatever_it_is_stored_in(tmp_path, monkeypatch, head):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    stages = Build(tmp_path / "out", write_tiny_checkpoint(tmp_path / "model"), tmp_path / "text.txt")
+    weights, folders = W4A16 | {"method": "rtn", "head": head}, []
+    calibrated = stages.calibrate()
+    quantized = stages.quantize(weights, calibrated)
+    for change in (0, 1):
+        tensors = load_file(quantized / "head.safetensors")
+        kind = "lm_head.qweight" if head == "int4" else "lm_head.weight"
+        tensors[kind][3, 5] ^= change
+        save_file(tensors, quantized / "head.safetensors")
+        sharded = stages.shard(weights, quantized)
+        made = stages.export(weights, "kv16", shard=sharded, quantize=quantized, calibrate=calibrated)
+        folders.append(made.rename(tmp_path / str(change)))
+    for differences in (tensor_differences, model_differences):
+        (only,) = differences(*folders)
+        assert only.tensor == "lm_head" and "/output." in only.file and 0 < only.relative_error < 0.05

@@ -1,5 +1,6 @@
 """`ingot report`: what there is to see of an artifact, read from real stages of a tiny model."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -22,7 +23,7 @@ from tests.pipelines.chain import Chain, tiny_rows
 from tests.pipelines.stage import bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
-FP16, W4A16 = "tiny-c-fp16-1-kv16", "tiny-c-w4a16-1-kv8"
+FP16, W4A16, W8A8 = "tiny-c-fp16-1-kv16", "tiny-c-w4a16-1-kv8", "tiny-c-w8a8-1-kv8"
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,11 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     (root / "text.txt").write_text(TEXT)
     checkpoint = write_tiny_checkpoint(root / "model")
-    rows = tiny_rows(checkpoint, root / "text.txt", [("fp16", "kv16"), ("w4a16", "kv8")])
+    rows = tiny_rows(checkpoint, root / "text.txt", [("fp16", "kv16"), ("w4a16", "kv8"), ("w8a8", "kv8")])
     chain = Chain(root / "chain", rows, project=root)
     for name, content in chain.slices.items():
         write_json(chain.root / f"build/slices/{name}.json", content)
-    for key in (FP16, W4A16):
+    for key in (FP16, W4A16, W8A8):
         chain.artifact(key)
     return project_folder(chain.root)
 
@@ -96,7 +97,7 @@ class Tags(html.parser.HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-@pytest.mark.parametrize("key", [FP16, W4A16])
+@pytest.mark.parametrize("key", [FP16, W4A16, W8A8])
 def test_the_page_needs_nothing_else_and_its_figures_are_whole(root, key):
     text = page(collect(root, key), read_manifest(root / "build/export" / key).id, "fail")
     tags = Tags()
@@ -124,6 +125,15 @@ def test_rows_of_another_recipe_are_shown_by_their_own_columns(root):
     assert "before scaling" not in text and text.count("<td class=n>-") >= len(pairs)
 
 
+def test_an_output_matrix_that_is_quantized_is_said(root):
+    found = collect(root, W4A16)
+    assert "embedding, output matrix, norms" in page(found, "a" * 64, "pass")
+    found.manifest = dataclasses.replace(found.manifest, recipe=dataclasses.replace(found.manifest.recipe, head="int4"))
+    found.head = {"head": "int4", "error": 0.00125}
+    text = page(found, "a" * 64, "pass")
+    assert "The output matrix is int4, with an error of outputs of 1.25e-03" in text and "embedding, norms" in text
+
+
 def test_what_is_shown_is_escaped(root):
     found = collect(root, W4A16)
     found.calibration = {"<script>alert(1)</script>": ["<b>"]}
@@ -139,7 +149,7 @@ def test_the_command_writes_pages_and_changes_no_output(root, monkeypatch, capsy
     path = Path(capsys.readouterr().out.strip())
     assert path == root / f"build/reports/{W4A16}/index.html"
     assert report.main([]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     after = bytes_of(root / "build")
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("reports/") for name in after.keys() - before.keys())

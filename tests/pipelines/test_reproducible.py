@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.slices import write_json
 from tests.pipelines.forked_stage import run_forked
-from tests.pipelines.stage import CALIBRATION, FORMULA, W4A16, Build, bytes_of
+from tests.pipelines.stage import CALIBRATION, FORMULA, W4A16, W8A8, Build, bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
 RECIPES = {
@@ -15,6 +15,8 @@ RECIPES = {
     "awq": {key: value for key, value in W4A16.items() if key != "correction"} | {"method": "awq"},
     "symmetric": W4A16 | {"symmetric": True},
     "formula": FORMULA,
+    "int4-head": W4A16 | {"head": "int4"},
+    "w8a8": W8A8,
 }
 
 

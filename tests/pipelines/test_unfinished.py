@@ -13,11 +13,16 @@ from pipelines import unfinished
 from pipelines.slices import Call, write_json
 from pipelines.unfinished import run_key, unfinished_work
 from tests.pipelines.forked_stage import run_forked
-from tests.pipelines.stage import CALIBRATION, FORMULA, W4A16, Build, bytes_of
+from tests.pipelines.stage import CALIBRATION, FORMULA, W4A16, W8A8, Build, bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
 LAYERS = 5
-RECIPES = {"search": W4A16, "one-stream": W4A16 | {"correction": 0.0}, "formula": FORMULA}
+RECIPES = {
+    "search": W4A16 | {"head": "int4"},
+    "one-stream": W4A16 | {"correction": 0.0},
+    "formula": FORMULA,
+    "w8a8": W8A8,
+}
 
 
 class Stages:
