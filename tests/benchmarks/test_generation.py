@@ -7,6 +7,7 @@ from benchmarks.random_workspace import write_workspace
 from benchmarks.shapes import shape
 from cli.main import main
 from engine.config import Recipe
+from engine.storage.store import Store
 
 CPU = ("bench", "generation", "device=cpu", "input=3", "output=12")
 
@@ -58,3 +59,21 @@ def test_a_mistake_is_one_paragraph(arguments: list[str], message: str, capsys: 
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_an_artifact_is_found_in_its_store_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact_id = write_workspace(tmp_path / "w", "small", shape("tiny"), Recipe(), session_len=64)
+    store = Store(tmp_path / "store")
+    store.init(tmp_path / "cache")
+    store.put(tmp_path / "w")
+    case = [*CPU, f"artifact={artifact_id[:9]}", f"store={tmp_path / 'store'}", "batch=1"]
+    assert main([*case, f"out={tmp_path / 'rows.csv'}"]) == 0
+    [row] = rows.read(tmp_path / "rows.csv")
+    assert (row["model"], row["artifact"]) == ("small", artifact_id[:12])
+    file = store.path(artifact_id) / "triton_models/weights/norm.weight"
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    assert main([*case, "out=none"]) == 1
+    assert "norm.weight" in capsys.readouterr().err
