@@ -8,8 +8,9 @@ import dataclasses
 import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import AppConfig, ServeConfig, check_exposure
+from server.keys import Keys, read_key_lines
 
 HELP = """usage: ingot serve artifact=ID [KEY=VALUE ...] [--cfg job]
 
@@ -54,8 +56,9 @@ def main(argv: list[str]) -> int:
     if show:
         print(shown(command), end="")
         return 0
-    api_key = read_key(command.serve)
-    check_exposure(command.serve.host, api_key)
+    keys = read_keys(command.serve)
+    check_exposure(command.serve.host, keys)
+    tls = tls_options(command.serve)
     target = find_target(
         artifact=command.artifact,
         folder=command.folder,
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> int:
         model_name=command.serve.model_name,
     )
     with listening_socket(command.serve.host, command.serve.port) as listener:
-        return asyncio.run(serve(target, command.serve, api_key, listener))
+        return asyncio.run(serve(target, command.serve, keys, tls, listener))
 
 
 def options_text() -> str:
@@ -94,21 +97,32 @@ def shown(command: ServeCommand) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def read_key(config: ServeConfig) -> str | None:
-    """The key from serve.api_key_file, else serve.api_key (with a warning), else INGOT_API_KEY; None without any."""
+def read_keys(config: ServeConfig) -> dict[str, str]:
+    """The keys of serve.api_key_file, else serve.api_key (with a warning), else INGOT_API_KEY; empty without any."""
     if config.api_key_file is not None:
-        key = Path(config.api_key_file).expanduser().read_text(encoding="utf-8").strip()
-        source = f"serve.api_key_file={config.api_key_file}"
-    elif config.api_key is not None:
+        text = Path(config.api_key_file).expanduser().read_text(encoding="utf-8")
+        return read_key_lines(text, source=f"serve.api_key_file={config.api_key_file}")
+    if config.api_key is not None:
         print("ingot: serve.api_key= can be seen in the process list; prefer serve.api_key_file=FILE", file=sys.stderr)
-        key, source = config.api_key, "serve.api_key"
-    elif "INGOT_API_KEY" in os.environ:
-        key, source = os.environ["INGOT_API_KEY"], "INGOT_API_KEY"
-    else:
-        return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"{source} does not hold a key: it must be one word of printable ASCII characters.")
-    return key
+        return read_key_lines(config.api_key, source="serve.api_key")
+    if "INGOT_API_KEY" in os.environ:
+        return read_key_lines(os.environ["INGOT_API_KEY"], source="INGOT_API_KEY")
+    return {}
+
+
+def tls_options(config: ServeConfig) -> dict[str, Any]:
+    """uvicorn's options for TLS; empty without. ValueError where the two files cannot be used."""
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return {}
+    certificate, key = (Path(name).expanduser() for name in (config.tls_cert_file, config.tls_key_file))
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(
+            f"serve.tls_cert_file={certificate} and serve.tls_key_file={key} cannot be used: "
+            f"{error.strerror or error}. Both must be PEM files, the key without a password, and belong together."
+        ) from error
+    return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -131,7 +145,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(target: Target, config: ServeConfig, api_key: str | None, listener: socket.socket) -> int:
+async def serve(
+    target: Target, config: ServeConfig, keys: Keys, tls: Mapping[str, Any], listener: socket.socket
+) -> int:
     """Load the engine and serve until a signal comes or the engine ends."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -155,13 +171,15 @@ async def serve(target: Target, config: ServeConfig, api_key: str | None, listen
             return 0
         app_config = AppConfig(
             model=model,
-            api_key=api_key,
+            keys=keys,
+            cors_origins=config.cors_origins,
+            max_body_bytes=config.max_body_bytes,
             session_timeout=config.session_timeout,
             max_sessions=config.max_sessions,
         )
         app = create_app(client, tokenizer, app_config)
-        server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH))
-        announce(target, client, listener, guarded=api_key is not None)
+        server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH, **tls))
+        announce(target, client, listener, num_keys=len(keys), scheme="https" if tls else "http")
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         ending = asyncio.create_task(client.wait_ended())
         stopping = asyncio.create_task(stop.wait())
@@ -199,14 +217,15 @@ async def first_of(loading: asyncio.Task[None], stop: asyncio.Event) -> bool:
     return True
 
 
-def announce(target: Target, client: EngineClient, listener: socket.socket, *, guarded: bool) -> None:
+def announce(target: Target, client: EngineClient, listener: socket.socket, *, num_keys: int, scheme: str) -> None:
     host, port = listener.getsockname()[:2]
     model = target.model
     verdict = model.verdict or "not evaluated"
     print(f"model    {model.name} ({model.recipe or 'unverified folder'}, session_len {client.session_len})")
     print(f"artifact {model.artifact_id or 'none'} ({verdict}{', waiver: ' + model.waiver if model.waiver else ''})")
-    print(f"key      {'asked for on every route' if guarded else 'none: this machine alone can connect'}")
-    print(f"URL      http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    which = "asked for on every route" if num_keys == 1 else f"one of {num_keys}, asked for on every route"
+    print(f"key      {which if num_keys else 'none: this machine alone can connect'}")
+    print(f"URL      {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
 
 class Server(uvicorn.Server):

@@ -6,10 +6,12 @@ import time
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server.body_limit import BodyLimit
 from server.config import AppConfig
 from server.conversations import Conversations
 from server.docs_page import docs_router
@@ -74,6 +76,11 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
             return JSONResponse({"status": "the engine has stopped"}, status_code=503)
         return JSONResponse({"status": "ready"})
 
-    if config.api_key is not None:
-        app.add_middleware(KeyGuard, api_key=config.api_key)
+    # The last one added is the first to see a request.
+    app.add_middleware(BodyLimit, most=config.max_body_bytes)
+    if config.keys:
+        app.add_middleware(KeyGuard, keys=config.keys)
+    if config.cors_origins:
+        # Outside of the guard: browsers ask what is allowed without a key.
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app

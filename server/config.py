@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from engine.cache_size import CACHE_SIZES
 from engine.config import COUNTS, EngineConfig
+from server.keys import Keys
 
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 _ATTRIBUTE = "it is an attribute of the model"
 IMMUTABLE = {
     "weight_type": "how weights are stored is part of the recipe that was measured",
@@ -44,6 +48,10 @@ class ServeConfig:
     model_name: str | None = None
     api_key: str | None = None
     api_key_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    cors_origins: list[str] = field(default_factory=list)
+    max_body_bytes: int = 16 << 20
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     device: str = "cpu"
@@ -64,6 +72,12 @@ class ServeConfig:
         rules = (
             ("port", 0 <= self.port <= 65535, "0 to 65535 (0 picks a free one)"),
             ("model_name", self.model_name != "", "null or a name"),
+            (
+                "cors_origins",
+                all(origin == "*" or ORIGIN.fullmatch(origin) for origin in self.cors_origins),
+                'a list of origins such as [https://example.org], or ["*"] for all',
+            ),
+            ("max_body_bytes", 1024 <= self.max_body_bytes <= 1 << 28, f"from 1024 to {1 << 28}"),
             ("session_timeout", 0 < self.session_timeout < math.inf, "a number of seconds above 0"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             *(
@@ -77,6 +91,8 @@ class ServeConfig:
                 raise ValueError(f"serve.{name} is {getattr(self, name)!r}, but must be {allowed}.")
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("serve.api_key and serve.api_key_file are both given: give the file alone.")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("serve.tls_cert_file and serve.tls_key_file are two halves of TLS: give both, or neither.")
         try:
             self.engine_config()
         except ValueError as error:
@@ -133,18 +149,21 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
-    """What the application needs beside an engine. With an `api_key`, every route asks for it. Sessions that the server
-    keeps are forgotten after `session_timeout` idle seconds, and beyond `max_sessions` of one key."""
+    """What the application needs beside an engine. With `keys`, every route asks for one of them. Pages of no
+    origins but `cors_origins` can read answers. Sessions that the server keeps are forgotten after `session_timeout`
+    idle seconds, and beyond `max_sessions` of one key."""
 
     model: ServedModel
-    api_key: str | None = None
+    keys: Keys = field(default_factory=dict)
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 16 << 20
     session_timeout: float = 3600.0
     max_sessions: int = 1024
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
+def check_exposure(host: str, keys: Keys) -> None:
     """ValueError where everybody on the network could use the server: another address than loopback, and no key."""
-    if api_key is None and not is_loopback(host):
+    if not keys and not is_loopback(host):
         raise ValueError(
             f"serve.host is {host!r}, which other machines can reach, and no key is set. Put a key into a file and "
             "give serve.api_key_file=FILE (or INGOT_API_KEY), or serve on 127.0.0.1."

@@ -1,18 +1,21 @@
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
 
 from cli.main import main
-from cli.serve import read_key, warn_unmeasured
+from cli.serve import read_keys, warn_unmeasured
 from cli.target import Target
 from server.config import ServeConfig, ServedModel, check_exposure
 from tests.tiny_artifact import write_tiny_artifact
@@ -67,6 +70,19 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(folder: Path, tmp_pa
         assert not any(child.is_running() for child in children)
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_it_speaks_https_with_a_certificate(folder: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(make, check=True, capture_output=True)
+    with server(f"folder={folder}", f"serve.tls_cert_file={cert}", f"serve.tls_key_file={key}") as (_, url):
+        assert url.startswith("https://")
+        assert httpx.get(f"{url}/health/live", verify=ssl.create_default_context(cafile=cert)).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http") + "/health/live")
+
+
 def test_the_end_of_the_engine_ends_the_server(folder: Path) -> None:
     with server(f"folder={folder}", INGOT_API_KEY="k") as (process, _):
         [engine] = psutil.Process(process.pid).children()
@@ -110,6 +126,11 @@ def test_a_busy_port_is_one_paragraph(folder: Path, capsys: pytest.CaptureFixtur
         (["folder={folder}", "serve.host=no.such.host.invalid", "serve.api_key=k"], "not an address of this machine"),
         (["folder=/tmp", "--cfg", "hydra"], "--cfg job"),
         (["folder=/tmp", "serve.api_key_file=/nowhere/key"], "/nowhere/key"),
+        (["folder=/tmp", "serve.tls_cert_file=/nowhere/cert.pem"], "give both, or neither"),
+        (["folder=/tmp", "serve.tls_cert_file=README.md", "serve.tls_key_file=README.md"], "Both must be PEM files"),
+        (["folder=/tmp", "serve.tls_cert_file=/nowhere/a", "serve.tls_key_file=/nowhere/a"], "No such file"),
+        (["folder=/tmp", "serve.cors_origins=[example.org]"], "a list of origins such as [https://example.org]"),
+        (["folder=/tmp", "serve.max_body_bytes=12"], "serve.max_body_bytes is 12, but must be from 1024"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(
@@ -157,29 +178,29 @@ def test_where_the_key_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("INGOT_API_KEY", raising=False)
-    assert read_key(ServeConfig()) is None
+    assert read_keys(ServeConfig()) == {}
     monkeypatch.setenv("INGOT_API_KEY", "from-environment")
-    assert read_key(ServeConfig()) == "from-environment"
+    assert read_keys(ServeConfig()) == {"default": "from-environment"}
     file = tmp_path / "key"
     file.write_text(" from-file \n")
-    assert read_key(ServeConfig(api_key_file=str(file))) == "from-file"
+    assert read_keys(ServeConfig(api_key_file=str(file))) == {"default": "from-file"}
     assert not capsys.readouterr().err
-    assert read_key(ServeConfig(api_key="on-the-line")) == "on-the-line"
+    assert read_keys(ServeConfig(api_key="on-the-line")) == {"default": "on-the-line"}
     said = capsys.readouterr().err
     assert "serve.api_key_file" in said
     assert "on-the-line" not in said
     for content in ("", "two words", "ключ"):
         file.write_text(content)
         with pytest.raises(ValueError, match="does not hold a key"):
-            read_key(ServeConfig(api_key_file=str(file)))
+            read_keys(ServeConfig(api_key_file=str(file)))
     with pytest.raises(ValueError, match="both given"):
         ServeConfig(api_key="a", api_key_file="b")
 
 
 def test_only_loopback_goes_without_a_key() -> None:
     for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
-        check_exposure(host, None)
+        check_exposure(host, {})
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(ValueError, match="no key is set"):
-            check_exposure(host, None)
-        check_exposure(host, "key")
+            check_exposure(host, {})
+        check_exposure(host, {"default": "key"})

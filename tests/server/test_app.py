@@ -1,9 +1,13 @@
 import asyncio
+import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import APIRouter
+from starlette.routing import BaseRoute, Route
 
 from engine.config import EngineConfig
 from engine.runtime.client import EngineClient
@@ -12,14 +16,17 @@ from server.app import create_app
 from server.config import AppConfig, ServedModel
 from tests.server.running import KEY, Served
 
+OPEN = AppConfig(model=ServedModel(name="tiny"))
+GUARDED = AppConfig(model=ServedModel(name="tiny"), keys={"one": "another-key", "two": KEY})
 
-def ask(folder: Path, method: str, path: str, *, api_key: str | None = None, **options: object) -> httpx.Response:
+
+def ask(folder: Path, method: str, path: str, *, config: AppConfig = OPEN, **options: object) -> httpx.Response:
     """One request to an application whose engine was never started."""
 
     async def session() -> httpx.Response:
         client = EngineClient(folder, EngineConfig())
         tokenizer = Tokenizer(folder / "triton_models/tokenizer")
-        app = create_app(client, tokenizer, AppConfig(model=ServedModel(name="tiny"), api_key=api_key))
+        app = create_app(client, tokenizer, config)
         client.session_len = 64
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -29,35 +36,66 @@ def ask(folder: Path, method: str, path: str, *, api_key: str | None = None, **o
 
 
 def routes(folder: Path) -> list[tuple[str, str]]:
-    """(method, path) of every route, from the application itself."""
-    app = create_app(
-        EngineClient(folder, EngineConfig()),
-        Tokenizer(folder / "triton_models/tokenizer"),
-        AppConfig(model=ServedModel(name="tiny"), api_key=KEY),
-    )
-    schema = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
-    pages = [("GET", "/openapi.json"), ("GET", "/nowhere"), ("DELETE", "/v1/models")]
-    return schema + pages
+    """(method, path) of every route, from the router itself, and of what is no route."""
+    client, tokenizer = EngineClient(folder, EngineConfig()), Tokenizer(folder / "triton_models/tokenizer")
+    found: list[tuple[str, str]] = []
+
+    def walk(listed: Sequence[BaseRoute]) -> None:
+        for route in listed:
+            if isinstance(inner := getattr(route, "original_router", None), APIRouter):  # since FastAPI 0.165
+                walk(inner.routes)
+            else:
+                assert isinstance(route, Route), f"{route} is reached in another way: is it behind the guard?"
+                found.extend((method, route.path) for method in sorted(route.methods or ()))
+
+    walk(create_app(client, tokenizer, GUARDED).router.routes)
+    return [*found, ("GET", "/nowhere"), ("GET", "/"), ("DELETE", "/v1/models"), ("OPTIONS", "/v1/completions")]
 
 
 def test_every_route_asks_for_the_key(tiny_folder: Path) -> None:
     listed = routes(tiny_folder)
-    paths = {path for _, path in listed}
-    assert {"/v1/chat/completions", "/v1/models/{name}", "/health/live", "/openapi.json"} <= paths
+    known = {
+        "/v1/chat/completions",
+        "/v1/models/{name:path}",
+        "/health/live",
+        "/health/ready",
+        "/openapi.json",
+        "/docs",
+    }
+    assert known <= {path for _, path in listed}
+    wrong = [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer "},
+        {"Authorization": KEY},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Basic {KEY}"},
+    ]
     for method, path in listed:
-        for headers in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": KEY},
-            {"Authorization": f"Basic {KEY}"},
-        ):
-            response = ask(tiny_folder, method, path, api_key=KEY, headers=headers)
+        browsers = path.startswith(("/docs", "/openapi.json"))
+        for headers in wrong:
+            response = ask(tiny_folder, method, path, config=GUARDED, headers=headers)
             assert response.status_code == 401, (method, path, headers)
-            assert response.json()["error"]["code"] == "invalid_api_key"
-            browsers = path.startswith(("/docs", "/openapi.json"))
             assert response.headers["www-authenticate"] == ('Basic realm="Ingot"' if browsers else "Bearer")
-        right = ask(tiny_folder, method, path, api_key=KEY, headers={"Authorization": f"Bearer {KEY}"})
-        assert right.status_code != 401, (method, path)
+            if method != "HEAD":
+                assert response.json()["error"]["code"] == "invalid_api_key"
+        for key in (KEY, "another-key"):
+            right = ask(tiny_folder, method, path, config=GUARDED, headers={"Authorization": f"Bearer {key}"})
+            assert right.status_code != 401, (method, path)
+
+
+def test_other_origins_read_nothing_unless_asked(tiny_folder: Path) -> None:
+    asks = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    right = {"Origin": "https://example.org", "Authorization": f"Bearer {KEY}"}
+    for method, headers in (("OPTIONS", asks), ("GET", right)):
+        response = ask(tiny_folder, method, "/v1/models", config=GUARDED, headers=headers)
+        assert not [name for name in response.headers if name.startswith("access-control")]
+    shared = dataclasses.replace(GUARDED, cors_origins=["https://example.org"])
+    assert ask(tiny_folder, "OPTIONS", "/v1/models", config=shared, headers=asks).status_code == 200
+    response = ask(tiny_folder, "GET", "/v1/models", config=shared, headers=right)
+    assert response.headers["access-control-allow-origin"] == "https://example.org"
+    other = ask(tiny_folder, "GET", "/v1/models", config=shared, headers={**right, "Origin": "https://example.com"})
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_without_a_key_none_is_asked_for(tiny_folder: Path) -> None:

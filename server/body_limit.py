@@ -1,0 +1,54 @@
+"""Request bodies, read whole before anything looks at them, and refused beyond a size."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.shapes import error_body
+
+
+class BodyLimit:
+    """Answers 413 to a body of more than `most` bytes, whatever its header says of its length."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = Headers(scope=scope).get("content-length", "0")
+        if told.isdecimal() and int(told[:20]) > self._most:
+            await self._refuse(scope, receive, send)
+            return
+        pieces: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return  # nobody is left to answer
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            more = message.get("more_body", False)
+            if size > self._most:
+                await self._refuse(scope, receive, send)
+                return
+        body: Message | None = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
+
+        async def receive_whole() -> Message:
+            nonlocal body
+            message, body = body, None
+            return message or await receive()
+
+        await self._app(scope, receive_whole, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The body is larger than the {self._most} bytes that this server takes."
+        content = error_body(message, kind="invalid_request_error", code="body_too_large")
+        # The rest of the body is not read: the connection ends with the answer.
+        response = JSONResponse(content, status_code=413, headers={"Connection": "close"})
+        await response(scope, receive, send)
