@@ -179,6 +179,7 @@ async def serve(
         )
         app = create_app(client, tokenizer, app_config)
         server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH, **tls))
+        listener.listen(2048)  # whoever reads the URL can connect
         announce(target, client, listener, num_keys=len(keys), scheme="https" if tls else "http")
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         ending = asyncio.create_task(client.wait_ended())
