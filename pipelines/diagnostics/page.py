@@ -11,6 +11,7 @@ from engine.models import names
 from engine.storage.artifacts import SHORT
 from pipelines.diagnostics import svg
 from pipelines.diagnostics.findings import LEVELS, Findings
+from pipelines.quant.walk import ORDER
 from pipelines.units import human_size, human_time
 
 STYLE = """
@@ -23,7 +24,7 @@ h1{font-size:22px;margin:0 0 2px}h2{font-size:17px;margin:34px 0 4px}h3{font-siz
 p{margin:4px 0 10px;max-width:80ch}code,td.n,th.n{font-variant-numeric:tabular-nums}
 code{font-family:ui-monospace,Consolas,monospace;font-size:13px;overflow-wrap:anywhere}
 .dim,.none,figcaption{color:var(--dim)}.warn{color:var(--warn);font-weight:600}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(270px,1fr));gap:14px 22px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:14px 22px}
 figure{margin:0}svg{width:100%;height:auto;display:block}
 .text{fill:var(--dim);font-size:11px}.grid{stroke:var(--rule);stroke-width:1}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}
@@ -121,7 +122,7 @@ def _output_errors(findings: Findings) -> Iterator[str]:
     )
     yield svg.legend([ERRORS[name] for name in columns])
     figures = {}
-    for pair in dict.fromkeys(row["pair"] for row in findings.errors):
+    for pair in sorted({row["pair"] for row in findings.errors}, key=_order):
         rows = {row["layer"]: row for row in findings.errors if row["pair"] == pair}
         layers = range(findings.config.num_layers)
         series = {ERRORS[c]: [_number(rows.get(layer, {}).get(c)) for layer in layers] for c in columns}
@@ -154,11 +155,12 @@ def _weights(findings: Findings) -> Iterator[str]:
     if not findings.weights:
         return
     values = [value for row in findings.weights.values() for value in row]
+    gptq = "gptq" in str(findings.options.get("method"))
+    feedback = " Error feedback makes this larger, to make the error of outputs smaller." if gptq else ""
     yield _section(
         "Error of weights",
         "How far the weights are from the checkpoint's, in parts of their norm, with scales taken out that cancel out"
-        " in the model. Error feedback makes this larger, to make the error of outputs smaller. From"
-        f" {min(values):.3f} (light) to {max(values):.3f} (dark).",
+        f" in the model. From {min(values):.3f} (pale) to {max(values):.3f} (strong).{feedback}",
     )
     shown = {_module(module): row for module, row in findings.weights.items()}
     yield f'<div class="wide">{svg.heat(shown, what="error of weights")}</div>'
@@ -267,6 +269,12 @@ def _pair(name: str) -> str:
     """A pair as people say it: `v → o`."""
     before, _, after = name.partition(" -> ")
     return f"{NORMS.get(before, _module(before))} → {', '.join(_module(part) for part in after.split(', '))}"
+
+
+def _order(pair: str) -> int:
+    """In the order in which a token goes through a layer."""
+    known = [each.name for each in ORDER]
+    return known.index(pair) if pair in known else len(known)
 
 
 def _module(name: str) -> str:
