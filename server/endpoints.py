@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,7 @@ class OpenAIEndpoints:
         except RefusedField as error:
             raise RequestError(str(error), param=error.param, code=error.code) from error
         tools = [tool.for_template() for tool in asked.tools or ()] if asked.tool_choice != "none" else []
+        size += sum(len(json.dumps(tool)) for tool in tools)
         if not self._native:
             turns, told = with_tools(turns, tools, self._row), None
         else:

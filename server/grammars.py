@@ -30,6 +30,7 @@ class PreparedGrammars:
             return
         if self._compiler is None:
             client = self._client
+            client.warm_grammars()
             self._compiler = GrammarCompiler(
                 self._folder, vocab_size=client.vocab_size, eos_token_ids=client.eos_token_ids
             )

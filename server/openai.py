@@ -61,7 +61,7 @@ class Request(Shape):
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MOST_BIASES)] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: Literal[False] | StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
     ignore_eos: bool | None = None

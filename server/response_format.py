@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from engine.config import Grammar
-from server.json_schema import followable
+from server.json_schema import UNREAD, followable
 from server.shapes import RefusedField, Shape
 
 LARGEST_GRAMMAR = 64 << 10
@@ -71,6 +71,12 @@ def grammar_of(asked: ResponseFormat | None) -> Grammar | None:
                 kind="json_schema", text=followable(named.json_schema, param="response_format.json_schema.schema")
             )
         case RegexFormat():
+            if UNREAD.search(asked.regex):
+                raise RefusedField(
+                    "A regex cannot have lookaround, backreferences, or classes beyond \\d \\w \\s.",
+                    param="response_format.regex",
+                    code="invalid_value",
+                )
             return Grammar(kind="regex", text=asked.regex)
         case GrammarFormat():
             return Grammar(kind="ebnf", text=asked.grammar)

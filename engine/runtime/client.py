@@ -174,6 +174,10 @@ class EngineClient:
         finally:
             stream.close()
 
+    def warm_grammars(self) -> None:
+        """Tell the engine that grammars will come, so that it prepares for them beside its steps."""
+        self._ready_writer().write(channel.pack({"type": "warm_grammars"}))
+
     async def learn_grammar(self, grammar: Grammar, compiled: Grammar) -> None:
         """Send the engine what a GrammarCompiler made of a grammar, ahead of the requests that name it."""
         writer = self._ready_writer()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,7 +51,7 @@ class Grammars:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """For one answer. ValueError, in xgrammar's words, for a grammar that is not valid."""
-        return GrammarConstraint(self.compiled(grammar), words=-(-self._vocab_size // 32), ends=self._eos_token_ids)
+        return self._constraint(self.compiled(grammar))
 
     def compiled(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
         """As `constraint`; the same object for the same grammar."""
@@ -60,13 +60,24 @@ class Grammars:
             compiler = self._compiler
             with grammar_errors(grammar):
                 found = self._compile(compiler, grammar)
+                if not self._constraint(found).can_begin():
+                    raise ValueError("it allows no answer")
         self._remember(grammar, found)
         return found
+
+    def warm(self) -> None:
+        """Import xgrammar and prepare the vocabulary, which takes seconds: from a thread, beside steps. What cannot be
+        done is said when a grammar is asked for."""
+        with suppress(ValueError):
+            self._compiler  # noqa: B018 (it is made by being looked at)
 
     def learn(self, grammar: Grammar, compiled: Grammar) -> None:
         """Remember what another process of the same vocabulary made of a grammar, with `serialized`."""
         with grammar_errors(grammar):
             self._remember(grammar, self._compile(self._compiler, compiled))
+
+    def _constraint(self, compiled: xgrammar.CompiledGrammar) -> GrammarConstraint:
+        return GrammarConstraint(compiled, words=-(-self._vocab_size // 32), ends=self._eos_token_ids)
 
     def _remember(self, grammar: Grammar, compiled: xgrammar.CompiledGrammar) -> None:
         self._compiled.pop(grammar, None)
@@ -125,6 +136,10 @@ class GrammarConstraint:
         self._bits = torch.empty((1, words), dtype=torch.int32)
         self._ends = ends
         self._accepted = 0
+
+    def can_begin(self) -> bool:
+        """Whether there is any answer to begin with; before the first token alone."""
+        return not self._matcher.fill_next_token_bitmask(self._bits) or bool(self._bits.any())
 
     def allowed(self, answer: list[int]) -> array[int]:
         """Bit t % 32 of word t // 32 says whether token t may follow `answer`, which is that of the last call and more.

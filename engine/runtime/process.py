@@ -1,7 +1,8 @@
 """The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
 
-In come `load` (first), `add`, `grammar`, `abort` and `state`; out go `ready` or `failed`, then `accepted`, `refused`,
-`events` and `state`. The loop sleeps in the socket while nothing is to be computed; messages come in between steps.
+In come `load` (first), `add`, `grammar`, `warm_grammars`, `abort` and `state`; out go `ready` or `failed`, then
+`accepted`, `refused`, `events` and `state`. The loop sleeps in the socket while nothing is to be computed; messages
+come in between steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +73,8 @@ class Service:
         match message["type"]:
             case "add":
                 self._add(message)
+            case "warm_grammars":
+                threading.Thread(target=self._engine.grammars.warm, daemon=True).start()
             case "grammar":
                 self._engine.grammars.learn(Grammar(**message["grammar"]), Grammar(**message["compiled"]))
             case "abort":

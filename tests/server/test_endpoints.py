@@ -187,6 +187,7 @@ def test_an_answer_ends_with_the_session(api: openai.OpenAI, served: Served) -> 
         ({"tools": [FUNCTION], "response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "unsupported_value"),
         ({"response_format": {"type": "nonsense"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "regex", "regex": "(?=a)a"}}, "response_format.regex", "invalid_value"),
         ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "grammar", "grammar": "root ::= x"}}, "response_format", "invalid_value"),
         (schema_of({"not": {}}), "response_format.json_schema.schema", "invalid_json_schema"),

@@ -37,7 +37,8 @@ def ask(client: openai.OpenAI, number: int) -> str:
     if choice.finish_reason == "length":
         return "cut"
     try:
-        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        draft = jsonschema.Draft202012Validator
+        validator = draft(schema, format_checker=draft.FORMAT_CHECKER)
         validator.validate(json.loads(choice.message.content))
     except (ValueError, jsonschema.ValidationError) as error:
         return f"schema {number} {json.dumps(schema)}: {choice.message.content!r}: {str(error)[:300]}"

@@ -112,6 +112,8 @@ class Letters:
         (Grammar(kind="ebnf", text="root ::= nobody"), "the ebnf cannot be followed: .*nobody"),
         (Grammar(kind="json_schema", text="{"), "the json_schema cannot be followed"),
         (Grammar(kind="structural_tag", text="[]"), "the structural_tag cannot be followed"),
+        (Grammar(kind="ebnf", text="root ::= root"), "allows no answer"),
+        (Grammar(kind="json_schema", text='{"$ref": "#"}'), "allows no answer"),
         (Grammar(kind="compiled", text="{}"), "the compiled cannot be followed"),
     ],
 )
