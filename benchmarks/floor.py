@@ -49,7 +49,13 @@ def cost(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> Cost:
     return Cost(
         weight_bytes=bytes_of[recipe.weights] + head_bytes[recipe.head],
         parameters=linears + head,
-        kv_bytes=page_bytes(config, page_len=1, dtype=dtype, quantized=recipe.kv == "kv8"),
+        kv_bytes=page_bytes(
+            config,
+            page_len=1,
+            dtype=dtype,
+            quantized=recipe.kv == "kv8",
+            per_token=recipe.kv_granularity == "token",
+        ),
     )
 
 

@@ -26,7 +26,7 @@ from pipelines.evaluate import evaluate
 from pipelines.evaluation.kept import Baseline
 from pipelines.evaluation.texts import Item, Question, answer_items, document_items
 from pipelines.recipe_fields import weights_part
-from pipelines.schema import Weights
+from pipelines.schema import KV, Weights
 from pipelines.slices import PATHS, Call
 from pipelines.sources import folder_digest, text_digest
 from pipelines.toolchain import toolchain
@@ -76,8 +76,13 @@ def measure_model(data: Path, name: str, recipes: Sequence[str], tested: str) ->
             "tp": 1,
             "name": name,
             "session_len": 0,
-            "recipe": {"weights": weights, "kv": kv or "kv16", "group_size": chosen.get("group_size", 0)},
-            "kv": {"name": kv or "kv16", "symmetric": False},
+            "recipe": {
+                "weights": weights,
+                "kv": kv or "kv16",
+                "group_size": chosen.get("group_size", 0),
+                "kv_granularity": KV().granularity if kv else "tensor",
+            },
+            "kv": {"name": kv or "kv16", "granularity": KV().granularity, "symmetric": False},
             "calibration": None,
         }
         quantized = run(quantize, f"quantize-{weights}", content, calibrate=calibrated)

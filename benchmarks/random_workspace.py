@@ -11,7 +11,7 @@ from engine.config import ModelConfig, Recipe
 from engine.runtime.token_bytes import byte_level_alphabet
 from engine.storage.artifacts import write_manifest
 from engine.storage.config_ini import weight_type_of, write_config_ini
-from engine.storage.kv_scale_files import heads_of, write_head_scales
+from engine.storage.kv_scale_files import layer_of, write_layer_scales
 from engine.storage.triton_repository import write_repository
 from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS, write_weights
 
@@ -39,10 +39,11 @@ def write_workspace(
         session_len=session_len or config.max_position_embeddings,
         weight_type=weight_type_of(config, recipe),
     )
-    if recipe.kv == "kv8":
+    if recipe.kv == "kv8" and recipe.kv_granularity != "token":
         scales = random_kv_scales(config)
         for layer in range(config.num_layers):
-            write_head_scales(folder / WEIGHTS, layer, heads_of(scales, layer), tp)
+            rows = layer_of(scales, layer)
+            write_layer_scales(folder / WEIGHTS, layer, rows, granularity=recipe.kv_granularity, tp=tp)
     write_tokenizer(folder / TOKENIZER, config.vocab_size)
     write_repository(folder, model_name=name, tp=tp)
     entries = [replace(entry, path=f"{WEIGHTS}/{entry.path}") for entry in written]

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from engine.cache_size import CACHE_SIZES, CacheSize, is_cache_size
+from engine.wording import shown
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 GrammarKind = Literal["json", "json_schema", "regex", "ebnf", "structural_tag", "compiled"]
+
+KVGranularity = Literal["tensor", "head", "channel", "token"]
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "qwen", "turbomind"]
 
@@ -74,21 +77,37 @@ HEADS = ("fp16", "int8", "int4")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What is quantized: weights and KV cache are two nouns, so that they compose. `head` is the output matrix beside
-    w4a16 weights, one of HEADS; fp16 is what the other floats are."""
+    """What is quantized: weights and KV cache are two nouns, so that they compose.
+
+    `head` is the output matrix beside w4a16 weights, one of HEADS; fp16 is what the other floats are. `kv_granularity`
+    says what has a scale and a zero point of its own in an int8 cache: the KV heads of a rank together (tensor:
+    TurboMind's), a head, a channel of a head, or a head of every single token (token). Of kv16 it is tensor.
+    """
 
     weights: str = "fp16"
     kv: str = "kv16"
     group_size: int = 0
     head: str = "fp16"
+    kv_granularity: KVGranularity = "tensor"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("head", self.head, HEADS),
+            ("kv_granularity", self.kv_granularity, get_args(KVGranularity)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {shown(value)}, not one of {', '.join(allowed)}.")
 
     def fields(self) -> dict[str, Any]:
-        """The fields as JSON has them; an fp16 head is not said."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("head", "fp16")}
+        """The fields as JSON has them; an fp16 head, and TurboMind's granularity, are not said."""
+        unsaid = {"head": "fp16", "kv_granularity": "tensor"}
+        return {name: value for name, value in asdict(self).items() if unsaid.get(name) != value}
 
     def __str__(self) -> str:
+        """`w4a16`, `w4a16-kv8`, and `w4a16-kv8-channel` where TurboMind's granularity is not the one."""
         weights = self.weights if self.head == "fp16" else f"{self.weights}-{self.head}head"
-        return weights if self.kv == "kv16" else f"{weights}-{self.kv}"
+        finer = "" if self.kv_granularity == "tensor" else f"-{self.kv_granularity}"
+        return weights if self.kv == "kv16" else f"{weights}-{self.kv}{finer}"
 
 
 # Fields of EngineConfig that are open when they are 0, and when they are None.

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import yaml
@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.config import EngineConfig, Recipe
+from engine.config import EngineConfig, KVGranularity, Recipe
 from pipelines import schema
 from pipelines.hydra_errors import paragraph
 from pipelines.ini_options import check_overrides
@@ -169,8 +169,10 @@ def check_device(root: Path, config: Config) -> None:
     head = weights.head if weights.name == "w4a16" else "fp16"
     recipe = checkpoint.recipe if as_is else Recipe(weights=weights.name, group_size=group_size, head=head)
     length = min(config.evaluation.sequence_length, checkpoint.config.max_position_embeddings)
+    granularity = config.kv.granularity if config.kv.name == "kv8" else "tensor"
+    with_kv = replace(recipe, kv=config.kv.name, kv_granularity=cast(KVGranularity, granularity))
     # The baseline runs the checkpoint as it lies, with the KV cache as computed.
-    for each in (checkpoint.recipe, replace(recipe, kv=config.kv.name)):
+    for each in (checkpoint.recipe, with_kv):
         check_capability(checkpoint.config, each, options, probe_device(options.device), session_len=length)
 
 

@@ -14,9 +14,11 @@ stage depends. Slices, by stage (key):
                                                  method, symmetric and what the method uses}, toolchain}
     shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: all but w4a16)
     export     ...-tp-kv                        {model, name, session_len, [template], [ini: {key: value}], tp,
-                                                 kv: {name, [symmetric]}, recipe: {weights, kv, group_size},
+                                                 kv: {name, [granularity, [symmetric]]},
+                                                 recipe: {weights, kv, group_size, [kv_granularity]},
                                                  calibration: SHA-256 of the calibration part above, or null where
-                                                 nothing of it is in the artifact (fp16 or as_is, with kv16)}
+                                                 nothing of it is in the artifact (fp16 or as_is, with kv16
+                                                 or scales of every token)}
     baseline   model-evaluation                 {model, [template], evaluation: {text, sequence_length, max_tokens,
                                                  questions: record | null, answer_tokens}, toolchain}
     evaluate   ...-tp-kv                        {evaluation: {name, sequence_length, answer_tokens, gates: {confidence,
@@ -142,7 +144,9 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
     calibration = known.calibration(config.calibration)
     head = {"head": weights["head"]} if "head" in weights else {}
     recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0), **head}
-    calibrated = recipe["weights"] not in UNCALIBRATED or recipe["kv"] != "kv16"
+    if kv["name"] != "kv16":
+        recipe["kv_granularity"] = kv["granularity"]
+    calibrated = recipe["weights"] not in UNCALIBRATED or kv.get("granularity", "token") != "token"
     measured = {
         "text": known.text("evaluation.text", config.evaluation.text),
         "questions": known.questions(config.evaluation),
@@ -247,7 +251,10 @@ def main() -> int:
 
 
 def _kv(kv: schema.KV) -> dict[str, Any]:
-    return {"name": kv.name} if kv.name == "kv16" else _fields(kv, "name", "symmetric")
+    """The part `kv` of a slice: the fields that it uses."""
+    if kv.name == "kv16":
+        return {"name": kv.name}
+    return _fields(kv, "name", "granularity", *(() if kv.granularity == "token" else ("symmetric",)))
 
 
 def _fields(value: object, *names: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.config import EngineConfig
-from engine.models.cache import page_bytes
+from engine.models.cache import PerToken, page_bytes
 from engine.runtime.capability import check_capability, probe_device
 from engine.runtime.engine import Engine
 from engine.runtime.tokenizer import Tokenizer
@@ -91,7 +91,11 @@ def evaluate(
             "checkpoint_weight_bytes": baseline.weight_bytes,
             "artifact_bytes": manifest.size,
             "kv_bytes_per_token": page_bytes(
-                model.config, page_len=1, dtype=torch.float16, quantized=scales is not None
+                model.config,
+                page_len=1,
+                dtype=torch.float16,
+                quantized=scales is not None,
+                per_token=isinstance(scales, PerToken),
             ),
         },
         gates=gates,

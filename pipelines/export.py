@@ -20,11 +20,11 @@ from engine.runtime.tokenizer import Tokenizer
 from engine.storage.artifacts import write_manifest
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.config_ini import weight_type_of, write_config_ini
-from engine.storage.kv_scale_files import write_kv_scales
+from engine.storage.kv_scale_files import write_kv_scales, write_layer_scales
 from engine.storage.triton_repository import write_repository
 from engine.storage.workspace import CONFIG_INI, TOKENIZER, WEIGHTS
 from pipelines.chat_templates import open_tokenizer, write_template
-from pipelines.quant.kv import layer_scales
+from pipelines.quant.kv import fine_scales, layer_scales
 from pipelines.slices import Call, locate, output, run_stage
 from pipelines.sources import pickled, small_files
 from pipelines.template_files import OWN
@@ -37,7 +37,9 @@ def work(call: Call) -> None:
     source, recipe, tp = locate(content["model"]), Recipe(**content["recipe"]), content["tp"]
     as_is = recipe.weights == "as_is"
     checkpoint = Checkpoint(source, allow_bin=pickled(content["model"]), allow_quantized=as_is)
-    config, recipe = checkpoint.config, replace(checkpoint.recipe, kv=recipe.kv) if as_is else recipe
+    config = checkpoint.config
+    if as_is:
+        recipe = replace(checkpoint.recipe, kv=recipe.kv, kv_granularity=recipe.kv_granularity)
     with output(call.out) as folder:
         weights = folder / WEIGHTS
         weights.mkdir(parents=True)
@@ -53,7 +55,7 @@ def work(call: Call) -> None:
             weight_type=weight_type_of(config, recipe),
             extra=content.get("ini"),
         )
-        if recipe.kv == "kv8":
+        if recipe.kv == "kv8" and recipe.kv_granularity != "token":
             write_scales(weights, config, inputs["calibrate"], inputs["quantize"], tp=tp, kv=content["kv"])
         write_repository(folder, model_name=content["name"], tp=tp)
         artifact = write_manifest(
@@ -71,14 +73,18 @@ def work(call: Call) -> None:
 def write_scales(
     weights: Path, config: ModelConfig, calibration: Path, quantized: Path, *, tp: int, kv: dict[str, Any]
 ) -> None:
-    """The scales of int8 K and V of every layer and rank, V's for the smoothed v_proj where there is one."""
+    """The scales of int8 K and V of every layer, V's for the smoothed v_proj where there is one."""
     statistics = load_file(calibration / "stats.safetensors")
     smoothed = quantized / "smoothing.safetensors"
     smoothing = load_file(smoothed) if smoothed.is_file() else {}
     for layer in range(config.num_layers):
         divisor = smoothing.get(names.layer_name(layer, "self_attn.v_proj"))
-        scales = layer_scales(statistics, layer, tp=tp, smoothing=divisor, symmetric=kv["symmetric"])
-        write_kv_scales(weights, layer, scales)
+        granularity, options = kv["granularity"], {"smoothing": divisor, "symmetric": kv["symmetric"]}
+        if granularity == "tensor":
+            write_kv_scales(weights, layer, layer_scales(statistics, layer, tp=tp, **options))
+        else:
+            scales = fine_scales(statistics, layer, granularity, **options)
+            write_layer_scales(weights, layer, scales, granularity=granularity, tp=tp)
 
 
 def calibrated_on(declared: str | None, calibration: Path) -> dict[str, str] | None:

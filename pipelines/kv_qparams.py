@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from engine.models import names
 from engine.storage.artifacts import MANIFEST
 from engine.storage.config_ini import read_config_ini
-from engine.storage.ini_edit import write_with_value
+from engine.storage.ini_edit import write_with_value, write_without
 from engine.storage.ini_keys import KV_INT8
-from engine.storage.kv_scale_files import runs_file, write_kv_scales
+from engine.storage.kv_scale_files import channels_file, runs_file, write_kv_scales
 from engine.storage.workspace import CONFIG_INI, WEIGHTS
 from pipelines.quant.kv import layer_scales
 
@@ -38,8 +38,9 @@ def write_kv_qparams(
     """Write `layers.*.past_kv_scale.*.weight` into the folder of weights, and `quant_policy = 4` into its config.ini.
 
     `work_folder` holds calibration's stats.safetensors, and the quantized weights' smoothing.safetensors where V was
-    smoothed. Without a config.ini in `weights`, scales alone are written. Every file is replaced as a whole; config.ini
-    is the last. ValueError or FileNotFoundError before a byte is written.
+    smoothed. Scales that are finer than the reference's give way to these. Without a config.ini in `weights`, scales
+    alone are written. Every file is replaced as a whole; config.ini is the last. ValueError or FileNotFoundError before
+    a byte is written.
     """
     if bits != KV_BITS:
         raise ValueError(f"--kv-bits {bits} is not supported: keys and values are cached in 8 bits or as computed")
@@ -79,9 +80,11 @@ def write_kv_qparams(
             write_kv_scales(Path(temporary), layer, scales)
             rows += [(layer, rank, *row) for rank, row in enumerate(scales)]
         for layer in range(num_layers):
-            (weights / runs_file(layer)).unlink(missing_ok=True)
+            for finer in (runs_file(layer), channels_file(layer)):
+                (weights / finer).unlink(missing_ok=True)
         for path in Path(temporary).iterdir():
             path.replace(weights / path.name)
     if config_ini.is_file():
+        write_without(config_ini, config_ini, "kv_granularity")
         write_with_value(config_ini, config_ini, "quant_policy", KV_INT8)
     return Written(rows=rows, config_ini=config_ini if config_ini.is_file() else None, warning=warning)

@@ -19,6 +19,7 @@ from pipelines.text_options import Calibration, Text, calibration_problems, text
 WEIGHTS = ("fp16", "w8a8", "w4a16", "as_is")
 METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 KVS = ("kv16", "kv8")
+GRANULARITIES = ("tensor", "head", "channel", "token")
 
 
 @dataclass
@@ -69,9 +70,15 @@ class Weights:
 
 @dataclass
 class KV:
-    """How keys and values are cached: as computed (kv16), or as int8 (kv8)."""
+    """How keys and values are cached: as computed (kv16), or as int8 (kv8).
+
+    `granularity` says what has a scale and a zero point of its own: the KV heads of a rank together (`tensor`:
+    TurboMind's), a `head`, a `channel` of a head, or a head of every single token (`token`, which needs no
+    calibration). `symmetric` scales have zero point 0.
+    """
 
     name: str = "kv16"
+    granularity: str = "channel"
     symmetric: bool = False
 
 
@@ -155,6 +162,9 @@ def _problems(config: Config) -> Iterator[str]:
     yield from one_of("weights.search", weights.search, ("grid", "none"))
     yield from one_of("weights.method", weights.method, METHODS)
     yield from one_of("kv.name", config.kv.name, KVS)
+    yield from one_of("kv.granularity", config.kv.granularity, GRANULARITIES)
+    if config.kv.symmetric and config.kv.granularity == "token":
+        yield "kv.symmetric=true is for scales of calibration; with kv.granularity=token they are each token's own"
     yield from ini_options.problems(config.ini)
     for key, number, least in (
         ("tp", config.tp, 1),

@@ -55,7 +55,7 @@ class DecoderLayer:
         if pages is None:
             attended = self.attend(normed, batch, rope, observe)
         else:
-            attended = self.attend_cached(normed, batch, pages, rope)
+            attended = self.attend_cached(normed, batch, pages, rope, observe)
         _tell(observe, (names.OUTPUT,), attended)
         hidden = self.after_attention(hidden, attended)
         normed = self.mlp_input(hidden)
@@ -74,23 +74,21 @@ class DecoderLayer:
         """What o reads: [T, heads * head_dim], from packed whole sequences that attend to themselves alone."""
         config = self.config
         _tell(observe, names.QKV, normed)
-        query, key, value = ops.split_heads(self._qkv.forward(normed), config.num_heads, config.head_dim)
-        if config.qk_norm:
-            query, key = (
-                reference.rms_norm(x, weight, config.norm_eps)
-                for x, weight in zip((query, key), self._head_norms, strict=True)
-            )
-        query, key = reference.apply_rope(query, key, *rope)
-        _tell(observe, ("self_attn.k",), key)
-        _tell(observe, ("self_attn.v",), value)
+        query, key, value = self._rotated(self._qkv.forward(normed), rope, observe)
         scale = config.head_dim**-0.5
         return ops.causal_attention(query, key, value, batch.query_starts, scale, config.sliding_window).flatten(1)
 
-    def attend_cached(self, normed: Rows, batch: Batch, pages: KVPages, rope: Rope) -> Tensor:
+    def attend_cached(
+        self, normed: Rows, batch: Batch, pages: KVPages, rope: Rope, observe: Observe | None = None
+    ) -> Tensor:
         """The same over the cache, in which K and V of the batch's tokens are afterwards."""
-        config = self.config
+        config, qkv = self.config, self._qkv.forward(normed)
+        if observe is not None:
+            # What is written is rotated on its way into the pages: to be told, it is computed once more.
+            _tell(observe, names.QKV, normed)
+            self._rotated(qkv, rope, observe)
         query = ops.rope_write_kv(
-            self._qkv.forward(normed),
+            qkv,
             *rope,
             (self._head_norms[0], self._head_norms[1]) if config.qk_norm else None,
             config.norm_eps,
@@ -100,6 +98,19 @@ class DecoderLayer:
         )
         scale = config.head_dim**-0.5
         return ops.paged_attention(query, pages, batch, scale, config.sliding_window).flatten(1)
+
+    def _rotated(self, qkv: Tensor, rope: Rope, observe: Observe | None) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        query, key, value = ops.split_heads(qkv, config.num_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = (
+                reference.rms_norm(x, weight, config.norm_eps)
+                for x, weight in zip((query, key), self._head_norms, strict=True)
+            )
+        query, key = reference.apply_rope(query, key, *rope)
+        _tell(observe, ("self_attn.k",), key)
+        _tell(observe, ("self_attn.v",), value)
+        return query, key, value
 
     def after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The residual stream between attention and MLP: [T, hidden]."""

@@ -111,9 +111,13 @@ def _check_memory(
     if session_len < 1:
         return  # said where it is used
 
+    def size(dtype: torch.dtype, kv: str) -> int:
+        per_token = recipe.kv_granularity == "token"
+        return page_bytes(config, page_len=page_len, dtype=dtype, quantized=kv == "kv8", per_token=per_token)
+
     def pages(dtype: torch.dtype, kv: str, entry: CacheSize, session_len: int) -> int:
         """Pages that there would be room for; 0 where one sequence does not fit."""
-        page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=kv == "kv8")
+        page = size(dtype, kv)
         left = device.free_bytes - weight_bytes(config, recipe, dtype)
         try:
             count = page_count(
@@ -125,7 +129,7 @@ def _check_memory(
 
     if pages(dtype, recipe.kv, entry, session_len):
         return
-    page = page_bytes(config, page_len=page_len, dtype=dtype, quantized=recipe.kv == "kv8")
+    page = size(dtype, recipe.kv)
     runs = []
     if fitting := pages(dtype, recipe.kv, entry, 1):
         runs.append(f"session_len={fitting * page_len}")

@@ -116,7 +116,9 @@ class Engine:
                 "Set quant_policy to 0, or build the artifact with kv=kv8."
             )
         session_len = config.session_len
-        recipe = replace(workspace.recipe, kv="kv8" if scales is not None else "kv16")
+        recipe = replace(workspace.recipe, kv="kv16", kv_granularity="tensor")
+        if scales is not None:
+            recipe = replace(recipe, kv="kv8", kv_granularity=workspace.ini.ingot.kv_granularity)
         check_capability(workspace.config, recipe, config, probe_device(config.device), session_len=session_len)
         dtype = computing_dtype(workspace.config, config)
         model_config = config.applied_to(workspace.config)

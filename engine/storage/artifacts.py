@@ -246,8 +246,8 @@ def _parse(raw: bytes, path: Path) -> Manifest:
     return manifest
 
 
-def _recipe(*, weights: object, kv: object, group_size: object, head: object = "fp16") -> Recipe:
-    return Recipe(weights=_text(weights), kv=_text(kv), group_size=_whole(group_size, least=0), head=_text(head))
+def _recipe(*, weights: object, kv: object, group_size: object, **finer: object) -> Recipe:
+    return Recipe(weights=_text(weights), kv=_text(kv), group_size=_whole(group_size, least=0), **finer)  # type: ignore[arg-type]
 
 
 def _entry(*, path: object, size: object, sha256: object) -> FileEntry:

@@ -75,7 +75,7 @@ def write_config_ini(
     }
     if config.rope_scaling is not None and config.rope_scaling.kind == "turbomind":
         values["rope_scaling_factor"] = config.rope_scaling.factor
-    ours = ingot_section.section_of(config)
+    ours = ingot_section.section_of(config, recipe)
     if weight_type == "int8" and config.dtype == "bfloat16":
         ours = replace(ours, float_type=BFLOAT16)
     if recipe.head != "fp16":

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.config import HEADS, ModelConfig, RopeKind, RopeScaling
+from engine.config import HEADS, KVGranularity, ModelConfig, Recipe, RopeKind, RopeScaling
 from engine.wording import cut, shown
 
 SECTION = "ingot"
@@ -24,22 +24,25 @@ LARGEST = 2**31 - 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngotSection:
     """`hidden_size` is None where it is heads x head_dim; `float_type` is "bf16" where what is not int8 is that and not
-    fp16; `head` is "int8" or "int4" where the output matrix is; the others are ModelConfig's."""
+    fp16; `head` is "int8" or "int4" where the output matrix is; `kv_granularity` is Recipe's, the others ModelConfig's.
+    """
 
     float_type: str | None = None
     head: str | None = None
     hidden_size: int | None = None
+    kv_granularity: KVGranularity = "tensor"
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
 
 
-def section_of(config: ModelConfig) -> IngotSection:
-    """What has to be said of a model."""
+def section_of(config: ModelConfig, recipe: Recipe) -> IngotSection:
+    """What has to be said of a model and its recipe."""
     square = config.hidden_size == config.num_heads * config.head_dim
     scaling = config.rope_scaling
     return IngotSection(
         hidden_size=None if square else config.hidden_size,
+        kv_granularity=recipe.kv_granularity if recipe.kv == "kv8" else "tensor",
         qk_norm=config.qk_norm,
         rope_scaling=None if scaling is not None and scaling.kind == IN_LLAMA else scaling,
         sliding_window=config.sliding_window,
@@ -79,6 +82,12 @@ def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
         raise ValueError(f'{path}: [{SECTION}] float_type = {cut(texts["float_type"])} may only be "bf16"')
     if "head" in values and values["head"] not in HEADS[1:]:
         raise ValueError(f"{path}: [{SECTION}] head = {cut(texts['head'])} must be one of {', '.join(HEADS[1:])}")
+    granularities = get_args(KVGranularity)
+    if values.get("kv_granularity", "tensor") not in granularities:
+        raise ValueError(
+            f"{path}: [{SECTION}] kv_granularity = {cut(texts['kv_granularity'])} must be one of "
+            + ", ".join(f'"{name}"' for name in granularities)
+        )
     if "rope_scaling" in values:
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"], texts["rope_scaling"], path)
     return IngotSection(**values)

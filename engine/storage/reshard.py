@@ -7,9 +7,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from engine.models.cache import KVScales
 from engine.storage.artifacts import MANIFEST, FileEntry, list_files, read_manifest, write_manifest
 from engine.storage.ini_edit import write_with_value
-from engine.storage.kv_scale_files import heads_of, write_head_scales
+from engine.storage.kv_scale_files import layer_of, write_layer_scales
 from engine.storage.workspace import CONFIG_INI, WEIGHTS, Workspace, write_weights
 
 TRITON_CONFIG = "config.pbtxt"
@@ -27,9 +28,10 @@ def reshard(source: Path, target: Path, tp: int) -> list[FileEntry]:
     weights, scales = target / WEIGHTS, workspace.kv_scales()
     written = write_weights(weights, workspace.config, workspace.tensor, recipe=workspace.recipe, tp=tp)
     write_with_value(source / WEIGHTS / CONFIG_INI, weights / CONFIG_INI, "tensor_para_size", tp)
-    if scales is not None:
+    if isinstance(scales, KVScales):
+        granularity = workspace.recipe.kv_granularity
         for layer in range(workspace.config.num_layers):
-            write_head_scales(weights, layer, heads_of(scales, layer), tp)
+            write_layer_scales(weights, layer, layer_of(scales, layer), granularity=granularity, tp=tp)
     for name in list_files(source)[0]:
         if name != MANIFEST and WEIGHTS not in Path(name).parents:
             (target / name).parent.mkdir(parents=True, exist_ok=True)

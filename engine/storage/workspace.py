@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
-from engine.models.cache import KVScales
+from engine.models.cache import KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.storage import head_files
 from engine.storage import turbomind_files as files
@@ -19,7 +19,7 @@ from engine.storage.artifacts import FileEntry
 from engine.storage.config_ini import RECIPE_OF, model_config_of, read_config_ini
 from engine.storage.file_writer import BLOCK_BYTES, FileWriter
 from engine.storage.ini_keys import KV_INT8
-from engine.storage.kv_scale_files import read_kv_scales
+from engine.storage.kv_scale_files import read_scales
 from engine.storage.parts import cast, join_part, split_part
 from engine.storage.rank_weights import RankWeights, rank_scales
 from engine.storage.turbomind_files import Part
@@ -114,6 +114,7 @@ class Workspace:
             kv="kv8" if self.ini.quant_policy == KV_INT8 else "kv16",
             group_size=self.ini.group_size,
             head=self.ini.ingot.head or "fp16",
+            kv_granularity=self.ini.ingot.kv_granularity if self.ini.quant_policy == KV_INT8 else "tensor",
         )
         try:
             files.check_fits(self.config, self.recipe, self.tp)
@@ -163,21 +164,16 @@ class Workspace:
         """All tensors by canonical name, read when asked for."""
         return _Weights(self)
 
-    def kv_scales(self, *, unused: bool = False) -> KVScales | None:
-        """Scale and zero point per layer and KV head (a rank's pair repeated); None for a kv16 workspace.
+    def kv_scales(self, *, unused: bool = False) -> KVScales | PerToken | None:
+        """How K and V are quantized; None for a kv16 workspace.
 
         With `unused`, what lies in a workspace whose config.ini does not use it (quant_policy 0), None if nothing does.
         """
-        if self.recipe.kv == "kv16" and not (unused and any(self._weights.glob("layers.*.past_kv_scale.*"))):
+        granularity = self.ini.ingot.kv_granularity
+        lies = granularity == "token" or any(self._weights.glob("layers.*.past_kv_scale.*"))
+        if self.recipe.kv == "kv16" and not (unused and lies):
             return None
-        config = self.config
-        return read_kv_scales(
-            self._weights,
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            tp=self.tp,
-        )
+        return read_scales(self._weights, self.config, granularity, tp=self.tp)
 
     def rank_weights(self, rank: int, tp: int) -> Mapping[str, Tensor]:
         """The tensors of one of `tp` ranks, whatever tp the folder was written for, read and cut when asked for.
@@ -187,10 +183,10 @@ class Workspace:
         files.check_fits(self.config, self.recipe, tp)
         return RankWeights(self.weights(), self.config, self.recipe, rank=rank, tp=tp)
 
-    def rank_kv_scales(self, rank: int, tp: int) -> KVScales | None:
+    def rank_kv_scales(self, rank: int, tp: int) -> KVScales | PerToken | None:
         """`kv_scales` of the KV heads that one of `tp` ranks keeps."""
         scales = self.kv_scales()
-        return None if scales is None else rank_scales(scales, rank, tp)
+        return rank_scales(scales, rank, tp) if isinstance(scales, KVScales) else scales
 
     def _map(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         path = self._weights / name

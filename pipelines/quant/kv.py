@@ -1,4 +1,4 @@
-"""Scales of the int8 KV cache: one scale and zero point per layer and tensor-parallel rank, over the rank's heads.
+"""Scales of the int8 KV cache, for the heads of a tensor-parallel rank together, for a head, or for a channel of it.
 
 A stored byte is `round((x - zero) / scale) + 128`: `zero = (min + max) / 2`, `scale = (max - min) / 255`.
 """
@@ -10,23 +10,31 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from engine.config import KVGranularity
+
 STEPS = 255
 SYMMETRIC_STEPS = 127
 
 
-def scale_and_zero(low: Tensor, high: Tensor, *, symmetric: bool = False) -> tuple[float, float]:
-    """Scale and zero point of values between `low` and `high` (any shapes), in float32.
+def pairs(low: Tensor, high: Tensor, *, symmetric: bool = False) -> Tensor:
+    """Scale and zero point, float32 [..., 2], of values between `low` and `high` [...].
 
     Symmetric ones have zero point 0 and reach to the largest magnitude. The scale is never 0: for a range that is one
     value it is that value's float32 precision, and the value itself, as the zero point, is exact.
     """
-    least, most = low.float().min(), high.float().max()
-    if not bool(torch.isfinite(least) and torch.isfinite(most)):
+    low, high = low.float(), high.float()
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError("the recorded range of the KV cache is not finite: calibrate again")
-    zero = torch.zeros(()) if symmetric else (least + most) / 2
-    span = torch.maximum(-least, most) / SYMMETRIC_STEPS if symmetric else (most - least) / STEPS
-    smallest = torch.maximum(zero.abs(), torch.ones(())) * torch.finfo(torch.float32).eps
-    return float(torch.maximum(span, smallest)), float(zero)
+    zero = torch.zeros_like(low) if symmetric else (low + high) / 2
+    span = torch.maximum(-low, high) / SYMMETRIC_STEPS if symmetric else (high - low) / STEPS
+    smallest = zero.abs().clamp(min=1.0) * torch.finfo(torch.float32).eps
+    return torch.stack([torch.maximum(span, smallest), zero], dim=-1)
+
+
+def scale_and_zero(low: Tensor, high: Tensor, *, symmetric: bool = False) -> tuple[float, float]:
+    """The one pair of all values between `low` and `high` (any shapes)."""
+    scale, zero = pairs(low.min(), high.max(), symmetric=symmetric).tolist()
+    return scale, zero
 
 
 def scale_and_zero_as_reference(low: Tensor, high: Tensor) -> tuple[float, float]:
@@ -55,15 +63,42 @@ def layer_scales(
 
     Raises ValueError where the KV heads cannot be divided over the ranks.
     """
-    module = f"model.layers.{layer}"
-    key_low, key_high = statistics[f"key/min/{module}"], statistics[f"key/max/{module}"]
-    value_low, value_high = smoothed_range(
-        statistics[f"value/min/{module}"], statistics[f"value/max/{module}"], smoothing
-    )
-    if len(key_low) % tp:
-        raise ValueError(f"{len(key_low)} KV heads cannot be divided over tp={tp} ranks: choose a tp that divides them")
-    ranks = zip(*(tensor.chunk(tp) for tensor in (key_low, key_high, value_low, value_high)), strict=True)
+    ranges = _ranges(statistics, layer, smoothing)
+    if len(ranges[0]) % tp:
+        raise ValueError(
+            f"{len(ranges[0])} KV heads cannot be divided over tp={tp} ranks: choose a tp that divides them"
+        )
     return [
         (*scale_and_zero(k_low, k_high, symmetric=symmetric), *scale_and_zero(v_low, v_high, symmetric=symmetric))
-        for k_low, k_high, v_low, v_high in ranks
+        for k_low, k_high, v_low, v_high in zip(*(tensor.chunk(tp) for tensor in ranges), strict=True)
     ]
+
+
+def fine_scales(
+    statistics: Mapping[str, Tensor],
+    layer: int,
+    granularity: KVGranularity,
+    *,
+    smoothing: Tensor | None = None,
+    symmetric: bool = False,
+) -> Tensor:
+    """(k_scale, k_zero, v_scale, v_zero) of every channel, float32 [kv_heads, head_dim, 4], whatever the ranks.
+
+    A `head` has one pair, repeated over its channels; a `channel` has its own.
+    """
+    if granularity not in ("head", "channel"):
+        raise ValueError(f"the granularity {granularity} has no scales of heads or channels")
+    found = []
+    key_low, key_high, value_low, value_high = _ranges(statistics, layer, smoothing)
+    for low, high in ((key_low, key_high), (value_low, value_high)):
+        if granularity == "head":
+            low, high = low.amin(1, keepdim=True).expand_as(low), high.amax(1, keepdim=True).expand_as(high)
+        found.append(pairs(low, high, symmetric=symmetric))
+    return torch.cat(found, dim=-1)
+
+
+def _ranges(statistics: Mapping[str, Tensor], layer: int, smoothing: Tensor | None) -> tuple[Tensor, ...]:
+    """Lowest and highest K, lowest and highest V of every channel: [kv_heads, head_dim] each."""
+    module = f"model.layers.{layer}"
+    value = smoothed_range(statistics[f"value/min/{module}"], statistics[f"value/max/{module}"], smoothing)
+    return statistics[f"key/min/{module}"], statistics[f"key/max/{module}"], *value

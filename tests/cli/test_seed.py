@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from cli.main import main
 from engine.config import EngineConfig, Sampling
 from engine.runtime.engine import Engine
+from engine.storage.kv_scale_files import write_layer_scales
 from engine.storage.workspace import WEIGHTS, Workspace
 from tests.pipelines.tiny_checkpoint import write_tiny_checkpoint
 from tests.shared_data import shared
@@ -209,6 +210,22 @@ def test_symmetric_scales_are_absmax_over_127_with_zero_points_of_0(tmp_path, fl
             ]
             np.testing.assert_allclose(row, [largest[0] / 127, 0, largest[1] / 127, 0], rtol=1e-6)
     assert len(answer(target)) == 4
+
+
+def test_scales_of_a_rank_take_the_place_of_finer_ones(tmp_path):
+    target = tmp_path / "workspace"
+    write_statistics(tmp_path / "work")
+    assert main(["convert", "tiny", str(write_tiny_checkpoint(tmp_path / "model")), "--dst-path", str(target)]) == 0
+    weights, config = target / WEIGHTS, Workspace(target).config
+    for layer in range(2):
+        rows = torch.rand(config.num_kv_heads, config.head_dim, 4) + 0.01
+        write_layer_scales(weights, layer, rows, granularity="channel", tp=1)
+    plain = (weights / "config.ini").read_text()
+    (weights / "config.ini").write_text(f'{plain}[ingot]\nkv_granularity = "channel"\n\n')
+    assert main(["lite", "kv_qparams", str(tmp_path / "work"), str(weights)]) == 0
+    assert (weights / "config.ini").read_text() == plain.replace("quant_policy = 0", "quant_policy = 4")
+    assert not list(weights.glob("*.channels")) and len(list(weights.glob("*.past_kv_scale.0.weight"))) == 2
+    assert str(Workspace(target).recipe) == "fp16-kv8" and len(answer(target)) == 4
 
 
 def test_only_a_workspace_is_overwritten_and_it_is_replaced_as_a_whole(tmp_path, capsys):

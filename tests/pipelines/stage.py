@@ -64,30 +64,34 @@ class Build:
         }
         return self._run(shard, f"shard-{weights['name']}-{tp}", content, quantize=quantized)
 
-    def export(self, weights, kv: str, *, tp: int = 1, symmetric: bool = False, **inputs: Path) -> Path:
+    def export(
+        self, weights, kv: str, *, tp: int = 1, granularity: str = "tensor", symmetric: bool = False, **inputs: Path
+    ) -> Path:
         recipe = {"weights": weights["name"], "kv": kv, "group_size": weights.get("group_size", 0)} | head_of(weights)
+        recipe["kv_granularity"] = granularity
+        finer = "" if granularity == "tensor" else f"-{granularity}"
         content = {
             "model": self.model,
             "name": "tiny",
             "session_len": 0,
             "recipe": recipe,
             "tp": tp,
-            "kv": {"name": kv} if kv == "kv16" else {"name": kv, "symmetric": symmetric},
+            "kv": {"name": kv} if kv == "kv16" else {"name": kv, "granularity": granularity, "symmetric": symmetric},
             "calibration": None if (weights["name"], kv) == ("fp16", "kv16") else "0" * 64,
         }
         if self.template:
             content["template"] = self.template
         if self.ini:
             content["ini"] = self.ini
-        return self._run(export, f"export-{weights['name']}-{tp}-{kv}", content, **inputs)
+        return self._run(export, f"export-{weights['name']}-{tp}-{kv}{finer}", content, **inputs)
 
-    def artifact(self, weights, kv: str, *, tp: int = 1, symmetric: bool = False) -> Path:
+    def artifact(self, weights, kv: str, *, tp: int = 1, granularity: str = "tensor", symmetric: bool = False) -> Path:
         """All four stages."""
         calibrated = self.calibrate()
         quantized = self.quantize(weights, calibrated)
         sharded = self.shard(weights, quantized, tp=tp)
         inputs = {"shard": sharded, "quantize": quantized, "calibrate": calibrated}
-        return self.export(weights, kv, tp=tp, symmetric=symmetric, **inputs)
+        return self.export(weights, kv, tp=tp, granularity=granularity, symmetric=symmetric, **inputs)
 
     def _run(self, stage, name: str, content, **inputs: Path) -> Path:
         out = self.root / name

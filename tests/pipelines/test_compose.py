@@ -127,8 +127,19 @@ def test_a_slice_holds_what_its_stage_needs_and_no_path(project):
         "calibration": None,
     }
     assert len(found["export/one-demo_text-fp16-1-kv8"]["calibration"]) == 64
+    export = found["export/one-demo_text-fp16-1-kv8"]
+    assert export["kv"] == {"name": "kv8", "granularity": "channel", "symmetric": False}
+    assert export["recipe"] == {"weights": "fp16", "kv": "kv8", "group_size": 0, "kv_granularity": "channel"}
     assert found["evaluate/one-demo_text-w4a16-1-kv8"].keys() == {"evaluation", "toolchain"}
     assert str(project) not in json.dumps(found)
+
+
+def test_scales_of_every_token_need_no_calibration(project):
+    select(project, kvs=["kv8"], overrides=["kv.granularity=token"])
+    found = write_slices(project)
+    export = found["export/one-demo_text-fp16-1-kv8"]
+    assert export["kv"] == {"name": "kv8", "granularity": "token"} and export["calibration"] is None
+    assert len(found["export/one-demo_text-w4a16-1-kv8"]["calibration"]) == 64
 
 
 def test_paths_are_beside_the_slices(project):

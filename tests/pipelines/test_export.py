@@ -18,7 +18,7 @@ from engine.storage.checkpoint import Checkpoint, load_checkpoint
 from engine.storage.triton_repository import repository_files, verify_deployed
 from engine.storage.workspace import TOKENIZER, WEIGHTS, Workspace, load_workspace
 from pipelines.calibrate import calibrate
-from pipelines.quant.kv import layer_scales
+from pipelines.quant.kv import fine_scales, layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.template_files import read_template
 from pipelines.written_weights import DIGESTS
@@ -123,6 +123,30 @@ def test_symmetric_scales_are_written_with_zero_points_and_the_engine_runs_on_th
     engine = Engine.from_workspace(artifact, EngineConfig(max_batch_size=1))
     [answer] = engine.generate([[3, 4, 5]], Sampling(max_new_tokens=3, temperature=0))
     assert len(answer.token_ids) == 3
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel", "token"])
+def test_finer_scales_are_served_and_a_second_build_gives_the_same_id(build, granularity, tmp_path):
+    artifact = build.artifact(W4A16, "kv8", tp=2, granularity=granularity)
+    smoothing = load_file(build.root / "quantize-w4a16/smoothing.safetensors")
+    statistics = load_file(build.root / "calibrate/stats.safetensors")
+    workspace, manifest = Workspace(artifact), verify(artifact)
+    assert manifest.recipe == workspace.recipe and str(manifest.recipe) == f"w4a16-kv8-{granularity}"
+    scales = workspace.kv_scales()
+    for layer in range(2) if granularity != "token" else ():
+        divisor = smoothing.get(f"model.layers.{layer}.self_attn.v_proj")
+        expected = fine_scales(statistics, layer, granularity, smoothing=divisor)
+        assert torch.equal(torch.cat([scales.key[layer], scales.value[layer]], dim=-1), expected)
+    names = {entry.path.rpartition(".past_kv_scale.")[2] for entry in manifest.files if "past_kv" in entry.path}
+    ranks = {"0.weight", "1.weight"}  # one KV head a rank: what its file says is the head's own pair
+    assert names == {"head": ranks, "channel": ranks | {"channels"}, "token": set()}[granularity]
+    engine = Engine.from_workspace(artifact, EngineConfig(max_batch_size=1))
+    assert engine._runner._cache.layers[0].key.dtype == torch.uint8
+    assert (engine._runner._cache.layers[0].key_steps is not None) == (granularity == "token")
+    [answer] = engine.generate([[3, 4, 5]], Sampling(max_new_tokens=3, temperature=0))
+    assert len(answer.token_ids) == 3
+    other = Build(tmp_path / "elsewhere", tmp_path / "model", tmp_path / "text.txt")
+    assert read_manifest(other.artifact(W4A16, "kv8", tp=2, granularity=granularity)).id == manifest.id
 
 
 def test_scales_of_the_smoothed_model_match_a_fresh_calibration_of_it(build, tmp_path):

@@ -52,6 +52,8 @@ def test_a_valid_configuration_passes():
         ({"weights": Weights(alpha=1.5)}, "weights.alpha=1.5 must be from 0 to 1"),
         ({"weights": Weights(activation_exponents=[2.0])}, "weights.activation_exponents=2.0 must be from 0 to 1"),
         ({"kv": KV(name="kv4")}, "kv.name=kv4 must be one of kv16, kv8"),
+        ({"kv": KV(name="kv8", granularity="page")}, "kv.granularity=page must be one of tensor, head, channel, token"),
+        ({"kv": KV(name="kv8", granularity="token", symmetric=True)}, "kv.symmetric=true is for scales of calibration"),
         ({"ini": Ini(max_batch_size=-1)}, "ini.max_batch_size=-1 must be at least 0"),
         ({"ini": Ini(rope_scaling_factor=0.5)}, "ini.rope_scaling_factor is 0.5, but must be 0 (off) or at least 1."),
         ({"evaluation": Evaluation(text=Text(path="e"), confidence=1.0)}, "evaluation.confidence=1.0"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.models import names
 from engine.storage.artifacts import read_manifest, write_manifest
 from engine.storage.checkpoint import Checkpoint
+from engine.storage.kv_scale_files import channels_file
 from engine.storage.workspace import WEIGHTS, write_weights
 from pipelines.quant.stream import LayerTensors, side_by_side
 from pipelines.quant.w4a16 import feedback, method
@@ -126,7 +127,7 @@ def test_wrong_kv_scales_are_named(goldens: tuple[dict[str, Any], bool], chain: 
     rung = "fp16-1-kv8"
     folder = tmp_path / "artifact"
     shutil.copytree(chain.artifact(key(rung)), folder)
-    path = folder / WEIGHTS / "layers.1.past_kv_scale.0.weight"
+    path = folder / WEIGHTS / channels_file(1)
     scales = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32) * 1.1
     path.write_bytes(scales.numpy().tobytes())
     _rewrite_manifest(folder)

@@ -84,6 +84,21 @@ def test_what_is_proposed_runs():
         check(on=device(weights // 2))
 
 
+def test_scales_of_every_token_are_counted():
+    weights = weight_bytes(MODEL, FP16, torch.bfloat16)
+    pages = replace(OPTIONS, cache_max_entry_count=4)
+    size = {
+        by_token: 4 * page_bytes(MODEL, page_len=16, dtype=torch.bfloat16, quantized=True, per_token=by_token)
+        for by_token in (False, True)
+    }
+    assert size[True] - size[False] == 4 * MODEL.num_layers * MODEL.num_kv_heads * 16 * 8
+    for granularity in ("tensor", "channel", "token"):
+        recipe, least = Recipe(kv="kv8", kv_granularity=granularity), weights + size[granularity == "token"]
+        check(recipe, on=device(least), options=pages)
+        with pytest.raises(ValueError, match="MiB free"):
+            check(recipe, on=device(least - 1), options=pages)
+
+
 def test_an_amount_of_memory_must_be_there_and_hold_one_sequence():
     weights = weight_bytes(MODEL, FP16, torch.bfloat16)
     sequence = 4 * page_bytes(MODEL, page_len=16, dtype=torch.bfloat16, quantized=False)

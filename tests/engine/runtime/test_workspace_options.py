@@ -7,7 +7,8 @@ from engine.config import EngineConfig, Recipe
 from engine.models.cache import page_bytes
 from engine.runtime.engine import Engine
 from engine.storage.config_ini import weight_type_of, write_config_ini
-from engine.storage.kv_scale_files import write_kv_scales
+from engine.storage.ini_edit import write_with_value
+from engine.storage.kv_scale_files import write_kv_scales, write_layer_scales
 from engine.storage.workspace import CONFIG_INI, WEIGHTS, Workspace
 from tests.tiny_artifact import write_tiny_artifact
 
@@ -81,6 +82,30 @@ def test_scales_that_config_ini_does_not_use_can_be_used(folder):
         stored(quant_policy=4)
     write_kv_scales(folder / WEIGHTS, 1, [(0.05, 0.0, 0.05, 0.0)])
     assert stored(quant_policy=4) == torch.uint8
+
+
+def test_a_key_of_ours_says_what_the_scales_are_and_quant_policy_whether_they_are_used(folder):
+    ini = folder / WEIGHTS / CONFIG_INI
+    plain, config = ini.read_text(), Workspace(folder).config
+    rows = torch.rand(config.num_kv_heads, config.head_dim, 4, generator=torch.Generator().manual_seed(0)) + 0.01
+
+    def pages(granularity, policy, **options):
+        ini.write_text(f'{plain}[ingot]\nkv_granularity = "{granularity}"\n\n')
+        write_with_value(ini, ini, "quant_policy", policy)
+        return Engine.from_workspace(folder, EngineConfig(**options))._runner._cache.layers[1]
+
+    with pytest.raises(FileNotFoundError, match=r"layers\.0\.past_kv_scale\.channels is missing"):
+        pages("channel", 4)
+    for layer in range(config.num_layers):
+        write_layer_scales(folder / WEIGHTS, layer, rows, granularity="channel", tp=1)
+    for policy, options in ((4, {}), (0, {"quant_policy": 4})):
+        assert torch.equal(pages("channel", policy, **options).key_scale, rows[..., 0])
+        by_token = pages("token", policy, **options)
+        assert by_token.key_scale is None and by_token.key_steps.dtype == torch.float16
+        tensor = pages("tensor", policy, **options)
+        assert float(tensor.value_scale.max()) == float(tensor.value_scale.min()) >= float(rows[..., 2].max())
+    for granularity in ("channel", "token"):
+        assert pages(granularity, 4, quant_policy=0).key.dtype == torch.float32
 
 
 def test_an_amount_that_is_not_free_is_refused_before_weights_are_read(folder):

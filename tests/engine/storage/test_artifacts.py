@@ -43,6 +43,17 @@ def test_the_id_is_the_digest_of_what_the_artifact_is(tmp_path):
     assert len(others - {first}) == 6
 
 
+def test_a_manifest_says_finer_kv_scales_than_turbominds(tmp_path):
+    ids = {make_artifact(tmp_path / name, recipe=Recipe(kv="kv8", kv_granularity=name)) for name in ("token", "tensor")}
+    assert len(ids) == 2
+    manifest = read_manifest(tmp_path / "token")
+    assert manifest.recipe == Recipe(kv="kv8", kv_granularity="token") and str(manifest.recipe) == "fp16-kv8-token"
+    # Artifacts from before there was a choice have the same form as TurboMind's.
+    content = json.loads((tmp_path / "tensor" / MANIFEST).read_text())
+    assert content["recipe"] == {"weights": "fp16", "kv": "kv8", "group_size": 0}
+    assert str(read_manifest(tmp_path / "tensor").recipe) == "fp16-kv8"
+
+
 def test_the_id_does_not_hang_on_times_or_modes(tmp_path):
     before = make_artifact(tmp_path / "a")
     for path in (tmp_path / "a").rglob("*.weight"):
@@ -57,6 +68,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
     assert [entry.path for entry in manifest.files] == sorted(FILES)
     assert manifest.size == sum((tmp_path / "a" / path).stat().st_size for path in FILES)
     assert (manifest.recipe, manifest.tp) == (Recipe(weights="w4a16", group_size=32), 1)
+    assert manifest.recipe.fields() == {"weights": "w4a16", "kv": "kv16", "group_size": 32}
     assert json.loads((tmp_path / "a" / MANIFEST).read_bytes())["format"] == 2
 
 
@@ -151,6 +163,7 @@ def test_a_manifest_cannot_lead_out_of_the_artifact(tmp_path, path):
         lambda content: content.update(format=3),
         lambda content: content.pop("recipe"),
         lambda content: content["recipe"].update(colour="red"),
+        lambda content: content["recipe"].update(kv_granularity="page"),
         lambda content: content["files"].reverse(),
         lambda content: content["files"].append(content["files"][0]),
         lambda content: content["files"][0].update(size=-1),

@@ -10,6 +10,7 @@ from engine.storage.config_ini import (
     weight_type_of,
     write_config_ini,
 )
+from engine.storage.ini_edit import write_without
 from tests.shared_data import shared
 
 GOLDEN = "golden/turbomind-v0.1.0/llama_mha"
@@ -226,6 +227,22 @@ def test_the_section_reads_as_it_is_documented(tmp_path):
     assert lines == 'qk_norm = true\nrope_scaling = {"factor": 4.0, "kind": "linear"}\n\n'
 
 
+@pytest.mark.parametrize("granularity", ["head", "channel", "token"])
+def test_scales_that_are_finer_than_turbominds_are_said(tmp_path, granularity):
+    path, plain = tmp_path / "config.ini", tmp_path / "plain.ini"
+    recipe = Recipe(kv="kv8", kv_granularity=granularity)
+    written = _write(path, recipe=recipe)
+    assert read_config_ini(path) == written and written.ingot.kv_granularity == granularity
+    _write(plain, recipe=Recipe(kv="kv8"))
+    assert path.read_text() == f'{plain.read_text()}[ingot]\nkv_granularity = "{granularity}"\n\n'
+    # `ingot lite kv_qparams` writes TurboMind's scales and takes the key out again.
+    write_without(path, path, "kv_granularity")
+    assert path.read_bytes() == plain.read_bytes()
+    _write(path, replace(CONFIG, qk_norm=True), recipe=recipe)
+    write_without(path, path, "kv_granularity")
+    assert path.read_text() == f"{plain.read_text()}[ingot]\nqk_norm = true\n\n"
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -233,6 +250,9 @@ def test_the_section_reads_as_it_is_documented(tmp_path):
         ("qk_norm = True", "qk_norm = 'True' is not JSON"),
         ("qk_norm = 1", "qk_norm = 1 must be true or false"),
         ("sliding_window = 0", "sliding_window = 0 must be a whole number"),
+        ('kv_granularity = "page"', 'kv_granularity = "page" must be one of "tensor", "head", "channel", "token"'),
+        ("kv_granularity = channel", "kv_granularity = 'channel' is not JSON"),
+        ("kv_granularity = [1]", r"kv_granularity = \[1\] must be one of"),
         ("hidden_size = 3.5", "hidden_size = 3.5 must be a whole number"),
         ("rope_scaling = 4", "must be a JSON object"),
         ('float_type = "fp16"', 'float_type = "fp16" may only be "bf16"'),

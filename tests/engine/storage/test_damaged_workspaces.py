@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from engine.config import ModelConfig, Recipe, RopeScaling
-from engine.storage.kv_scale_files import runs_file, write_kv_scales
+from engine.storage.kv_scale_files import runs_file, write_kv_scales, write_layer_scales
 from engine.storage.workspace import WEIGHTS
 from tests.confined import Confined, DamagedFolder
 from tests.damage import ODD_NUMBERS, ODD_TEXTS, Damage, damaged_bytes, damaged_json, damaged_value, encode, hold
@@ -39,7 +40,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def workspace_files(folder: Path, config: ModelConfig, recipe: Recipe, tp: int) -> dict[str, bytes]:
     make_workspace(folder, config, recipe, tp, random_tensors(config, recipe))
-    if recipe.kv == "kv8":
+    if recipe.kv_granularity == "channel":
+        rows = torch.tensor([0.1, 0.0, 0.2, 1.0]).expand(config.num_kv_heads, config.head_dim, 4)
+        write_layer_scales(folder / WEIGHTS, 0, rows, granularity="channel", tp=tp)
+    elif recipe.kv == "kv8":
         write_kv_scales(folder / WEIGHTS, 0, [[0.1, 0.0, 0.2, 1.0]] * tp)
     return files_of(folder)
 
@@ -49,7 +53,18 @@ def changed_ini(draw: st.DrawFn, valid: bytes, scaling: dict[str, object]) -> by
     """A config.ini with lines changed: values, keys, sections, order."""
     lines = valid.decode().splitlines()
     texts = [str(number) for number in ODD_NUMBERS] + ODD_TEXTS + ["1_0", "0x10", "1e3", "१", "%(x)s", "9" * 5000]
-    keys = ["rope_scaling", "hidden_size", "qk_norm", "sliding_window", "nothing", "[", "=", "; x", "Head_num"]
+    keys = [
+        "rope_scaling",
+        "hidden_size",
+        "qk_norm",
+        "sliding_window",
+        "kv_granularity",
+        "nothing",
+        "[",
+        "=",
+        "; x",
+        "Head_num",
+    ]
     for _ in range(draw(st.integers(1, 3))):
         index = draw(st.integers(0, len(lines) - 1))
         key, _, value = lines[index].partition(" = ")
@@ -98,6 +113,15 @@ def size_damage(folder: Path) -> tuple[str, dict[str, bytes], Damage]:
     """Weight files and KV scales of a wrong size, missing, or exchanged; bytes within are any weights."""
     files = workspace_files(folder / "a", MODEL, Recipe(weights="w4a16", kv="kv8", group_size=32), 2)
     files[f"{WEIGHTS}/{runs_file(0)}"] = struct.pack("<8f", *[0.1, 0.0, 0.2, 1.0] * 2)
+    return any_size(files)
+
+
+def channel_damage(folder: Path) -> tuple[str, dict[str, bytes], Damage]:
+    """The same where KV scales are of channels."""
+    return any_size(workspace_files(folder / "a", MODEL, Recipe(kv="kv8", kv_granularity="channel"), 2))
+
+
+def any_size(files: dict[str, bytes]) -> tuple[str, dict[str, bytes], Damage]:
     names = [name for name in files if name != INI]
 
     def sized(name: str) -> Damage:
@@ -127,7 +151,12 @@ def manifest_damage(folder: Path) -> tuple[str, dict[str, bytes], Damage]:
     return f"{DOORS}:artifact", files, damaged.map(lambda text: {"manifest.json": text})
 
 
-FORMATS: dict[str, Format] = {"config.ini": ini_damage, "sizes": size_damage, "manifest": manifest_damage}
+FORMATS: dict[str, Format] = {
+    "config.ini": ini_damage,
+    "sizes": size_damage,
+    "channels": channel_damage,
+    "manifest": manifest_damage,
+}
 
 
 def look(confined: Confined, tmp_path: Path, name: str, *, count: int, random: bool) -> dict[str, int]:
