@@ -28,7 +28,7 @@ from pipelines.evaluation import metrics
 from pipelines.evaluation.gates import judge
 from pipelines.evaluation.goldens import NUM_TOKENS, choose_prompts, record_goldens
 from pipelines.evaluation.kept import Baseline, read_baseline
-from pipelines.evaluation.overlap import NOTABLE, calibration_overlap
+from pipelines.evaluation.overlap import calibration_overlap
 from pipelines.evaluation.statement import make_statement
 from pipelines.slices import Call, output, run_stage
 
@@ -111,7 +111,7 @@ def _overlap(named: Mapping[str, str], calibration: Path, baseline: Baseline) ->
     if blocks_digest(blocks) != named["blocks"]:
         raise ValueError(f"{calibration} is not the calibration that the artifact names: run `dvc repro` again.")
     found = calibration_overlap((block.tolist() for block in blocks), baseline.items)
-    if found.share > NOTABLE:
+    if found.notable:
         print(f"evaluate: {found.warning()}", file=sys.stderr)
     return {"blocks": named["blocks"], **asdict(found)}
 

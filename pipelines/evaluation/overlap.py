@@ -20,7 +20,9 @@ NOTABLE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """`seen_tokens` of `num_tokens` scored ones, in `seen_items` of `num_items` items, by runs of `run` tokens."""
+    """`seen_tokens` of `num_tokens` scored ones, by runs of `run` tokens, and `seen_items` of `num_items` items: those
+    of which at least half the scored tokens were seen. Answers are short, and among long texts would not be noticed.
+    """
 
     run: int
     seen_tokens: int
@@ -29,16 +31,16 @@ class Overlap:
     num_items: int
 
     @property
-    def share(self) -> float:
-        """The share of scored tokens that were seen."""
-        return self.seen_tokens / self.num_tokens if self.num_tokens else 0.0
+    def notable(self) -> bool:
+        """Whether more than NOTABLE of the tokens, or of the items, were seen."""
+        return self.seen_tokens > NOTABLE * self.num_tokens or self.seen_items > NOTABLE * self.num_items
 
     def warning(self) -> str:
         """What it means, in one sentence and a half."""
         return (
-            f"{self.share:.1%} of the scored tokens, in {self.seen_items} of {self.num_items} items, stand in the "
-            f"calibration text too, in runs of {self.run} tokens or more: the figures of this artifact flatter it. "
-            "Calibrate and evaluate on different text."
+            f"{self.seen_tokens} of {self.num_tokens} scored tokens, and most of {self.seen_items} of {self.num_items} "
+            f"items, stand in the calibration text too, in runs of {self.run} tokens or more: the figures of this "
+            "artifact flatter it. Calibrate and evaluate on different text."
         )
 
 
@@ -53,7 +55,7 @@ def calibration_overlap(blocks: Iterable[Sequence[int]], items: Sequence[Item], 
         run=run,
         seen_tokens=sum(seen),
         num_tokens=sum(item.num_scored for item in items),
-        seen_items=sum(count > 0 for count in seen),
+        seen_items=sum(2 * count >= item.num_scored for count, item in zip(seen, items, strict=True)),
         num_items=len(items),
     )
 

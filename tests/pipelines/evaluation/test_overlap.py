@@ -68,3 +68,15 @@ def test_blocks_are_read_one_by_one():
             yield list(range(100 * number, 100 * number + 50))
 
     assert counts(stream(), [item(range(205, 230))]) == (24, 24, 1, 1)
+
+
+def test_an_item_is_seen_where_half_of_it_is_and_a_few_short_ones_are_notable():
+    block = list(range(100, 200))
+    long = item([*block[:RUN], *range(1000, 1000 + 20 * RUN)])
+    found = calibration_overlap([block], [long] * 30)
+    assert (found.seen_tokens, found.seen_items, found.notable) == (30 * (RUN - 1), 0, False)
+    short = item([*block[: RUN + 1], 7, 8], first_scored=RUN - 1)
+    found = calibration_overlap([block], [*[long] * 30, short, short])
+    assert (found.seen_items, found.notable) == (2, True)
+    assert "most of 2 of 32 items" in found.warning()
+    assert calibration_overlap([[1, 2, 3]], [long]).notable is False
