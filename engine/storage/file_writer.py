@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections import deque
@@ -69,8 +70,13 @@ class FileWriter:
         self._wait(WAITING_BLOCKS, WAITING_FLUSHES)
 
     def settle(self) -> None:
-        """Return when all blocks have been written and hashed, so that nothing holds any more what they lie in."""
+        """Return when all blocks have been written and hashed, so that nothing holds any more what they lie in, and the
+        system has back what they took: blocks that threads let go of in another order leave holes between them."""
         self._wait(0, WAITING_FLUSHES)
+        for threads in (self._hash, self._write):
+            threads.submit(int).result()  # a thread lets go of its last job when it takes up another
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)
 
     def __enter__(self) -> FileWriter:
         return self

@@ -84,6 +84,7 @@ def write_weights(
                 for kind in files.kinds_of(config, recipe, part):
                     for rank, block in split_part(config, recipe, part, kind, layer, ask, tp=tp):
                         writer.append(files.rank_file(layer, part, rank, kind), _data(block))
+            writer.settle()
     return writer.entries
 
 

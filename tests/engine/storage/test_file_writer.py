@@ -1,7 +1,6 @@
 import hashlib
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -73,15 +72,15 @@ def test_no_more_than_a_few_blocks_wait_where_one_job_is_slow(tmp_path, monkeypa
 def test_once_it_has_settled_nothing_holds_the_blocks_any_more(tmp_path, monkeypatch):
     slow, block = SlowDigest(), np.zeros(10, dtype=np.uint8)
     monkeypatch.setattr(file_writer, "_Begun", partial(file_writer._Begun, digest=slow))
+    free = sys.getrefcount(block)
     with FileWriter(tmp_path, {"a": 40}) as writer:
         for _ in range(4):
             writer.append("a", block.data)
         held = sys.getrefcount(block)
+        assert held > free
         threading.Timer(0.1, slow.may.set).start()
         writer.settle()
-        assert slow.blocks == 4
-        while sys.getrefcount(block) >= held:  # a thread lets go of its last job a moment after it has told
-            time.sleep(0.001)
+        assert slow.blocks == 4 and sys.getrefcount(block) == free
 
 
 def test_a_full_disk_is_an_error_of_whoever_appends(tmp_path):
