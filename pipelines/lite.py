@@ -84,6 +84,7 @@ def calibrate_folder(
     ValueError or FileNotFoundError where something does not fit, before anything is written.
     """
     _check_folders(model, work)
+    _check_device(device)
     checkpoint = Checkpoint(model, allow_bin=allow_bin)
     slice_part, place = _calibration(data)
     blocks, about = calibration_blocks(slice_part, checkpoint, locate=lambda _: place)
@@ -113,6 +114,7 @@ def auto_awq(
     `method` is one of `weights.method`, or `reference` for LMDeploy's formula.
     """
     _check_folders(model, work)
+    _check_device(device)
     if method not in LITE_METHODS:
         raise ValueError(f"--method {method} is not known; there are {', '.join(LITE_METHODS)}")
     if method == REFERENCE and symmetric:
@@ -225,6 +227,14 @@ def _check_folders(model: Path, work: Path) -> None:
         raise ValueError(f"--work-dir {work} is the model's own folder: name another, the model is not overwritten")
     if work.exists() and (not work.is_dir() or ((work / "config.json").exists() and not (work / ABOUT).exists())):
         raise ValueError(f"--work-dir {work} holds something else, a checkpoint or a file: name another folder")
+
+
+def _check_device(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not known: give cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no GPU here that torch can use; give cpu")
 
 
 @contextmanager
