@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
     rows: list[Mapping[str, object]] = []
     for kv in options.caches:
         for batch in options.batch:
-            of_kv = with_kv(subject, kv)
+            # A folder has the scales that it has.
+            granularity = options.granularity if subject.folder is None else subject.recipe.kv_granularity
+            of_kv = with_kv(subject, kv, granularity)
             found = (measure if measured else compute)(of_kv, batch, options.context)
             row = {
                 **provenance(subject.device),
@@ -124,8 +126,14 @@ def page_bytes_of(subject: Subject, batch: int, context: int) -> int:
     from engine.config import DEFAULTS
     from engine.models.cache import page_bytes
 
-    quantized, page_len = subject.recipe.kv == "kv8", DEFAULTS.cache_block_seq_len
-    page = page_bytes(subject.config, page_len=page_len, dtype=own_dtype(subject), quantized=quantized)
+    page_len = DEFAULTS.cache_block_seq_len
+    page = page_bytes(
+        subject.config,
+        page_len=page_len,
+        dtype=own_dtype(subject),
+        quantized=subject.recipe.kv == "kv8",
+        per_token=subject.recipe.kv_granularity == "token",
+    )
     return batch * pages_of(context) * page
 
 

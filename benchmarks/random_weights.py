@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
-from engine.models.cache import KVScales
+from engine.models.cache import KVScales, PerToken
 from engine.storage.head_files import head_problem, head_tensors
 
 # Deviation of (code - zero point) with codes uniform in 0..15 and zero points 7 or 8.
@@ -120,8 +120,12 @@ class RandomWeights(Mapping[str, Tensor]):
         return words.random_(-(2**63), None, generator=generator).view(dtype)[:count].view(shape)
 
 
-def random_kv_scales(config: ModelConfig) -> KVScales:
-    """Scales of an int8 KV cache that fit the activations of random weights."""
+def random_kv_scales(config: ModelConfig, recipe: Recipe) -> KVScales | PerToken | None:
+    """Scales of a recipe's int8 KV cache that fit the activations of random weights; None for a cache as computed."""
+    if recipe.kv != "kv8":
+        return None
+    if recipe.kv_granularity == "token":
+        return PerToken()
     pairs = torch.zeros(config.num_layers, config.num_kv_heads, 2)
     pairs[..., 0] = 2 * KV_REACH / 255
     return KVScales.of_heads(key=pairs, value=pairs, head_dim=config.head_dim)

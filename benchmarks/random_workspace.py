@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.random_weights import RandomWeights, random_kv_scales
 from engine.config import ModelConfig, Recipe
+from engine.models.cache import KVScales
 from engine.runtime.token_bytes import byte_level_alphabet
 from engine.storage.artifacts import write_manifest
 from engine.storage.config_ini import weight_type_of, write_config_ini
@@ -39,8 +40,8 @@ def write_workspace(
         session_len=session_len or config.max_position_embeddings,
         weight_type=weight_type_of(config, recipe),
     )
-    if recipe.kv == "kv8" and recipe.kv_granularity != "token":
-        scales = random_kv_scales(config)
+    scales = random_kv_scales(config, recipe)
+    if isinstance(scales, KVScales):
         for layer in range(config.num_layers):
             rows = layer_of(scales, layer)
             write_layer_scales(folder / WEIGHTS, layer, rows, granularity=recipe.kv_granularity, tp=tp)

@@ -6,38 +6,58 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from benchmarks.options import option
 from benchmarks.rows import ROOT
 from benchmarks.shapes import SHAPES, shape
-from engine.config import HEADS
+from engine.config import HEADS, KVGranularity, Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.config import EngineConfig, ModelConfig, Recipe
+    from engine.config import EngineConfig, ModelConfig
     from engine.runtime.engine import Engine
     from engine.runtime.tokenizer import Tokenizer
 
-DEFAULT_GROUP = 128
+GRANULARITIES = get_args(KVGranularity)
+# Of an int8 KV cache, the default of a build among them.
+GRANULARITIES = get_args(KVGranularity)
+DEFAULT_GRANULARITY = "channel"
 # The token budget of a step where `num_tokens_per_iter` is left open: a GPU is not busy with the engine's 512.
 GPU_TOKENS_PER_STEP = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
+class RecipeOptions:
+    """What a model of a named shape is made of; an artifact and a folder have their own."""
+
+    weights: str = option("fp16", "recipe of a shape's weights", choices=("fp16", "w8a8", "w4a16"))
+    head: str = option("fp16", "output matrix of a shape's w4a16", choices=HEADS)
+    group_size: int = option(128, "inputs that share an int4 scale", least=1)
+    granularity: str = option("channel", "what has a scale of its own in an int8 cache", choices=GRANULARITIES)
+    tp: int = option(1, "tensor-parallel ranks", least=1)
+
+    def recipe(self, kv: str) -> Recipe:
+        """The recipe that these options say, with this KV cache."""
+        return Recipe(
+            weights=self.weights,
+            kv=kv,
+            group_size=self.group_size if self.weights == "w4a16" else 0,
+            head=self.head,
+            kv_granularity=self.granularity if kv == "kv8" else "tensor",  # type: ignore[arg-type]  # its choices
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(RecipeOptions):
     """The options that say which model is measured and where, whatever its KV cache is."""
 
     artifact: str | None = option(None, "an artifact of the store: an id, a unique prefix or a name")
     folder: str | None = option(None, "instead: a workspace folder")
     shape: str | None = option(None, "instead: random weights of a model's shape", choices=tuple(SHAPES))
-    weights: str = option("fp16", "recipe of a shape's weights", choices=("fp16", "w8a8", "w4a16"))
-    head: str = option("fp16", "output matrix of a shape's w4a16", choices=HEADS)
-    group_size: int = option(DEFAULT_GROUP, "inputs that share an int4 scale", least=1)
-    tp: int = option(1, "tensor-parallel ranks", least=1)
     seed: int = option(0, "of the random weights and of the requests", least=0)
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU where there is one")
     dtype: str = option("auto", "computing type", choices=("auto", "float16", "bfloat16", "float32"))
@@ -120,7 +140,7 @@ class Subject:
             check_capability(self.config, self.recipe, config, probe_device(self.device), session_len=session_len)
         weights = RandomWeights(self.config, self.recipe, device=self.device, seed=self.seed)
         model = Decoder(self.config, weights, device=self.device, dtype=self.dtype)
-        scales = random_kv_scales(self.config) if self.recipe.kv == "kv8" else None
+        scales = random_kv_scales(self.config, self.recipe)
         return Engine(model, self.tokenizer(), config, session_len=session_len, kv_scales=scales)
 
     def tokenizer(self) -> Tokenizer:
@@ -144,31 +164,23 @@ def find_subject(options: ModelOptions) -> Subject:
             f"{' and '.join(named) or 'None of them'} {'were' if named else 'was'} given."
         )
     if options.shape is None:
-        for name, default in (
-            ("weights", "fp16"),
-            ("kv", "kv16"),
-            ("head", "fp16"),
-            ("group_size", DEFAULT_GROUP),
-            ("tp", 1),
-        ):
-            if getattr(options, name, default) != default:
+        own = [each for each in fields(options) if each.name in (*(one.name for one in fields(RecipeOptions)), "kv")]
+        for name, default in ((each.name, each.default) for each in own):
+            if getattr(options, name) != default:
                 raise ValueError(f"{name}={getattr(options, name)} goes with shape=NAME: {named[0]} has its own.")
     import torch
 
-    from engine.config import EngineConfig, Recipe
+    from engine.config import EngineConfig
     from engine.runtime.capability import computing_dtype
 
     device = find_device(options.device)
     engine = EngineConfig(device=device, dtype=options.dtype)  # type: ignore[arg-type]  # checked by its choices
     if options.shape is not None:
         config = shape(options.shape)
-        group_size = options.group_size if options.weights == "w4a16" else 0
-        kv = getattr(options, "kv", "kv16")
-        recipe = Recipe(weights=options.weights, kv=kv, group_size=group_size, head=options.head)
         return Subject(
             name=options.shape,
             config=config,
-            recipe=recipe,
+            recipe=options.recipe(getattr(options, "kv", "kv16")),
             tp=options.tp,
             device=device,
             dtype=getattr(torch, computing_dtype(config, engine)),
@@ -236,6 +248,8 @@ def tokens_per_step(device: str, asked: int) -> int:
     return asked or (GPU_TOKENS_PER_STEP if device.startswith("cuda") else 0)
 
 
-def with_kv(subject: Subject, kv: str) -> Subject:
+def with_kv(subject: Subject, kv: str, granularity: str) -> Subject:
     """The same model with another KV cache."""
-    return replace(subject, recipe=replace(subject.recipe, kv=kv))
+    finest = granularity if kv == "kv8" else "tensor"
+    recipe = replace(subject.recipe, kv=kv, kv_granularity=finest)  # type: ignore[arg-type]  # one of GRANULARITIES
+    return replace(subject, recipe=recipe)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.options import option, read_options
 from benchmarks.shapes import SHAPES, shape
-from engine.config import HEADS
+from benchmarks.subject import RecipeOptions
 
 ABOUT = """
 Writes a workspace of random weights, with a tokenizer of bytes and words, a chat template and a manifest, and prints
@@ -16,13 +16,9 @@ its artifact id. `ingot serve folder=...` serves it; `ingot bench cold folder=..
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(RecipeOptions):
     shape: str = option("tiny", "the model", choices=tuple(SHAPES))
-    weights: str = option("fp16", "recipe of the weights", choices=("fp16", "w8a8", "w4a16"))
     kv: str = option("kv16", "KV cache: as computed, or int8", choices=("kv16", "kv8"))
-    head: str = option("fp16", "output matrix of w4a16", choices=HEADS)
-    group_size: int = option(128, "inputs that share an int4 scale", least=1)
-    tp: int = option(1, "tensor-parallel ranks", least=1)
     seed: int = option(0, "of the random weights", least=0)
     session_len: int = option(0, "longest sequence; 0 is the model's own", least=0)
     out: Path | None = option(None, "the folder, which must not exist")
@@ -33,14 +29,12 @@ def main(argv: list[str]) -> int:
     if options.out is None:
         raise ValueError("say where the workspace goes: out=FOLDER.")
     from benchmarks.random_workspace import write_workspace
-    from engine.config import Recipe
 
-    group_size = options.group_size if options.weights == "w4a16" else 0
     artifact_id = write_workspace(
         options.out,
         options.shape,
         shape(options.shape),
-        Recipe(weights=options.weights, kv=options.kv, group_size=group_size, head=options.head),
+        options.recipe(options.kv),
         tp=options.tp,
         seed=options.seed,
         session_len=options.session_len,

@@ -19,7 +19,12 @@ def test_a_row_a_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     first, second = rows.read(out)
     assert (first["batch"], second["batch"]) == ("1", "5")
     for row in (first, second):
-        assert (row["model"], row["recipe"], row["group_size"], row["engine"]) == ("tiny", "w4a16-kv8", "64", "ingot")
+        assert (row["model"], row["recipe"], row["group_size"], row["engine"]) == (
+            "tiny",
+            "w4a16-kv8-channel",
+            "64",
+            "ingot",
+        )
         assert row["commit"] and row["torch"] and row["device"].startswith("cpu")
         seconds, batch = float(row["seconds"]), int(row["batch"])
         assert float(row["tokens_per_second"]) == pytest.approx(12 * batch / seconds, rel=0.01)

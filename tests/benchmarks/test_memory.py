@@ -38,12 +38,13 @@ def test_rows_are_what_the_tensors_take(tmp_path: Path) -> None:
     assert [(row["recipe"], row["batch"]) for row in found] == [
         ("fp16", "200"),
         ("fp16", "400"),
-        ("fp16-kv8", "200"),
-        ("fp16-kv8", "400"),
+        ("fp16-kv8-channel", "200"),
+        ("fp16-kv8-channel", "400"),
     ]
+    kv8 = Recipe(kv="kv8", kv_granularity="channel")
     for row in found:
         pages = int(row["batch"]) * 5  # of 64 tokens
-        scales = random_kv_scales(TINY) if row["recipe"] == "fp16-kv8" else None
+        scales = random_kv_scales(TINY, kv8 if row["recipe"] == "fp16-kv8-channel" else Recipe())
         cache = KVCache(TINY, num_pages=pages, page_len=64, device="cpu", dtype=torch.float16, scales=scales)
         taken = sum(layer.key.nbytes + layer.value.nbytes for layer in cache.layers)
         assert float(row["kv_mb"]) == pytest.approx(taken / 1e6, abs=0.06)

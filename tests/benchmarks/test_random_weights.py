@@ -14,6 +14,7 @@ from engine.models.decoder import Decoder
 FP16 = Recipe()
 W4 = Recipe(weights="w4a16", group_size=64)
 W4_HEAD8, W4_HEAD4 = (replace(W4, head=head) for head in ("int8", "int4"))
+KV8 = Recipe(kv="kv8", kv_granularity="channel")
 W8 = Recipe(weights="w8a8")
 TINY = shape("tiny")
 WITH_BIAS = replace(TINY, qkv_bias=True, tie_word_embeddings=True)
@@ -76,4 +77,4 @@ def test_every_shape_has_weights_and_kv_scales(name: str) -> None:
     config = shape(name)
     for recipe in (FP16, W8, replace(W4, group_size=128)):
         assert len(RandomWeights(config, recipe, device="cpu")) > 7 * config.num_layers
-    assert random_kv_scales(config).key.shape == (config.num_layers, config.num_kv_heads, config.head_dim, 2)
+    assert random_kv_scales(config, KV8).key.shape == (config.num_layers, config.num_kv_heads, config.head_dim, 2)

@@ -24,6 +24,8 @@ TINY = shape("tiny")
         (Recipe(weights="w4a16", group_size=32, head="int8"), 1),
         (Recipe(weights="w4a16", kv="kv8", group_size=64), 1),
         (Recipe(kv="kv8"), 2),
+        (Recipe(kv="kv8", kv_granularity="channel"), 1),
+        (Recipe(kv="kv8", kv_granularity="token"), 1),
     ],
     ids=str,
 )
