@@ -31,7 +31,7 @@ from engine.runtime.tokenizer import Tokenizer
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
 from pipelines.data.blocks import token_blocks
-from pipelines.quant import w4a16
+from pipelines.quant import w4a16, w8a8
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.quant.tensor_file import tensors_over
@@ -58,8 +58,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq+gptq, int8 head": {"method": "awq+gptq", "head": "int8"},
     "awq+gptq, int4 head": {"method": "awq+gptq", "head": "int4"},
     "awq+gptq, symmetric": {"method": "awq+gptq", "symmetric": True},
+    "no smoothing": {"name": "w8a8", "alphas": []},
+    "smoothquant, formula": {"name": "w8a8", "search": "none"},
+    "smoothquant, alpha 0.5": {"name": "w8a8", "alphas": [0.5]},
+    "smoothquant": {"name": "w8a8"},
 }
-WITH_KV8 = "awq+gptq"  # the method that is measured with an int8 cache as well
+WITH_KV8 = ("awq+gptq", "smoothquant")  # the methods that are measured with an int8 cache as well
 Item = tuple[list[int], int]  # token ids, and the first one that is scored
 
 
@@ -104,8 +108,9 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
         out, begun = folder / f"{method}-{group_size}", time.perf_counter()
         if method and not out.exists():
             out.mkdir()
-            weights = weights_part(Weights(name="w4a16", group_size=group_size, **METHODS[method]))
-            w4a16.quantize(weights, checkpoint.folder, calibration, out, device=device)
+            weights = weights_part(Weights(**{"name": "w4a16", "group_size": group_size} | METHODS[method]))
+            package = w8a8 if recipe.startswith("w8a8") else w4a16
+            package.quantize(weights, checkpoint.folder, calibration, out, device=device)
         seconds = time.perf_counter() - begun
         model = decoder(checkpoint, out / "weights.safetensors", device)
         scales = kv_scales(checkpoint, calibration, out) if kv == "kv8" else None
@@ -118,11 +123,15 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
 
     measure("fp16", 0, "")
     measure("fp16-kv8", 0, "", kv="kv8")
-    for group_size in arguments.groups or MODELS[name]:
-        for method in methods:
-            measure("w4a16", group_size, method)
-        if WITH_KV8 in methods:
-            measure("w4a16-kv8", group_size, WITH_KV8, kv="kv8")
+    for recipe, group_sizes in {"w4a16": arguments.groups or MODELS[name], "w8a8": (0,)}.items():
+        of_recipe = [method for method in methods if METHODS[method].get("name", "w4a16") == recipe]
+        for group_size in group_sizes:
+            nearest = None
+            for method in of_recipe:
+                measure(recipe, group_size, method)
+            for method in WITH_KV8:
+                if method in of_recipe:
+                    measure(f"{recipe}-kv8", group_size, method, kv="kv8")
 
 
 def stories(data: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], Tensor]:
