@@ -32,7 +32,7 @@ def write_checkpoint(
         )
     content = hf_config(config, tied=config.tie_word_embeddings)
     if recipe.weights == "w4a16":
-        content["quantization_config"] = quantization_config(HF_AWQ, recipe.group_size)
+        content["quantization_config"] = quantization_config(HF_AWQ, recipe)
     weights = RandomWeights(config, recipe, device=device, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

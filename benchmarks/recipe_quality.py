@@ -108,7 +108,8 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
         out, begun = folder / f"{method}-{group_size}", time.perf_counter()
         if method and not out.exists():
             out.mkdir()
-            weights = weights_part(Weights(**{"name": "w4a16", "group_size": group_size} | METHODS[method]))
+            asked: dict[str, Any] = {"name": "w4a16", "group_size": group_size, **METHODS[method]}
+            weights = weights_part(Weights(**asked))
             package = w8a8 if recipe.startswith("w8a8") else w4a16
             package.quantize(weights, checkpoint.folder, calibration, out, device=device)
         seconds = time.perf_counter() - begun

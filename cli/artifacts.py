@@ -14,7 +14,7 @@ from typing import Any
 from cli.arguments import Parser
 from cli.checkout import open_store, project_cache
 from engine.storage.artifacts import SHORT, Manifest, read_manifest, verify
-from engine.storage.hf_config import FORMS
+from engine.storage.hf_config import FORMS, check_form
 from engine.storage.store import Store
 from engine.storage.triton_repository import link_repository
 
@@ -132,11 +132,7 @@ def export(store: Store, options: argparse.Namespace) -> None:
 
 def export_as(source: Path, artifact_id: str, folder: Path, form: str) -> None:
     manifest = verify(source, artifact_id)
-    if manifest.recipe.weights != "w4a16":
-        raise ValueError(
-            f"{artifact_id[:SHORT]} is {manifest.recipe}: a Hugging Face checkpoint is written of w4a16 weights. The "
-            "unquantized model is the checkpoint that it was built from."
-        )
+    check_form(form, manifest.recipe, artifact_id[:SHORT])
     # Torch takes seconds to import; what is wrong with the arguments is said before.
     from engine.storage.hf_export import export_checkpoint
     from engine.storage.workspace import Workspace

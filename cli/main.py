@@ -18,7 +18,7 @@ VERBS = {
     "generate": ("cli.generate", "complete one prompt with an artifact"),
     "bench": ("benchmarks.bench", "measure speed and memory; rows and plots"),
     "convert": ("cli.seed:convert", "a checkpoint as a plain TurboMind workspace, unmeasured"),
-    "lite": ("cli.seed:lite", "calibrate, auto_awq, kv_qparams: LMDeploy's, on plain folders"),
+    "lite": ("cli.seed:lite", "calibrate, auto_awq, smooth_quant, kv_qparams: LMDeploy's, on plain folders"),
 }
 INTERRUPTED = 130
 

@@ -3,6 +3,7 @@
     ingot convert NAME PATH [--model-format awq --group-size 128 --tp 2 --dst-path ./workspace]
     ingot lite calibrate MODEL [--calib-dataset ptb --calib-samples 128 --calib-seqlen 2048 --work-dir DIR]
     ingot lite auto_awq MODEL [--w-bits 4 --w-group-size 128 --work-dir DIR]
+    ingot lite smooth_quant MODEL [--work-dir DIR]
     ingot lite kv_qparams WORK_DIR TURBOMIND_DIR [--kv-sym] [--num-tp 1]
 
 Flags are written with hyphens or underscores; one that is not known is an error.
@@ -69,7 +70,7 @@ def lite(argv: list[str]) -> int:
         print(__doc__)
         return 0
     verb = argv[0].replace("-", "_") if argv else ""
-    verbs = {"calibrate": calibrate, "auto_awq": auto_awq, "kv_qparams": kv_qparams}
+    verbs = {"calibrate": calibrate, "auto_awq": auto_awq, "smooth_quant": smooth_quant, "kv_qparams": kv_qparams}
     if verb not in verbs:
         raise ValueError(
             f"`ingot lite {argv[0] if argv else ''}` is not there: `ingot lite` has {', '.join(verbs)}. Artifacts, and "
@@ -124,6 +125,30 @@ def auto_awq(argv: list[str]) -> int:
     return 0
 
 
+def smooth_quant(argv: list[str]) -> int:
+    parser = Parser(prog="ingot lite smooth_quant", description="8-bit weights and activations", allow_abbrev=False)
+    _calibration_flags(parser, dataset="ptb")
+    methods = "searched (default): an alpha for each pair of modules; reference: LMDeploy's own formula"
+    parser.add_argument("--method", default="searched", metavar="M", help=methods)
+    options = _parse(parser, argv)
+    model, data = _model(options), _data(options)
+    from pipelines.lite import Data
+    from pipelines.lite import smooth_quant as quantize
+
+    fresh = quantize(
+        model,
+        options.work_dir,
+        Data(**({"dataset": "ptb"} | data)) if data else None,
+        method=options.method,
+        allow_bin=options.allow_bin,
+        device=options.device,
+    )
+    calibrated = "calibrated and quantized" if fresh else "quantized on the calibration that was there"
+    print(f"{options.work_dir}: {calibrated}, 8-bit weights and activations")
+    print(f"`ingot convert NAME {options.work_dir}` makes a workspace of it.", file=sys.stderr)
+    return 0
+
+
 def kv_qparams(argv: list[str]) -> int:
     parser = Parser(prog="ingot lite kv_qparams", description="scales of an int8 KV cache", allow_abbrev=False)
     parser.add_argument("work_dir", metavar="WORK_DIR", type=Path, help="what calibration wrote: stats.safetensors")
@@ -148,10 +173,10 @@ def kv_qparams(argv: list[str]) -> int:
     return 0
 
 
-def _calibration_flags(parser: argparse.ArgumentParser) -> None:
+def _calibration_flags(parser: argparse.ArgumentParser, *, dataset: str = "c4") -> None:
     parser.add_argument("given", nargs="?", type=Path, metavar="MODEL", help="the folder of the checkpoint")
     parser.add_argument("--model", type=Path, metavar="MODEL", help="the same, as a flag")
-    kinds = "c4 (default), ptb, wikitext2, pileval; text or chat: your own, with --calib-path"
+    kinds = f"c4, ptb, wikitext2, pileval ({dataset} if none is given); text or chat: your own, with --calib-path"
     parser.add_argument("--calib-dataset", metavar="SET", help=kinds)
     parser.add_argument("--calib-path", type=Path, metavar="PATH", help="a local copy of the set: its file or folder")
     parser.add_argument("--calib-samples", type=int, metavar="N", help="blocks to calibrate on (128)")

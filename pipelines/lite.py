@@ -1,8 +1,8 @@
-"""LMDeploy's `lite calibrate` and `lite auto_awq` on plain folders: the work of the stages, without a build.
+"""LMDeploy's `lite calibrate`, `auto_awq` and `smooth_quant` on plain folders: the work of the stages, without a build.
 
 A work folder has what a build has under build/calibrate/<key>: stats.safetensors, blocks.safetensors and
 calibration.json, which also says of which model and from which text they are. `auto_awq` puts a Hugging Face checkpoint
-beside them (HF-AWQ, GEMM), with smoothing.safetensors and report.json.
+beside them (HF-AWQ, GEMM), `smooth_quant` one in LMDeploy's own form, with smoothing.safetensors and report.json.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Recipe
+from engine.config import Dtype, Recipe
 from engine.models import names
 from engine.storage.checkpoint import Checkpoint
-from engine.storage.hf_config import HF_AWQ
+from engine.storage.hf_config import HF_AWQ, SMOOTH_QUANT
 from engine.storage.hf_export import export_checkpoint
-from engine.storage.turbomind_files import check_fits
+from engine.storage.turbomind_files import check_fits, float_type
 from pipelines import sources
 from pipelines.calibrate import calibrate, calibration_blocks
-from pipelines.quant import w4a16
+from pipelines.quant import w4a16, w8a8
 from pipelines.quant.stream import side_by_side
 from pipelines.recipe_fields import weights_part
 from pipelines.schema import METHODS, Weights
@@ -42,6 +42,7 @@ ABOUT, STATISTICS, BLOCKS = "calibration.json", "stats.safetensors", "blocks.saf
 DATA_KINDS = (*DATA_SETS, "text", "chat")
 REFERENCE = "reference"
 LITE_METHODS = (*METHODS, REFERENCE)
+SMOOTHINGS = ("searched", REFERENCE)
 CONF = Path(__file__).resolve().parents[1] / "conf/calibration"
 # How the stages name what these commands have flags for.
 FLAGS = {
@@ -131,14 +132,54 @@ def auto_awq(
     fresh = method != "rtn" and not _calibrated(model, work, data, allow_bin=allow_bin)
     if fresh:
         calibrate_folder(model, work, data or Data(), allow_bin=allow_bin, device=device)
+    _quantize(checkpoint, model, work, weights, form=HF_AWQ, allow_bin=allow_bin, device=device)
+    return fresh
+
+
+@_in_flags()
+def smooth_quant(
+    model: Path,
+    work: Path,
+    data: Data | None = None,
+    *,
+    method: str = "searched",
+    allow_bin: bool = False,
+    device: str = "cpu",
+) -> bool:
+    """Quantize `model` to int8 into `work`, a checkpoint as LMDeploy's `smooth_quant` writes one; whether it was
+    calibrated for it.
+
+    The calibration in `work` is used where it is of this model and, if `data` is given, of that; else it is made anew.
+    `method` is `searched`, or `reference` for LMDeploy's formula.
+    """
+    _check_folders(model, work)
+    if method not in SMOOTHINGS:
+        raise ValueError(f"--method {method} is not known; there are {', '.join(SMOOTHINGS)}")
+    checkpoint = Checkpoint(model, allow_bin=allow_bin)
+    weights = Weights(name="w8a8", bits=8, search="none" if method == REFERENCE else "grid")
+    check_fits(checkpoint.config, Recipe(weights="w8a8"), tp=1)  # before any work
+    fresh = not _calibrated(model, work, data, allow_bin=allow_bin)
+    if fresh:
+        calibrate_folder(model, work, data or Data(dataset="ptb"), allow_bin=allow_bin, device=device)
+    _quantize(checkpoint, model, work, weights, form=SMOOTH_QUANT, allow_bin=allow_bin, device=device)
+    return fresh
+
+
+def _quantize(
+    checkpoint: Checkpoint, model: Path, work: Path, weights: Weights, *, form: str, allow_bin: bool, device: str
+) -> None:
+    """Put a Hugging Face checkpoint of quantized weights into `work`, which has the calibration."""
+    part = weights_part(weights)
+    recipe = Recipe(weights=weights.name, group_size=part.get("group_size", 0))
     with _added_to(work) as folder:
-        w4a16.quantize(weights_part(weights), model, work, folder, allow_bin=allow_bin, device=device)
+        package = w8a8 if weights.name == "w8a8" else w4a16
+        package.quantize(part, model, work, folder, allow_bin=allow_bin, device=device)
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir()
         for path in sources.small_files(model):
             shutil.copyfile(path, tokenizer / path.name)
-        quantized = _Quantized(checkpoint, folder / "weights.safetensors", group_size, tokenizer)
-        export_checkpoint(quantized, folder / "hf", form=HF_AWQ)
+        quantized = _Quantized(checkpoint, folder / "weights.safetensors", recipe, tokenizer)
+        export_checkpoint(quantized, folder / "hf", form=form)
         (folder / "weights.safetensors").unlink()
         shutil.rmtree(tokenizer)
         for path in (folder / "hf").iterdir():
@@ -146,16 +187,17 @@ def auto_awq(
         (folder / "hf").rmdir()
         for old in work.glob("model*.safetensors*"):
             old.unlink()
-    return fresh
 
 
 class _Quantized:
     """A checkpoint whose layers are those of a finished `quantize`, to be written by `export_checkpoint`."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: Path, group_size: int, tokenizer: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: Path, recipe: Recipe, tokenizer: Path) -> None:
         self.folder = checkpoint.folder
-        self.config = replace(checkpoint.config, dtype="float16")
-        self.recipe = Recipe(weights="w4a16", group_size=group_size)
+        self._dtype = float_type(checkpoint.config, recipe)
+        stored: Dtype = "bfloat16" if self._dtype == torch.bfloat16 else "float16"
+        self.config = replace(checkpoint.config, dtype=stored)
+        self.recipe = recipe
         self.tokenizer_folder = tokenizer
         self._checkpoint, self._weights = checkpoint, weights
 
@@ -170,10 +212,10 @@ class _Quantized:
     def tensor(self, name: str) -> Tensor:
         if name in (names.EMBEDDING, names.FINAL_NORM, names.HEAD):
             stored = self._checkpoint.tensor(name)
-            found = stored.to(torch.float16)
+            found = stored.to(self._dtype)
             if not bool(torch.isfinite(found).all()):
                 raise ValueError(
-                    f"{name} of {self.folder} has values that float16 does not hold, or that are no numbers"
+                    f"{name} of {self.folder} has values that {self.config.dtype} does not hold, or that are no numbers"
                 )
             return found
         with safe_open(self._weights, framework="pt") as opened:

@@ -1,7 +1,7 @@
 """What config.json says about weights that are quantized already: the two forms that are read, all others by name.
 
 No torch. Every field is one of three: it is read here, it must have a value under which the numbers are those of plain
-4-bit groups, or it is known to change nothing.
+4-bit groups or of 8-bit rows times 8-bit tokens, or it is known to change nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from engine.wording import cut, shown
 
 FIELDS = ("quantization_config", "compression_config")
-AWQ, PACKED = "awq", "compressed-tensors"
+AWQ, PACKED, SMOOTH_QUANT = "awq", "compressed-tensors", "smooth_quant"
 READ = (
-    "quantized checkpoints are read as awq (GEMM, 4 bits) and as compressed-tensors (pack-quantized, 4 bits in "
-    "groups). Of another one take the unquantized checkpoint, and quantize it here (weights=w4a16)"
+    "quantized checkpoints are read as awq (GEMM, 4 bits), as compressed-tensors (pack-quantized, 4 bits in groups; "
+    "int-quantized, 8 bits a row with 8-bit tokens) and as smooth_quant (LMDeploy's 8 bits). Of another one take the "
+    "unquantized checkpoint, and quantize it here (weights=w4a16 or w8a8)"
 )
-W8A8 = "8-bit weights, multiplied with 8-bit activations (w8a8), are not in this version; " + READ
 
 # Field -> the values that it may have where it is there; `group_size` is read. Of AutoAWQ and of transformers.
 AWQ_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -65,8 +65,9 @@ AWQ_HARMLESS = frozenset(
         "checkpoint_format",
     ]
 )
+SMOOTH_QUANT_FIELDS: dict[str, tuple[Any, ...]] = {"quant_dtype": (None, "int8")}
 PACKED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "format": ("pack-quantized",),
+    "format": ("pack-quantized", "int-quantized"),
     "quantization_status": (None, "compressed"),
     "kv_cache_scheme": (None,),
     "sparsity_config": (None, {}),
@@ -100,18 +101,42 @@ WEIGHTS_FIELDS: dict[str, tuple[Any, ...]] = {
     "actorder": (None, False, "weight", "static", "group", "dynamic"),
 }
 WEIGHTS_HARMLESS = frozenset(["group_size", "symmetric", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"])
+INT8_GROUP_FIELDS: dict[str, tuple[Any, ...]] = {
+    "output_activations": (None,),
+    "format": (None, "int-quantized"),
+}
+INT8_FIELDS: dict[str, tuple[Any, ...]] = {
+    "num_bits": (8,),
+    "type": ("int",),
+    "symmetric": (True,),
+    "group_size": (None,),
+    "block_structure": (None,),
+    "actorder": (None, False),
+}
+INT8_WEIGHTS_FIELDS = INT8_FIELDS | {"strategy": ("channel",), "dynamic": (None, False)}
+INT8_TOKENS_FIELDS = INT8_FIELDS | {"strategy": ("token",), "dynamic": (True,)}
+INT8_HARMLESS = frozenset(["observer", "observer_kwargs", "scale_dtype", "zp_dtype"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """4-bit weights in groups of `group_size` inputs. `symmetric`: all zero points are 8, and none are stored."""
+    """4-bit weights in groups of `group_size` inputs, or 8-bit ones with a scale a row (`group_size` 0) that are
+    multiplied with 8-bit tokens. `symmetric`: there are no zero points; in 4 bits all are 8."""
 
-    method: Literal["awq", "compressed-tensors"]
+    method: Literal["awq", "compressed-tensors", "smooth_quant"]
     group_size: int
     symmetric: bool = False
 
+    @property
+    def int8(self) -> bool:
+        """Whether it is w8a8."""
+        return self.group_size == 0
+
     def __str__(self) -> str:
-        return f"{self.method}, 4 bits in groups of {self.group_size}"
+        return f"{self.method}, " + ("8 bits, a scale a row" if self.int8 else f"4 bits in groups of {self.group_size}")
+
+
+W8A8_OF_LMDEPLOY = Quantization(method="smooth_quant", group_size=0, symmetric=True)
 
 
 def read_quantization(hf_config: Mapping[str, Any]) -> Quantization | None:
@@ -129,6 +154,9 @@ def read_quantization(hf_config: Mapping[str, Any]) -> Quantization | None:
         return Quantization(method="awq", group_size=_group_size(size, f"{field}.group_size"))
     if method == PACKED:
         return _packed(said, field)
+    if method == SMOOTH_QUANT:
+        _check(said, field, SMOOTH_QUANT_FIELDS, ("quant_method",))
+        return W8A8_OF_LMDEPLOY
     raise _refused(f"{field}.quant_method", method, READ)
 
 
@@ -148,13 +176,11 @@ def check_source(hf_config: Mapping[str, Any], weights: str, where: object) -> N
     if quantized is None and weights == "as_is":
         raise ValueError(
             f"{where} is not quantized (its config.json has no quantization_config), and weights=as_is takes over what "
-            "a checkpoint has. Set weights=w4a16 to quantize it, or weights=fp16."
+            "a checkpoint has. Set weights=w4a16 or w8a8 to quantize it, or weights=fp16."
         )
 
 
 def _packed(said: Mapping[str, Any], field: str) -> Quantization:
-    if said.get("format") in ("int-quantized", "naive-quantized"):
-        raise _refused(f"{field}.format", said["format"], W8A8)
     _check(said, field, PACKED_FIELDS, PACKED_HARMLESS)
     groups = said.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -165,6 +191,9 @@ def _packed(said: Mapping[str, Any], field: str) -> Quantization:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             raise _refused(place, group, "an object with `weights`")
+        if said.get("format") == "int-quantized":
+            found.add(_int8(group, weights, place))
+            continue
         _check(weights, f"{place}.weights", WEIGHTS_FIELDS, WEIGHTS_HARMLESS)
         _check(group, place, GROUP_FIELDS, ("targets", "weights"))
         symmetric = weights.get("symmetric", True)
@@ -175,6 +204,25 @@ def _packed(said: Mapping[str, Any], field: str) -> Quantization:
     if len(found) > 1:
         raise _refused(f"{field}.config_groups", sorted(groups), "groups that are all quantized alike")
     return found.pop()
+
+
+def _int8(group: Mapping[str, Any], weights: Mapping[str, Any], place: str) -> Quantization:
+    tokens = group.get("input_activations")
+    if not isinstance(tokens, Mapping):
+        raise _refused(f"{place}.input_activations", tokens, f"8-bit weights go with 8-bit activations alone: {READ}")
+    _check(group, place, INT8_GROUP_FIELDS, ("targets", "weights", "input_activations"))
+    for part, fields, name in (
+        (weights, INT8_WEIGHTS_FIELDS, "weights"),
+        (tokens, INT8_TOKENS_FIELDS, "input_activations"),
+    ):
+        where = f"{place}.{name}"
+        _check(part, where, fields, INT8_HARMLESS)
+        for needed in ("num_bits", "strategy"):
+            if needed not in part:
+                raise _refused(f"{where}.{needed}", None, READ)
+    if not tokens.get("dynamic"):
+        raise _refused(f"{place}.input_activations.dynamic", tokens.get("dynamic"), f"it may be True: {READ}")
+    return Quantization(method="compressed-tensors", group_size=0, symmetric=True)
 
 
 def _check(

@@ -19,7 +19,7 @@ from engine.models.quantization import Quantization, read_quantization, unquanti
 from engine.storage.door import Source, sources
 from engine.storage.json_file import read_object
 from engine.storage.meta_checkpoint import PARAMS, open_meta
-from engine.storage.packed_weights import check_extras, find_awq
+from engine.storage.packed_weights import WORDS, check_extras, find_awq, find_smooth_quant
 from engine.storage.weight_files import WeightFile, check_names, open_weights
 from engine.wording import shown
 
@@ -27,7 +27,6 @@ CONFIG = "config.json"
 # The first that is there is read: one file, or the index of several.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS: dict[str, Dtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-WORDS = "I32"
 UNSAID = (
     "packed ones need a quantization_config in config.json (without it `ingot convert --model-format awq` reads HF-AWQ)"
 )
@@ -50,7 +49,8 @@ class Checkpoint:
 
         Pickled weights (.bin, .pth) are refused unless `allow_bin`, and then read as weights alone. Quantized ones are
         refused unless `allow_quantized`; the linears of their layers then have qweight, qzeros and scales. With
-        `unsaid_awq` they are taken for HF-AWQ where config.json says nothing, as LMDeploy v0.1.0 left them.
+        `unsaid_awq` they are taken for HF-AWQ where config.json says nothing, as LMDeploy v0.1.0 left them; LMDeploy's
+        8-bit ones are seen as what they are.
         `described_in` is the folder of config.json where the weights lie in another.
         """
         self.folder = folder
@@ -68,8 +68,9 @@ class Checkpoint:
             self.quantization = self._read_quantization(allow_quantized)
             self.config, layout = self._read_config(), family_of(self.hf_config).layout
             self._weight_files = self._open_weight_files()
-            if unsaid_awq and self.quantization is None:
-                self.quantization = find_awq(self._weight_files, folder)
+            if self.quantization is None:
+                unsaid = find_awq(self._weight_files, folder) if unsaid_awq else find_smooth_quant(self._weight_files)
+                self.quantization = self._allowed(unsaid, allow_quantized)
         stored = sum(len(file.tensors) for file in self._weight_files)
         if self.config.num_layers > stored:
             raise ValueError(
@@ -89,6 +90,8 @@ class Checkpoint:
         """What the weights are, as they lie here."""
         if self.quantization is None:
             return Recipe()
+        if self.quantization.int8:
+            return Recipe(weights="w8a8")
         return Recipe(weights="w4a16", group_size=self.quantization.group_size)
 
     @property
@@ -145,6 +148,9 @@ class Checkpoint:
             quantization = read_quantization(self.hf_config)
         except ValueError as error:
             raise ValueError(f"{self._described}: {error}") from error
+        return self._allowed(quantization, allowed)
+
+    def _allowed(self, quantization: Quantization | None, allowed: bool) -> Quantization | None:
         if quantization is not None and not allowed:
             raise ValueError(
                 f"{self.folder} is quantized already ({quantization}), and unquantized weights are needed here: a "
@@ -179,13 +185,14 @@ class Checkpoint:
         """The file of each canonical tensor, after checking that all are there with their shapes."""
         found: dict[str, WeightFile] = {}
         used = {source.stored for source in self._sources.values()}
-        words = {source.stored: source.shape for source in self._sources.values() if source.words}
+        codes = {source.stored: source.codes for source in self._sources.values() if source.codes}
+        words = {source.stored: source.shape for source in self._sources.values() if source.codes == WORDS}
         extras = set() if self.quantization is None else check_extras(self._weight_files, words, self.quantization)
         for file in self._weight_files:
             for name, (kind, _) in file.tensors.items():
                 if name in found:
                     raise ValueError(f"{file.path} holds {name}, and so does {found[name].path.name}: keep one of them")
-                kinds = (WORDS,) if name in words else tuple(FLOATS)
+                kinds = (codes[name],) if name in codes else tuple(FLOATS)
                 looked_at = name in used or (self.quantization is None and not name.endswith(layout.ignored))
                 if kind not in kinds and looked_at:
                     unsaid = f"; {UNSAID}" if kind == WORDS and self.quantization is None else ""

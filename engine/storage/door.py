@@ -20,13 +20,13 @@ from engine.storage.packed_weights import reader, stored_kinds
 class Source:
     """The stored tensor that a canonical one is made of, its whole shape, and how: None for just as it is.
 
-    `words`: it holds int32 words of packed codes, not floats.
+    `codes`: the type of the integers that it holds instead of floats, "I32" for words of packed codes or "I8".
     """
 
     stored: str
     shape: tuple[int, ...]
     take: Callable[[Tensor], Tensor] | None = None
-    words: bool = False
+    codes: str | None = None
 
     def of(self, stored: Tensor) -> Tensor:
         return stored if self.take is None else self.take(stored)
@@ -66,9 +66,9 @@ def _packed(prefix: str, dense: Source, quantization: Quantization) -> dict[str,
     module = dense.stored.removesuffix("weight")
     return {
         f"{prefix}{kind}": Source(
-            stored=f"{module}{stored}", shape=shape, take=reader(quantization, kind, dense.take), words=words
+            stored=f"{module}{stored}", shape=shape, take=reader(quantization, kind, dense.take), codes=codes
         )
-        for kind, (stored, shape, words) in stored_kinds(quantization, outputs, inputs).items()
+        for kind, (stored, shape, codes) in stored_kinds(quantization, outputs, inputs).items()
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import ModelConfig, RopeScaling
+from engine.config import ModelConfig, Recipe, RopeScaling
 from engine.models.rope_scaling import HF_KINDS
 
-HF_AWQ, COMPRESSED_TENSORS = "hf-awq", "compressed-tensors"
-FORMS = (HF_AWQ, COMPRESSED_TENSORS)
+HF_AWQ, COMPRESSED_TENSORS, SMOOTH_QUANT = "hf-awq", "compressed-tensors", "smooth-quant"
+# By weights; smooth-quant is LMDeploy's own.
+FORMS_OF = {"w4a16": (HF_AWQ, COMPRESSED_TENSORS), "w8a8": (COMPRESSED_TENSORS, SMOOTH_QUANT)}
+FORMS = (HF_AWQ, COMPRESSED_TENSORS, SMOOTH_QUANT)
 # The release of compressed-tensors whose reader the form was checked with.
 CHECKED_VERSION = "0.20.0"
 
@@ -41,8 +43,25 @@ def hf_config(config: ModelConfig, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def quantization_config(form: str, group_size: int) -> dict[str, Any]:
+def check_form(form: str, recipe: Recipe, what: object) -> None:
+    """ValueError where a form is not known, or is none for the weights of a recipe; `what` is said to have them."""
+    if form not in FORMS:
+        raise ValueError(f"{form} is not a form of checkpoint that can be written; there are {', '.join(FORMS)}")
+    if form not in FORMS_OF.get(recipe.weights, ()):
+        of_weights = "; ".join(f"{weights} as {' or '.join(forms)}" for weights, forms in FORMS_OF.items())
+        raise ValueError(
+            f"{what} is {recipe}, which is not written as {form}: {of_weights}. Unquantized weights are in the "
+            "checkpoint that it was built from."
+        )
+
+
+def quantization_config(form: str, recipe: Recipe) -> dict[str, Any]:
     """What config.json says about weights in that form."""
+    group_size = recipe.group_size
+    if form == SMOOTH_QUANT:
+        return {"quant_method": "smooth_quant", "quant_dtype": "int8"}
+    if recipe.weights == "w8a8":
+        return _compressed("int-quantized", _scheme(8, "channel"), _scheme(8, "token", dynamic=True))
     if form == HF_AWQ:
         return {
             "quant_method": "awq",
@@ -52,23 +71,32 @@ def quantization_config(form: str, group_size: int) -> dict[str, Any]:
             "version": "gemm",
             "modules_to_not_convert": ["lm_head"],
         }
-    weights = {
-        "num_bits": 4,
+    return _compressed("pack-quantized", _scheme(4, "group", symmetric=False, group_size=group_size), None)
+
+
+def _scheme(
+    bits: int, strategy: str, *, symmetric: bool = True, group_size: int | None = None, dynamic: bool = False
+) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
         "type": "int",
-        "symmetric": False,
-        "strategy": "group",
+        "symmetric": symmetric,
+        "strategy": strategy,
         "group_size": group_size,
-        "dynamic": False,
+        "dynamic": dynamic,
         "actorder": None,
         "block_structure": None,
-        "observer": "minmax",
+        "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "version": CHECKED_VERSION,
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],

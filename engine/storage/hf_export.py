@@ -1,5 +1,6 @@
-"""A w4a16 workspace as a Hugging Face checkpoint, in one of two forms: HF-AWQ (GEMM), or compressed-tensors
-(pack-quantized). Codes, zero points and scales are those of the workspace."""
+"""A quantized workspace as a Hugging Face checkpoint. w4a16: HF-AWQ (GEMM), or compressed-tensors (pack-quantized);
+w8a8: compressed-tensors (int-quantized), or LMDeploy's smooth_quant. Codes, zero points and scales are those of the
+workspace."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Recipe
 from engine.models import names
-from engine.storage.hf_config import FORMS, HF_AWQ, hf_config, quantization_config
-from engine.storage.packed_weights import pack_linear
+from engine.storage.hf_config import HF_AWQ, SMOOTH_QUANT, check_form, hf_config, quantization_config
+from engine.storage.packed_weights import LMDEPLOY_SCALE, pack_linear
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
 
 
 class Weights(Protocol):
-    """What is written: a workspace, or anything else that holds w4a16 weights by their canonical names."""
+    """What is written: a workspace, or anything else that holds quantized weights by their canonical names."""
 
     @property
     def folder(self) -> Path: ...
@@ -41,20 +42,16 @@ class Weights(Protocol):
 def export_checkpoint(workspace: Weights, folder: Path, *, form: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json (with its `quantization_config`), safetensors and the tokenizer into a new `folder`.
 
-    Rank cuts are merged, rotary order is Hugging Face's, scales are fp16. The output matrix is left out, and the model
-    marked as tied, when it is equal to the embedding. The folder appears when it is whole. ValueError for another form,
-    other weights, or a model that no config.json says; FileExistsError when the folder is there.
+    Rank cuts are merged, rotary order is Hugging Face's, scales are fp16 (of w8a8 float32). The output matrix is left
+    out, and the model marked as tied, when it is equal to the embedding. The folder appears when it is whole.
+    ValueError for another form, other weights, or a model that no config.json says; FileExistsError when the folder is
+    there.
     """
-    if form not in FORMS:
-        raise ValueError(f"{form} is not a form of checkpoint that can be written; there are {', '.join(FORMS)}")
-    if workspace.recipe.weights != "w4a16":
-        raise ValueError(
-            f"{workspace.folder} holds {workspace.recipe.weights} weights; only w4a16 can be exported as {form}"
-        )
+    check_form(form, workspace.recipe, workspace.folder)
     if workspace.recipe.head != "fp16":
         raise ValueError(
-            f"{workspace.folder} has its output matrix in {workspace.recipe.head}, which neither form holds: build "
-            "the artifact with weights.head=fp16 to export it"
+            f"{workspace.folder} has its output matrix in {workspace.recipe.head}, which no form holds: build the "
+            "artifact with weights.head=fp16 to export it"
         )
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a folder that does not, the export makes it")
@@ -64,7 +61,7 @@ def export_checkpoint(workspace: Weights, folder: Path, *, form: str, shard_byte
     try:
         tied = torch.equal(workspace.tensor(names.EMBEDDING), workspace.tensor(names.HEAD))
         described = hf_config(workspace.config, tied=tied)
-        quantization = quantization_config(form, workspace.recipe.group_size)
+        quantization = quantization_config(form, workspace.recipe)
         _write_json(temporary / "config.json", described | {"quantization_config": quantization})
         _copy_tokenizer(workspace, temporary)
         _write_weights(workspace, temporary, form=form, tied=tied, shard_bytes=shard_bytes)
@@ -86,7 +83,7 @@ def _write_weights(workspace: Weights, folder: Path, *, form: str, tied: bool, s
         pending, count = {}, count + 1
 
     for block in _blocks(workspace, tied=tied):
-        stored = block if form == HF_AWQ else _packed(block)
+        stored = block if form == HF_AWQ else _packed(block, form)
         size = sum(tensor.nbytes for tensor in stored.values())
         if pending and sum(tensor.nbytes for tensor in pending.values()) + size > shard_bytes:
             flush()
@@ -104,14 +101,16 @@ def _write_weights(workspace: Weights, folder: Path, *, form: str, tied: bool, s
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _packed(block: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a layer with its linears in the pack-quantized form."""
+def _packed(block: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """The tensors of a layer with its linears in one of the other forms."""
     stored: dict[str, Tensor] = {}
     for name, tensor in block.items():
         module, _, kind = name.rpartition(".")
         if kind == "qweight":
             linear = pack_linear(tensor, block[f"{module}.qzeros"], block[f"{module}.scales"])
             stored |= {f"{module}.{part}": packed for part, packed in linear.items()}
+        elif kind == names.WEIGHT_SCALE:
+            stored[f"{module}.{LMDEPLOY_SCALE}" if form == SMOOTH_QUANT else name] = tensor[:, None]
         elif kind not in names.QUANTIZED:
             stored[name] = tensor
     return stored

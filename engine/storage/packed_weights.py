@@ -4,6 +4,9 @@
 `weight_packed` int32 [out, in/8] and `weight_zero_point` int32 [out/8, in/g] (absent where symmetric: all 8) have codes
 0..15 in natural order, eight to a word along inputs and outputs; `weight_scale` is [out, in/g]. A weight is
 (code - zero) * scale in both.
+
+8 bits (w8a8): `weight` int8 [out, in] and, [out, 1], `weight_scale` (compressed-tensors, int-quantized) or `scale`
+(smooth_quant, LMDeploy's).
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.models.quantization import PACKED, Quantization
+from engine.models import names
+from engine.models.quantization import PACKED, W8A8_OF_LMDEPLOY, Quantization
 from engine.storage.int4_tiles import awq_from_packed, packed_from_awq
 from engine.storage.turbomind_layout import pack_awq, pack_nibbles, unpack_awq, unpack_nibbles
 from engine.storage.weight_files import WeightFile
@@ -26,11 +30,20 @@ SHAPE, ORDER = "weight_shape", "weight_g_idx"
 EXTRAS = (f".{SHAPE}", f".{ORDER}")
 
 
-def stored_kinds(quantization: Quantization, outputs: int, inputs: int) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """Canonical kind -> (stored kind, stored shape, whether it is of int32 words) of a linear [outputs, inputs].
+WORDS, INT8 = "I32", "I8"
+LMDEPLOY_SCALE = "scale"
+
+
+def stored_kinds(
+    quantization: Quantization, outputs: int, inputs: int
+) -> dict[str, tuple[str, tuple[int, ...], str | None]]:
+    """Canonical kind -> (stored kind, stored shape, type of its integers or None) of a linear [outputs, inputs].
 
     ValueError where groups, or the words of eight, do not come out even.
     """
+    if quantization.int8:
+        scale = names.WEIGHT_SCALE if quantization.method == PACKED else LMDEPLOY_SCALE
+        return {"weight": ("weight", (outputs, inputs), INT8), names.WEIGHT_SCALE: (scale, (outputs, 1), None)}
     if inputs % quantization.group_size or inputs % 8 or outputs % 8:
         raise ValueError(
             f"a linear of {inputs} inputs and {outputs} outputs has no whole groups of {quantization.group_size} "
@@ -39,14 +52,14 @@ def stored_kinds(quantization: Quantization, outputs: int, inputs: int) -> dict[
     groups = inputs // quantization.group_size
     if quantization.method != PACKED:
         return {
-            "qweight": ("qweight", (inputs, outputs // 8), True),
-            "qzeros": ("qzeros", (groups, outputs // 8), True),
-            "scales": ("scales", (groups, outputs), False),
+            "qweight": ("qweight", (inputs, outputs // 8), WORDS),
+            "qzeros": ("qzeros", (groups, outputs // 8), WORDS),
+            "scales": ("scales", (groups, outputs), None),
         }
-    scales = ("weight_scale", (outputs, groups), False)
+    scales = ("weight_scale", (outputs, groups), None)
     return {
-        "qweight": ("weight_packed", (outputs, inputs // 8), True),
-        "qzeros": scales if quantization.symmetric else ("weight_zero_point", (outputs // 8, groups), True),
+        "qweight": ("weight_packed", (outputs, inputs // 8), WORDS),
+        "qzeros": scales if quantization.symmetric else ("weight_zero_point", (outputs // 8, groups), WORDS),
         "scales": scales,
     }
 
@@ -64,9 +77,20 @@ def find_awq(files: Iterable[WeightFile], where: object) -> Quantization:
     )
 
 
+def find_smooth_quant(files: Iterable[WeightFile]) -> Quantization | None:
+    """LMDeploy's w8a8, told by an int8 weight with a scale beside it, as its `smooth_quant` leaves it; else None."""
+    kinds = {name: kind for file in files for name, (kind, _) in file.tensors.items()}
+    for name, kind in kinds.items():
+        if kind == INT8 and name.endswith(".weight") and f"{name.removesuffix('weight')}{LMDEPLOY_SCALE}" in kinds:
+            return W8A8_OF_LMDEPLOY
+    return None
+
+
 def reader(quantization: Quantization, kind: str, rows: Rows | None) -> Rows | None:
     """From a stored tensor to the canonical one of that kind; `rows` takes the rows of a module out of [out, ...]
     where several lie in one matrix. None: just as it is."""
+    if quantization.int8:
+        return partial(_row_scales, rows=rows) if kind == names.WEIGHT_SCALE else rows
     if quantization.method != PACKED and rows is None:
         return None
     return partial(_read, quantization=quantization, kind=kind, rows=rows)
@@ -114,6 +138,10 @@ def _check_extra(name: str, tensor: Tensor, quantization: Quantization, shape: t
             "of a TurboMind workspace have groups of neighbours: take a checkpoint with actorder weight, static or "
             "none, or quantize the unquantized one here (weights=w4a16)"
         )
+
+
+def _row_scales(stored: Tensor, *, rows: Rows | None) -> Tensor:
+    return (stored if rows is None else rows(stored)).float().flatten()
 
 
 def _read(stored: Tensor, *, quantization: Quantization, kind: str, rows: Rows | None) -> Tensor:

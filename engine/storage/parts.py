@@ -58,6 +58,8 @@ def split_part(
             shape = {"qzeros": (groups, outputs // 8), "scales": (groups, outputs)}.get(source, (outputs,))
             name = names.layer_name(layer, f"{module}.{source}")
             found = ask(name, shape)
+            if source == names.WEIGHT_SCALE and not _are_scales(found):
+                raise ValueError(f"{name} holds values that are negative or not finite: these are no scales")
             if source == "qzeros":
                 matrix = layout.unpack_awq(found)
             else:

@@ -106,7 +106,10 @@ def test_export_as_a_hugging_face_checkpoint(form: str, tmp_path: Path, capsys: 
     ("arguments", "message"),
     [
         (["export", "{id}", "nowhere", "--format", "gguf"], "invalid choice: 'gguf'"),
-        (["export", "{id}", "nowhere", "--format", "hf-awq"], "is fp16: a Hugging Face checkpoint is written of w4a16"),
+        (
+            ["export", "{id}", "nowhere", "--format", "hf-awq"],
+            "is fp16, which is not written as hf-awq: w4a16 as",
+        ),
         (["show", "dead"], "no artifact 'dead'"),
         (["verify", "tiny; rm -rf /"], "ingot: "),
         (["lst"], "invalid choice: 'lst'"),

@@ -153,7 +153,7 @@ def test_convert_writes_what_the_reference_writes_config_ini_and_all(tmp_path, k
         (["lite", "kv_qparams", "{work}", "{weights}", "--num-tp", "2"], "tensor_para_size 1"),
         (["lite", "kv_qparams", "{work}", "{weights}", "--kv_asym"], "Did you mean --kv-sym?"),
         (["lite", "kv_qparams", "{work}", "{artifact}"], "build one with kv=kv8 instead"),
-        (["lite", "auto_gptq", "x"], "`ingot lite` has calibrate, auto_awq, kv_qparams"),
+        (["lite", "auto_gptq", "x"], "`ingot lite` has calibrate, auto_awq, smooth_quant, kv_qparams"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_nothing_is_written(plain, arguments, message, capsys, monkeypatch):

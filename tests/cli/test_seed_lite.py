@@ -90,13 +90,18 @@ def test_the_documents_own_command_lines_one_after_another(tmp_path, monkeypatch
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
 
 
-def test_the_references_formula_gives_the_references_checkpoint(tmp_path):
-    model, work = shared(f"{GOLDEN}/checkpoint"), tmp_path / "work"
+def write_references_calibration(model, work):
+    """A work folder with the statistics that the reference recorded."""
     work.mkdir()
     statistics = load_file(shared(f"{GOLDEN}/calibration_stats.safetensors"))
     save_file({name: tensor.float() for name, tensor in statistics.items()}, work / "stats.safetensors")
     save_file({"tokens": torch.zeros(1, 2, dtype=torch.int32)}, work / "blocks.safetensors")
     (work / "calibration.json").write_text(json.dumps({"model": sources.folder_digest(model)}))
+
+
+def test_the_references_formula_gives_the_references_checkpoint(tmp_path):
+    model, work = shared(f"{GOLDEN}/checkpoint"), tmp_path / "work"
+    write_references_calibration(model, work)
     assert main(["lite", "auto_awq", str(model), "--method", "reference", "--work-dir", str(work)]) == 0
     ours, theirs = (
         load_file(work / "model.safetensors"),
@@ -105,6 +110,54 @@ def test_the_references_formula_gives_the_references_checkpoint(tmp_path):
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor.to(ours[name].dtype)), name
+
+
+def test_the_documents_line_makes_an_int8_checkpoint_that_converts_and_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [line] = document_lines("lite smooth_quant")
+    words = shlex.split(line)
+    assert words[-2:] == ["--work-dir", "./internlm-chat-7b-w8"]
+    assert main(words) == 1  # the document's own model is on the hub
+    assert "Nothing is fetched here: download the checkpoint first" in capsys.readouterr().err
+    words[words.index("internlm/internlm-chat-7b")] = str(shared(f"{GOLDEN}/checkpoint"))
+    assert main([*words, *FEW]) == 1
+    assert "--calib-dataset ptb has no copy on the hub that is no program: give its" in capsys.readouterr().err
+    data = ["--calib-dataset", "ptb", "--calib-path", str(shared("data/text/ptb.valid.txt"))]
+    assert main([*words, *FEW, *data]) == 0
+    assert "calibrated and quantized, 8-bit weights and activations" in capsys.readouterr().out
+    assert main([*words, "--method", "reference"]) == 0
+    assert "quantized on the calibration that was there" in capsys.readouterr().out
+    folder = tmp_path / "internlm-chat-7b-w8"
+    assert Checkpoint(folder, allow_quantized=True).recipe.weights == "w8a8"
+    assert not [path for path in folder.iterdir() if path.suffix == ".py" or path.name.startswith(".")]
+    # As LMDeploy left it: with no word about it in config.json.
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["convert", "llama2", str(folder), "--tp", "2", "--dst-path", "made"]) == 0
+    assert "made: int8, tp=2" in capsys.readouterr().out
+    assert Workspace(tmp_path / "made").recipe.weights == "w8a8" and len(answer(tmp_path / "made")) > 0
+
+
+def test_the_references_smoothing_gives_the_references_checkpoint(tmp_path):
+    model, work = shared(f"{GOLDEN}/checkpoint"), tmp_path / "work"
+    write_references_calibration(model, work)
+    assert main(["lite", "smooth_quant", str(model), "--method", "reference", "--work-dir", str(work)]) == 0
+    ours, theirs = (
+        load_file(work / "model.safetensors"),
+        load_file(shared(f"{GOLDEN}/expected.w8a8_checkpoint.safetensors")),
+    )
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def test_an_unknown_smoothing_is_one_paragraph(tmp_path, capsys):
+    model = write_tiny_checkpoint(tmp_path / "model")
+    arguments = ["lite", "smooth_quant", str(model), "--work-dir", str(tmp_path / "w"), "--method", "alpha"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "ingot: --method alpha is not known; there are searched, reference\n"
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.fixture(scope="module")

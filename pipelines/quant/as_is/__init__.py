@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.models import names
 from engine.storage.checkpoint import Checkpoint
 from engine.storage.turbomind_files import check_fits
 from pipelines.slices import write_json
@@ -25,9 +26,10 @@ def quantize(
 ) -> None:
     """Look at everything that `shard` will take from the checkpoint `source`, and write `report.json` into `out`.
 
-    Codes and zero points are taken bit by bit. Scales are stored in float16: the report counts those that float16 does
-    not hold exactly (of a bfloat16 or float32 checkpoint, below 2^-14), and the largest relative error among them.
-    ValueError for scales that are not finite in float16, and for a model that does not fit int4 files.
+    Codes and zero points are taken bit by bit. Scales of int4 are stored in float16: the report counts those that
+    float16 does not hold exactly (of a bfloat16 or float32 checkpoint, below 2^-14), and the largest relative error
+    among them. Those of int8 are stored in float32, which holds them all. ValueError for scales that are not finite as
+    they are stored, for negative ones of int8, and for a model that does not fit int4 files.
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin, allow_quantized=True)
     check_fits(checkpoint.config, checkpoint.recipe, tp=1)
@@ -37,6 +39,11 @@ def quantize(
             scales = checkpoint.tensor(name)
             inexact, largest = _lost(name, scales)
             count, rounded, error = count + scales.numel(), rounded + inexact, max(error, largest)
+        elif name.endswith(f".{names.WEIGHT_SCALE}"):
+            scales = checkpoint.tensor(name)
+            if not bool(scales.isfinite().all()) or bool((scales < 0).any()):
+                raise ValueError(f"{name} of {source} has values that are negative or not finite: these are no scales")
+            count += scales.numel()
     assert checkpoint.quantization is not None  # `quantize` has checked it
     write_json(
         out / "report.json",

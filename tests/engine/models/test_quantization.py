@@ -1,7 +1,7 @@
 import pytest
 
 from engine.models.quantization import Quantization, check_source, read_quantization, unquantized
-from tests.engine.storage.tiny_quantized import awq_config, packed_config
+from tests.engine.storage.tiny_quantized import awq_config, int8_config, packed_config, scheme
 
 
 def said(value, field="quantization_config"):
@@ -60,8 +60,23 @@ def test_other_methods_are_refused_by_name(method):
         (awq_config(128, zero_point=False), r"\.zero_point = False"),
         (awq_config(-1), r"\.group_size = -1, .*a whole number"),
         (awq_config(128, rotate=True), r"\.rotate = True.*not known"),
-        (packed_config(128, format="int-quantized"), r"\.format = 'int-quantized'.*\(w8a8\), are not in this version"),
-        (packed_config(128, format="float-quantized"), r"\.format = 'float-quantized'.*may be 'pack-quantized'"),
+        (packed_config(128, format="int-quantized"), r"input_activations = None, .*8-bit activations alone"),
+        (packed_config(128, format="naive-quantized"), r"\.format = 'naive-quantized'.*or 'int-quantized'"),
+        (int8_config(input_activations=None), r"group_0\.input_activations = None, .*8-bit activations alone"),
+        (int8_config(output_activations={"num_bits": 8}), r"group_0\.output_activations = "),
+        (int8_config(weights=scheme("tensor")), r"group_0\.weights\.strategy = 'tensor'.*may be 'channel'"),
+        (int8_config(weights=scheme("channel", num_bits=4)), r"group_0\.weights\.num_bits = 4"),
+        (int8_config(weights=scheme("channel", symmetric=False)), r"group_0\.weights\.symmetric = False"),
+        (int8_config(weights=scheme("channel", type="float")), r"group_0\.weights\.type = 'float'"),
+        (int8_config(weights={"type": "int"}), r"group_0\.weights\.num_bits = None"),
+        (int8_config(input_activations=scheme("tensor")), r"group_0\.input_activations\.strategy = 'tensor'"),
+        (int8_config(input_activations=scheme("token")), r"group_0\.input_activations\.dynamic = False.*may be True"),
+        (int8_config(surprise=1), r"group_0\.surprise = 1.*not known"),
+        ({"quant_method": "smooth_quant", "quant_dtype": "float8_e4m3fn"}, r"quant_dtype = 'float8_e4m3fn'"),
+        (
+            packed_config(128, format="float-quantized"),
+            r"\.format = 'float-quantized'.* or 'int-quantized'",
+        ),
         (packed_config(128, format="marlin-24"), r"\.format = 'marlin-24'"),
         (packed_config(128, quantization_status="frozen"), r"\.quantization_status = 'frozen'"),
         (packed_config(128, kv_cache_scheme={"num_bits": 8}), r"\.kv_cache_scheme = "),
@@ -80,6 +95,19 @@ def test_other_methods_are_refused_by_name(method):
 def test_what_would_change_the_numbers_is_refused_by_field_and_value(value, message):
     with pytest.raises(ValueError, match=message):
         said(value)
+
+
+def test_eight_bits_are_read_in_both_forms():
+    for config in (
+        int8_config(),
+        {"quant_method": "smooth_quant"},
+        {"quant_method": "smooth_quant", "quant_dtype": "int8"},
+    ):
+        found = said(config)
+        assert found.int8 and found.symmetric and str(found) == f"{config['quant_method']}, 8 bits, a scale a row"
+    check_source({"quantization_config": int8_config()}, "as_is", "x")
+    with pytest.raises(ValueError, match=r"x is quantized already .*8 bits.*weights=w8a8 starts from unquantized"):
+        check_source({"quantization_config": int8_config()}, "w8a8", "x")
 
 
 def test_groups_of_two_kinds_and_activations_are_refused():

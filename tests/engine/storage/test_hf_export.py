@@ -102,7 +102,7 @@ def test_other_weights_and_an_existing_folder_are_refused(tmp_path):
     dense = Workspace(make_workspace(tmp_path / "d", SMALL, Recipe(), 1, random_tensors(SMALL, Recipe())))
     with pytest.raises(ValueError, match=r"gguf is not a form of checkpoint .* hf-awq, compressed-tensors"):
         export_checkpoint(dense, tmp_path / "out", form="gguf")
-    with pytest.raises(ValueError, match="only w4a16"):
+    with pytest.raises(ValueError, match="is fp16, which is not written as hf-awq"):
         export_checkpoint(dense, tmp_path / "out", form=HF_AWQ)
     folder = make_workspace(tmp_path / "w", SMALL, INT4, 1, random_tensors(SMALL, INT4))
     with pytest.raises(FileExistsError):

@@ -103,6 +103,27 @@ def packed_config(group_size, *, symmetric=False, weights=None, **changes):
     } | changes
 
 
+def scheme(strategy, **changes):
+    """8 bits, as llm-compressor writes it."""
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": False} | changes
+
+
+def int8_config(**changes):
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme("channel", observer="minmax", group_size=None),
+        "input_activations": scheme("token", dynamic=True, observer=None),
+        "output_activations": None,
+    } | changes
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
 def quantize_folder(folder: Path, *, form="awq", group_size=32, symmetric=False, dtype=torch.float16):
     """Quantize every matrix of the layers of a checkpoint in place; returns their dense weights by stored name."""
     tensors = load_file(folder / "model.safetensors")
