@@ -159,6 +159,8 @@ def _problems(config: Config) -> Iterator[str]:
     elif weights.name == "w8a8" and weights.bits == 4:
         yield "weights.bits=4 is not w8a8, which has 8-bit weights and activations: 4-bit weights are w4a16"
     yield from one_of("weights.head", weights.head, HEADS)
+    if weights.name == "w8a8" and weights.head != "fp16":
+        yield f"weights.head={weights.head} is for w4a16: w8a8 leaves the output matrix in 16 bits"
     yield from one_of("weights.search", weights.search, ("grid", "none"))
     yield from one_of("weights.method", weights.method, METHODS)
     yield from one_of("kv.name", config.kv.name, KVS)

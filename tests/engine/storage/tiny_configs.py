@@ -71,7 +71,8 @@ def tensors_of(hf_config: dict[str, Any], layout: Layout | None = None) -> dict[
     config = model_config(unquantized(hf_config))
     for source in sources(config, layout or family_of(hf_config).layout, read_quantization(hf_config)).values():
         drawn = torch.randn(source.shape, generator=generator)
-        found[source.stored] = drawn.mul(1 << 20).int() if source.words else drawn
+        integers = {"I32": drawn.mul(1 << 20).int(), "I8": drawn.mul(32).to(torch.int8), None: drawn}
+        found[source.stored] = integers[source.codes]
     return found
 
 
