@@ -146,14 +146,18 @@ class EngineClient:
         self._error = None
         self._reading = asyncio.create_task(self._run(reader))
 
-    async def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Stream:
-        """Send a request; returns once the engine has accepted it. ValueError, in the engine's words, if it refuses."""
+    async def submit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, owner: str = "", priority: int = 0
+    ) -> Stream:
+        """Send a request of an owner (see `Engine.add`); returns once the engine has accepted it. ValueError, in the
+        engine's words, if it refuses."""
         writer = self._ready_writer()
         stream = Stream(self, uuid.uuid4().hex)
         accepted = asyncio.get_running_loop().create_future()
         self._streams[stream.request_id] = stream
         self._accepted[stream.request_id] = accepted
-        message = {"type": "add", "request_id": stream.request_id, "prompt_ids": list(prompt_ids)}
+        message: channel.Message = {"type": "add", "request_id": stream.request_id, "prompt_ids": list(prompt_ids)}
+        message |= {"owner": owner, "priority": priority}
         try:
             writer.write(channel.pack({**message, "sampling": pack_sampling(sampling)}))
             await writer.drain()

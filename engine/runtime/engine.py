@@ -154,8 +154,17 @@ class Engine:
             for sequence in self._scheduler.resolve(drawing, drawn.token_ids)
         ]
 
-    def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str | None = None) -> str:
-        """Queue a request and return its id. Raises ValueError for a prompt or an option that cannot be served.
+    def add(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        *,
+        request_id: str | None = None,
+        owner: str = "",
+        priority: int = 0,
+    ) -> str:
+        """Queue a request and return its id. Owners share the engine fairly; among one's requests, lower `priority`
+        comes first. Raises ValueError for a prompt or an option that cannot be served.
 
         The answer ends with "length" where prompt and answer reach session_len, even before max_new_tokens.
         """
@@ -173,6 +182,8 @@ class Engine:
             sampling=sampling,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             constraint=None if sampling.grammar is None else self.grammars.constraint(sampling.grammar),
+            owner=owner,
+            priority=priority,
         )
         decoder = IncrementalDecoder(self._tokenizer, prompt_ids=prompt_ids, skip_special=sampling.skip_special_tokens)
         answer = Answer(decoder, stop=sampling.stop)

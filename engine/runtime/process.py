@@ -90,7 +90,13 @@ class Service:
         request_id = message["request_id"]
         sampling = unpack_sampling(message["sampling"])
         try:
-            self._engine.add(message["prompt_ids"], sampling, request_id=request_id)
+            self._engine.add(
+                message["prompt_ids"],
+                sampling,
+                request_id=request_id,
+                owner=message.get("owner", ""),
+                priority=message.get("priority", 0),
+            )
         except ValueError as error:
             self._channel.send({"type": "refused", "request_id": request_id, "message": str(error)})
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.runtime.cache import PageTable, page_digest
+from engine.runtime.fairness import WaitingLine, prompt_limits, unfair
 from engine.runtime.sequence import PENDING, Sequence
 
 
@@ -23,12 +24,13 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served: `running` and then `waiting` are always in the order of arrival.
+    """First come, first served among the sequences of one owner, and fair between owners (see `fairness`).
 
     A step spends `num_tokens_per_iter` tokens on at most `max_batch_size` sequences: on the running ones first, then on
     waiting ones, of which the last may get only a part of its prompt. A sequence is admitted when pages for all its
-    tokens are there, with one more for each that already runs to grow into. If pages run out all the same, the latest
-    arrival gives its own back and waits again.
+    tokens are there, with one more for each that already runs to grow into. If pages run out all the same, the one
+    admitted last gives its own back and waits again. So does one of the owner that has the most running, where there is
+    no room for one of an owner that has fewer.
 
     A step may be scheduled while the one before it is still computed: `advance` says that it was launched, and
     `resolve` later which tokens came of it.
@@ -42,7 +44,7 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
         self.pages = pages
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingLine()
         self.num_preemptions = 0
         self._max_batch_size = max_batch_size
         self._num_tokens_per_iter = num_tokens_per_iter
@@ -55,7 +57,7 @@ class Scheduler:
                 f"A sequence of up to {sequence.limit} tokens does not fit the KV cache of {self.pages.num_pages} "
                 f"pages of {self.pages.page_len} tokens. Ask for fewer tokens or raise cache_max_entry_count."
             )
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
@@ -67,6 +69,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Choose the next step. A step that could not be run is simply scheduled anew."""
         budget = self._num_tokens_per_iter
+        limits = self._prompt_limits()
         admitting = True
         index = 0
         while index < len(self.running):
@@ -75,19 +78,23 @@ class Scheduler:
                 index += 1  # its last token is being drawn: nothing is left to compute
                 continue
             if not self._grow(sequence):
-                self._preempt()  # the last in `running`: a later arrival, or this sequence itself
+                self._preempt(self.running[-1])  # the last in `running`: a later arrival, or this sequence itself
                 admitting = False
                 continue
-            sequence.scheduled = min(budget, len(sequence) - sequence.cached)
-            budget -= sequence.scheduled
+            budget -= self._give(sequence, budget, limits)
             index += 1
-        while admitting and budget > 0 and self.waiting and len(self.running) < self._max_batch_size:
-            if not self._admit(self.waiting[0]):
-                break
-            sequence = self.waiting.popleft()
+        while admitting and budget > 0 and self.waiting:
+            sequence = self.waiting.first(self.running)
+            if len(self.running) == self._max_batch_size or not self._admit(sequence):
+                victim = unfair(self.running, sequence.owner)
+                if victim is None or sequence.pending:
+                    break
+                budget += victim.scheduled
+                self._preempt(victim)
+                continue
+            self.waiting.admit(sequence)
             self.running.append(sequence)
-            sequence.scheduled = min(budget, len(sequence) - sequence.cached)
-            budget -= sequence.scheduled
+            budget -= self._give(sequence, budget, limits)
         planned = [sequence for sequence in self.running if sequence.scheduled]
         # Sequences with one token first, as the kernels take them.
         return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
@@ -164,10 +171,37 @@ class Scheduler:
         sequence.pages += self.pages.allocate(missing)
         return True
 
-    def _preempt(self) -> None:
-        sequence = self.running.pop()
+    def _prompt_limits(self) -> dict[str, int]:
+        """How many tokens of prompts the sequences of each owner may get in this step; empty with one owner."""
+        owners = {sequence.owner for sequence in self.running}
+        newcomer = self.waiting.first(self.running) if self.waiting else None
+        if newcomer is None or newcomer.owner in owners:
+            newcomer = None
+        if len(owners) + (newcomer is not None) < 2:
+            return {}
+        needs: Counter[str] = Counter()
+        decoding = 0
+        for sequence in self.running:
+            missing = len(sequence) - sequence.cached
+            decoding += missing == 1
+            needs[sequence.owner] += missing if missing > 1 else 0
+        if newcomer is not None:
+            needs[newcomer.owner] = len(newcomer)
+        return prompt_limits(+needs, max(0, self._num_tokens_per_iter - decoding))
+
+    def _give(self, sequence: Sequence, budget: int, limits: dict[str, int]) -> int:
+        """Schedule what a sequence gets of `budget`, and return how much that is."""
+        missing = len(sequence) - sequence.cached
+        limit = limits.get(sequence.owner, budget) if missing > 1 else budget
+        sequence.scheduled = min(budget, missing, limit)
+        if missing > 1 and sequence.owner in limits:
+            limits[sequence.owner] -= sequence.scheduled
+        return sequence.scheduled
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

@@ -37,6 +37,7 @@ class Sequence:
     the logits of every position are wanted, so it takes no page from the prefix index and puts none there.
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
     token, since K in the cache is turned by it. `constraint` is the grammar that the answer follows.
+    Engines are shared fairly between owners; among one owner's, lower `priority` comes first, then `arrival`.
     """
 
     request_id: str
@@ -47,6 +48,8 @@ class Sequence:
     scored: bool = False
     rope_base: float | None = None
     constraint: Constraint | None = None
+    owner: str = ""
+    priority: int = 0
 
     cached: int = 0
     scheduled: int = 0
@@ -57,6 +60,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     prompt_length: int = 0
     prefix_hit: int | None = None
+    arrival: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

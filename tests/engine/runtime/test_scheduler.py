@@ -147,7 +147,7 @@ def test_a_preempted_sequence_finds_its_own_pages_again():
     item = sequence("a", 8, new=4)
     made.add(item)
     step(made)
-    made._preempt()
+    made._preempt(item)
     made.check()
     assert (item.cached, item.pages) == (0, [])
     assert step(made) == {"a": 1}
@@ -228,7 +228,7 @@ def test_a_preempted_sequence_waits_for_its_token():
     item = sequence("a", 4, new=4)
     made.add(item)
     drawn = made.advance(made.schedule())
-    made._preempt()
+    made._preempt(item)
     assert not made.schedule().sequences
     made.resolve(drawn, [9])
     assert made.schedule().sequences == (item,)

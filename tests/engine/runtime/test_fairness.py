@@ -1,0 +1,145 @@
+import random
+
+import pytest
+
+from engine.runtime.cache import PageTable
+from engine.runtime.fairness import WaitingLine, prompt_limits, unfair
+from engine.runtime.scheduler import Scheduler
+from engine.runtime.sequence import Sequence
+
+
+def sequence(name, owner, *, prompt=8, new=8, priority=0, start=0):
+    tokens = [start * 1000 + number for number in range(prompt)]
+    return Sequence(request_id=name, tokens=tokens, limit=prompt + new, owner=owner, priority=priority)
+
+
+def test_among_one_owners_the_lowest_priority_then_the_first_to_come():
+    line = WaitingLine()
+    made = [sequence(name, "a", priority=priority) for name, priority in (("w", 0), ("x", 5), ("y", -1), ("z", 0))]
+    for each in made:
+        line.add(each)
+    served = []
+    while line:
+        served.append(line.first([]))
+        line.remove(served[-1])
+    assert [each.request_id for each in served] == ["y", "w", "z", "x"]
+
+
+def test_the_owner_with_the_fewest_running_comes_first():
+    line = WaitingLine()
+    for each in (sequence("1", "a"), sequence("2", "b", priority=9), sequence("3", "c")):
+        line.add(each)
+    assert line.first([]).owner == "a"
+    assert line.first([sequence("0", "a")]).owner == "b"
+    assert line.first([sequence("0", "a"), sequence("0", "b")]).owner == "c"
+    assert len(line) == len(list(line)) == 3
+
+
+def test_among_equals_the_one_whose_turn_is_longest_ago():
+    line = WaitingLine()
+    for number in range(3):
+        line.add(sequence(str(number), "a"))
+    line.add(sequence("late", "b"))
+    served = []
+    while line:
+        served.append(line.first([]))
+        line.admit(served[-1])
+    assert [each.owner for each in served] == ["a", "b", "a", "a"]
+
+
+def test_a_preempted_sequence_keeps_its_place():
+    line = WaitingLine()
+    first, second = sequence("1", "a"), sequence("2", "a")
+    line.add(first)
+    line.remove(first)
+    line.add(second)
+    line.add(first)
+    assert line.first([]) is first
+
+
+def test_who_gives_way():
+    running = [sequence(str(number), owner) for number, owner in enumerate("aabac")]
+    assert unfair(running, "d") is running[3]
+    assert unfair(running, "b") is running[3]
+    assert unfair(running, "a") is None
+    assert unfair(running[1:], "b") is None
+    assert unfair([], "b") is None
+
+
+@pytest.mark.parametrize(
+    ("needs", "budget", "limits"),
+    [
+        ({}, 8, {}),
+        ({"a": 100}, 8, {"a": 8}),
+        ({"a": 100, "b": 100}, 8, {"a": 4, "b": 4}),
+        ({"a": 100, "b": 1}, 8, {"a": 7, "b": 4}),
+        ({"a": 100, "b": 100, "c": 100}, 2, {"a": 2, "b": 2, "c": 2}),
+    ],
+)
+def test_prompts_share_a_step(needs, budget, limits):
+    assert prompt_limits(needs, budget) == limits
+
+
+def steps_to_first_token(made, wanted):
+    for count in range(1, 10_000):
+        plan = made.schedule()
+        made.check()
+        drawing = plan.drawing
+        made.commit(plan, [7] * len(drawing))
+        for each in plan.sequences:
+            if len(each) == each.limit:
+                made.finish(each)
+        made.check()
+        if wanted in drawing:
+            return count
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("prompt", [8, 100, 300], ids=["short prompts", "prompts of several steps", "long prompts"])
+@pytest.mark.parametrize("pages", [2000, 300], ids=["roomy", "tight"])
+@pytest.mark.parametrize("warm", [0, 3, 40])
+def test_two_hundred_waiting_of_one_key_do_not_hold_up_another(prompt, pages, warm):
+    """Its first token comes within twice as many steps as on an idle engine, and one for the batch that is full."""
+
+    def engine():
+        return Scheduler(PageTable(pages, 4), max_batch_size=8, num_tokens_per_iter=64)
+
+    alone = engine()
+    mine = sequence("b", "b", prompt=prompt, start=999)
+    alone.add(mine)
+    idle = steps_to_first_token(alone, mine)
+    busy = engine()
+    for number in range(200):
+        busy.add(sequence(str(number), "a", prompt=prompt, new=150, start=number))
+    for _ in range(warm):
+        plan = busy.schedule()
+        busy.commit(plan, [7] * len(plan.drawing))
+    mine = sequence("b", "b", prompt=prompt, start=999)
+    busy.add(mine)
+    assert steps_to_first_token(busy, mine) <= 2 * idle + 1
+
+
+def test_all_owners_come_to_an_end_and_share_equally_on_the_way():
+    made = Scheduler(PageTable(400, 4), max_batch_size=6, num_tokens_per_iter=32)
+    generator = random.Random(3)
+    left = []
+    for number in range(60):
+        left.append(sequence(str(number), generator.choice("aaaab"), new=generator.randint(4, 30), start=number))
+        made.add(left[-1])
+    shared = 0
+    while made.has_work():
+        plan = made.schedule()
+        made.check()
+        owners = [each.owner for each in made.running]
+        waiting = {each.owner for each in made.waiting}
+        if waiting == {"a", "b"} and len(owners) == 6:
+            assert owners.count("a") == owners.count("b") == 3
+            shared += 1
+        made.commit(plan, [7] * len(plan.drawing))
+        for each in plan.sequences:
+            if len(each) == each.limit:
+                made.finish(each)
+                left.remove(each)
+    assert not left
+    assert shared > 10
+    assert made.pages.num_available == 400
