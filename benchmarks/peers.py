@@ -21,7 +21,7 @@ from benchmarks.workload import Request, longest
 # What each engine takes of weights and KV caches, of what can be written for it.
 TAKES = {
     "hf": ({"fp16"}, {"kv16"}),
-    "vllm": ({"fp16", "w4a16"}, {"kv16"}),
+    "vllm": ({"fp16", "w8a8", "w4a16"}, {"kv16"}),
     "lmdeploy": ({"fp16", "w4a16"}, {"kv16", "kv8"}),
 }
 MODULES = {"hf": "transformers", "vllm": "vllm", "lmdeploy": "lmdeploy"}

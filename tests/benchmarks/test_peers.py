@@ -19,7 +19,7 @@ from engine.storage.checkpoint import Checkpoint
 TINY = shape("tiny")
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(weights="w4a16", group_size=64)], ids=str)
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(weights="w8a8"), Recipe(weights="w4a16", group_size=64)], ids=str)
 def test_a_checkpoint_holds_the_weights_that_our_engine_gets(recipe: Recipe, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, TINY, recipe, seed=4)
     made = RandomWeights(TINY, recipe, device="cpu", seed=4)
@@ -31,8 +31,8 @@ def test_a_checkpoint_holds_the_weights_that_our_engine_gets(recipe: Recipe, tmp
 
 
 def test_weights_without_a_form_of_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="random w8a8 weights cannot be written"):
-        write_checkpoint(tmp_path / "c", TINY, Recipe(weights="w8a8"))
+    with pytest.raises(ValueError, match="random w4a16-int8head weights cannot be written"):
+        write_checkpoint(tmp_path / "c", TINY, Recipe(weights="w4a16", group_size=64, head="int8"))
     assert not (tmp_path / "c").exists()
 
 
