@@ -32,6 +32,10 @@ from engine.storage.ini_keys import KV_INT8
 from engine.storage.workspace import Workspace
 
 
+# On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
+PREFILL_INTERVAL = 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """A whole answer. `token_ids` has the end token, or the tokens of the stop string; `text` has neither."""
@@ -98,6 +102,7 @@ class Engine:
             max_batch_size=config.max_batch_size,
             num_tokens_per_iter=config.num_tokens_per_iter,
             prefix_caching=config.prefix_caching,
+            prefill_interval=PREFILL_INTERVAL if on_gpu else 1,
         )
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}

@@ -32,14 +32,28 @@ class Scheduler:
     admitted last gives its own back and waits again. So does one of the owner that has the most running, where there is
     no room for one of an owner that has fewer.
 
+    With `prefill_interval` n above 1, waiting sequences are admitted in every n-th step only, while more than a quarter
+    of max_batch_size run: a step that mixes prompts in costs more than one that only decodes (on a GPU it is not a
+    graph), and n prompts at once hardly more than one.
+
     A step may be scheduled while the one before it is still computed: `advance` says that it was launched, and
     `resolve` later which tokens came of it.
     """
 
     def __init__(
-        self, pages: PageTable, *, max_batch_size: int, num_tokens_per_iter: int, prefix_caching: bool = True
+        self,
+        pages: PageTable,
+        *,
+        max_batch_size: int,
+        num_tokens_per_iter: int,
+        prefix_caching: bool = True,
+        prefill_interval: int = 1,
     ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("num_tokens_per_iter", num_tokens_per_iter)):
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("num_tokens_per_iter", num_tokens_per_iter),
+            ("prefill_interval", prefill_interval),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
         self.pages = pages
@@ -49,6 +63,8 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._num_tokens_per_iter = num_tokens_per_iter
         self._prefix_caching = prefix_caching
+        self._prefill_interval = prefill_interval
+        self._steps_since_admission = 0
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn. Raises ValueError if the whole cache could not hold it."""
@@ -70,7 +86,7 @@ class Scheduler:
         """Choose the next step. A step that could not be run is simply scheduled anew."""
         budget = self._num_tokens_per_iter
         limits = self._prompt_limits()
-        admitting = True
+        admitting = self._admits()
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
@@ -94,10 +110,17 @@ class Scheduler:
                 continue
             self.waiting.admit(sequence)
             self.running.append(sequence)
+            self._steps_since_admission = 0
             budget -= self._give(sequence, budget, limits)
         planned = [sequence for sequence in self.running if sequence.scheduled]
         # Sequences with one token first, as the kernels take them.
         return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
+
+    def _admits(self) -> bool:
+        """Whether this is a step that lets waiting sequences in."""
+        self._steps_since_admission += 1
+        few = len(self.running) <= self._max_batch_size // 4
+        return few or self._steps_since_admission >= self._prefill_interval
 
     def commit(self, plan: Plan, tokens: Items[int]) -> None:
         """Take in a step that was run: `tokens` are the new ones of `plan.drawing`."""

@@ -21,8 +21,8 @@ def model():
 
 def runner_of(model, *, num_pages=30, page_len=4, batch=8, budget=64):
     pages = PageTable(num_pages, page_len)
-    cache = KVCache(model.config, num_pages=num_pages, page_len=page_len, device="cpu", dtype=torch.float32)
-    runner = Runner(model, cache, eos_token_ids=())
+    cache = KVCache(model.config, num_pages=num_pages, page_len=page_len, device=model.device, dtype=torch.float32)
+    runner = Runner(model, cache, eos_token_ids=(), graphs=False)
     return runner, Scheduler(pages, max_batch_size=batch, num_tokens_per_iter=budget)
 
 
@@ -54,7 +54,7 @@ def decode(runner, scheduler, item):
         logits = runner.logits(plan)
         drawing = plan.drawing
         if item in drawing:
-            seen.append(logits[drawing.index(item)])
+            seen.append(logits[drawing.index(item)].cpu())
         scheduler.commit(plan, logits.argmax(-1).tolist())
         for done in [one for one in plan.sequences if len(one) == one.limit]:
             scheduler.finish(done)
@@ -91,7 +91,7 @@ def test_a_wrong_page_shows(model):
     scheduler.commit(plan, runner.run(plan).token_ids)
     item.pages[0] = next(page for page in range(30) if page not in item.pages)
     expected = whole_logits(model, item.tokens)[-1]
-    assert (runner.logits(scheduler.schedule())[0] - expected).abs().max() > 1e-2 * expected.abs().max()
+    assert (runner.logits(scheduler.schedule())[0].cpu() - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 def test_a_step_that_only_fills_the_cache_draws_nothing(model):

@@ -189,6 +189,24 @@ def test_what_can_never_fit_is_refused():
             scheduler(**options)
 
 
+def test_prompts_wait_for_each_other_while_many_decode():
+    made = scheduler(batch=8, budget=100)
+    made._prefill_interval = 3
+    for name in "abc":
+        made.add(sequence(name, 3, new=20))
+    assert step(made) == {"a": 3, "b": 3, "c": 3}, "nothing runs yet"
+    made.add(sequence("d", 5, new=20))
+    assert step(made) == {"a": 1, "b": 1, "c": 1}
+    made.add(sequence("e", 5, new=20))
+    assert step(made) == {"a": 1, "b": 1, "c": 1}
+    assert step(made) == {"a": 1, "b": 1, "c": 1, "d": 5, "e": 5}
+    made.finish(made.running[0])
+    made.finish(made.running[0])
+    made.finish(made.running[0])
+    made.add(sequence("f", 2, new=20))
+    assert step(made) == {"d": 1, "e": 1, "f": 2}, "a quarter of the batch or less runs"
+
+
 def test_a_step_is_scheduled_while_the_last_is_computed():
     made = scheduler(budget=10)
     first, second = sequence("a", 3, new=3), sequence("b", [7, 7], new=1)
