@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import INTERPRETER, facts
-from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
+from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, dequantized, places, pointers, read_rows, storage_of
 from engine.kernels.reference import Pages
 
 LOG2E = 1.4426950408889634
@@ -276,8 +276,8 @@ def _decode_group(
         k = read_rows(key, place, inside, head_dim, padded, stored == PLAIN)
         v = read_rows(value, place, inside, head_dim, padded, stored == PLAIN)
         if stored == TOKENS:
-            k = _dequantized(k, key_steps, place, inside)
-            v = _dequantized(v, value_steps, place, inside)
+            k = dequantized(k, key_steps, place, inside)
+            v = dequantized(v, value_steps, place, inside)
         score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee") * reach[:, None]
         if window:
             inside = inside & (token >= oldest)
@@ -303,13 +303,6 @@ def _decode_group(
         tl.store(partial + part[:, None] * head_dim + column[None, :], o, mask=mask)
         logs = tl.where(weight > 0, best + tl.log2(sure), float("-inf"))
         tl.store(sums + part, logs, mask=row < group)
-
-
-@triton.jit
-def _dequantized(rows, steps, place, inside):
-    scale = tl.load(steps + place * 2, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(steps + place * 2 + 1, mask=inside, other=0.0).to(tl.float32)
-    return (rows - 128.0) * scale[:, None] + zero[:, None]
 
 
 @triton.jit

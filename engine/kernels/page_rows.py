@@ -62,3 +62,11 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
         odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
         rows = tl.join(even, odd).reshape(word.shape[0], padded)
     return rows
+
+
+@triton.jit
+def dequantized(rows, steps, place, inside):
+    """Bytes [block, padded] as values, by the scale and zero point of each token."""
+    scale = tl.load(steps + place * 2, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.load(steps + place * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+    return (rows - 128.0) * scale[:, None] + zero[:, None]

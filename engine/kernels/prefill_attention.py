@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.decode_attention import LOG2E, _dequantized
+from engine.kernels.decode_attention import LOG2E
 from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import INTERPRETER, facts
-from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, pointers, read_rows, storage_of
+from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, dequantized, places, pointers, read_rows, storage_of
 from engine.kernels.reference import QUERY_BLOCK, Pages
 
 
@@ -128,30 +128,55 @@ def _prefill(
     best = tl.full([queries], float("-inf"), tl.float32)
     weight = tl.zeros([queries], tl.float32)
     acc = tl.zeros([queries, padded], tl.float32)
-    for first in tl.range(oldest, end, block, num_stages=stages):
+    # Blocks that all queries see whole need no mask: up to the first query's own place.
+    whole = oldest
+    if not window:
+        whole = (length - count + first_query + 1) // block * block
+    for first in tl.range(oldest, whole, block, num_stages=stages):
+        token = first + tl.arange(0, block)
+        place = places(table, first, token, kv_head, kv_heads, page_len, block)
+        k, v = _keys_and_values(key, value, key_steps, value_steps, place, token < end, head_dim, padded, stored)
+        score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee")
+        best, weight, acc = _attend(score, v, reach, best, weight, acc, kind, stored)
+    for first in tl.range(whole, end, block, num_stages=stages):
         token = first + tl.arange(0, block)
         inside = token < end
         place = places(table, first, tl.minimum(token, end - 1), kv_head, kv_heads, page_len, block)
-        k = read_rows(key, place, inside, head_dim, padded, stored == PLAIN)
-        if stored == TOKENS:
-            k = _dequantized(k, key_steps, place, inside)
-        score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee") * reach[:, None]
+        k, v = _keys_and_values(key, value, key_steps, value_steps, place, inside, head_dim, padded, stored)
+        score = tl.dot(q, tl.trans(k.to(kind)), input_precision="ieee")
         seen = inside[None, :] & (token[None, :] <= position[:, None])
         if window:
             seen = seen & (token[None, :] > position[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
-        highest = tl.maximum(best, tl.max(score, axis=1))
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(score - shift[:, None]).to(kind)
-        keep = tl.exp2(best - shift)
-        best = highest
-        weight = weight * keep + tl.sum(p.to(tl.float32), axis=1)
-        v = read_rows(value, place, inside, head_dim, padded, stored == PLAIN)
-        if stored == TOKENS:
-            v = _dequantized(v, value_steps, place, inside)
-        acc = acc * keep[:, None] + tl.dot(p, v.to(kind), input_precision="ieee")
+        best, weight, acc = _attend(score, v, reach, best, weight, acc, kind, stored)
     o = acc / tl.where(weight > 0, weight, 1.0)[:, None]
     if stored == CHANNELS:
         scale = tl.load(value_scale + channel, mask=here, other=0.0)
         o = (o - 128.0) * scale[None, :] + tl.load(value_zero + channel, mask=here, other=0.0)[None, :]
     tl.store(out + at, o.to(kind), mask=mask)
+
+
+@triton.jit
+def _keys_and_values(key, value, key_steps, value_steps, place, inside, head_dim, padded, stored: tl.constexpr):
+    """Rows of K and V [block, padded]: as computed, as bytes 0..255, or dequantized where tokens have steps."""
+    k = read_rows(key, place, inside, head_dim, padded, stored == PLAIN)
+    v = read_rows(value, place, inside, head_dim, padded, stored == PLAIN)
+    if stored == TOKENS:
+        k = dequantized(k, key_steps, place, inside)
+        v = dequantized(v, value_steps, place, inside)
+    return k, v
+
+
+@triton.jit
+def _attend(score, v, reach, best, weight, acc, kind: tl.constexpr, stored: tl.constexpr):
+    """One block more of an online softmax over scores times `reach`."""
+    highest = tl.maximum(best, tl.max(score, axis=1) * reach)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    p = tl.exp2(score * reach[:, None] - shift[:, None])
+    keep = tl.exp2(best - shift)
+    rounded = p.to(kind)
+    if stored == CHANNELS:  # the sum of the rounded weights: the offset of bytes then cancels exactly
+        p = rounded.to(tl.float32)
+    weight = weight * keep + tl.sum(p, axis=1)
+    acc = acc * keep[:, None] + tl.dot(rounded, v.to(kind), input_precision="ieee")
+    return highest, weight, acc

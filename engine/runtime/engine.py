@@ -31,7 +31,6 @@ from engine.storage.config_ini import engine_config_of
 from engine.storage.ini_keys import KV_INT8
 from engine.storage.workspace import Workspace
 
-
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
 PREFILL_INTERVAL = 8
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.models.batch import QUERY_BLOCK
 from engine.models.cache import KVPages
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.engine.kernels.triton_device import DEVICE as DEVICE
 
 
 def kv_pages(stored, num_pages, kv_heads, page_len, head_dim, dtype, generator):
