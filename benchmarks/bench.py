@@ -16,6 +16,7 @@ BENCHMARKS = {
     "memory": ("benchmarks.memory", "memory against batch size, KV cache as computed and as int8"),
     "profile": ("benchmarks.host_time", "how much of a decode step the host takes, and where"),
     "serving": ("benchmarks.serving", "through HTTP at request rates: latencies, and what HTTP costs"),
+    "table": ("benchmarks.table", "every recipe over the cases that engines are compared by"),
     "throughput": ("benchmarks.throughput", "many requests of different lengths: requests and tokens a second"),
     "tune": ("benchmarks.tune", "find the fastest configurations of the kernels on this GPU and write its table"),
     "workspace": ("benchmarks.workspace", "write a named shape with random weights as a workspace folder"),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import workload
 from benchmarks.options import option, read_options
@@ -14,6 +15,10 @@ from benchmarks.rows import RESULTS, check_out, provenance, record
 from benchmarks.subject import Subject, find_subject, tokens_per_step
 from benchmarks.timeline import Run, Timeline, milliseconds, run
 from benchmarks.workload import Request
+
+if TYPE_CHECKING:
+    from benchmarks.ceilings import Ceilings
+    from benchmarks.floor import Cost
 
 ABOUT = """
 Prompts and answers of fixed lengths, `batch` of them at once, one row a batch size. Answers are greedy and never end
@@ -57,38 +62,43 @@ def main(argv: list[str]) -> int:
     if options.peer is not None:
         check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
-    from benchmarks.floor import cost, generation_seconds, prefill_operations
+    from benchmarks.floor import cost
 
     ceilings = measure_ceilings(subject.device, subject.dtype)
     of = cost(subject.config, subject.recipe, subject.dtype)
     lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
     cases = [workload.fixed(batch, options.input, options.output, **lengths) for batch in options.batch]
     for batch, done in zip(options.batch, answered(options, subject, cases), strict=True):
-        timeline = done.timeline
-        least = generation_seconds(of, ceilings, batch=batch, inputs=options.input, outputs=options.output)
-        row = {
-            **provenance(subject.device),
-            "engine": done.engine,
-            **subject.columns,
-            "batch": batch,
-            "input": options.input,
-            "output": options.output,
-            "seconds": round(timeline.seconds, 4),
-            "tokens_per_second": round(timeline.tokens_per_second, 2),
-            "first_token_ms": milliseconds(timeline.time_to_first),
-            "step_ms": milliseconds(timeline.step),
-            **prefill_columns(
-                timeline,
-                prefill_operations(subject.config, of, batch=batch, inputs=options.input),
-                batch * options.input,
-            ),
-            **ceilings.columns,
-            "floor_tokens_per_second": round(batch * options.output / least, 1),
-            "share_of_floor": round(least / timeline.seconds, 4),
-            "load_seconds": round(done.load_seconds, 2),
-        }
+        row = row_of(subject, done, ceilings, of, batch=batch, inputs=options.input, outputs=options.output)
         record(options.out, row, SHOWN)
     return 0
+
+
+def row_of(
+    subject: Subject, done: Run, ceilings: Ceilings, of: Cost, *, batch: int, inputs: int, outputs: int
+) -> dict[str, object]:
+    """The row of one case: what came out, and the floor of the run beside it."""
+    from benchmarks.floor import generation_seconds, prefill_operations
+
+    timeline = done.timeline
+    least = generation_seconds(of, ceilings, batch=batch, inputs=inputs, outputs=outputs)
+    return {
+        **provenance(subject.device),
+        "engine": done.engine,
+        **subject.columns,
+        "batch": batch,
+        "input": inputs,
+        "output": outputs,
+        "seconds": round(timeline.seconds, 4),
+        "tokens_per_second": round(timeline.tokens_per_second, 2),
+        "first_token_ms": milliseconds(timeline.time_to_first),
+        "step_ms": milliseconds(timeline.step),
+        **prefill_columns(timeline, prefill_operations(subject.config, of, batch=batch, inputs=inputs), batch * inputs),
+        **ceilings.columns,
+        "floor_tokens_per_second": round(batch * outputs / least, 1),
+        "share_of_floor": round(least / timeline.seconds, 4),
+        "load_seconds": round(done.load_seconds, 2),
+    }
 
 
 def prefill_columns(timeline: Timeline, operations: int, tokens: int) -> dict[str, object]:

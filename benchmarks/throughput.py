@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import workload
 from benchmarks.options import option, read_options
@@ -13,6 +14,9 @@ from benchmarks.rows import RESULTS, check_out, provenance, record
 from benchmarks.subject import Subject, find_subject, tokens_per_step
 from benchmarks.timeline import Run, milliseconds, run
 from benchmarks.workload import Request
+
+if TYPE_CHECKING:
+    from benchmarks.ceilings import Ceilings
 
 ABOUT = f"""
 `requests` requests, all there from the start, at most `at_once` of them in a step; greedy, answers to their full
@@ -55,23 +59,33 @@ def main(argv: list[str]) -> int:
     if options.peer is not None:
         check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
-    from benchmarks.floor import cost, throughput_seconds
 
     requests = asked(subject, options.data, options.requests)
     ceilings = measure_ceilings(subject.device, subject.dtype)
     done = answered(options, subject, requests)
+    row = row_of(subject, done, ceilings, requests, data=options.data, at_once=options.at_once)
+    record(options.out, row, SHOWN)
+    return 0
+
+
+def row_of(
+    subject: Subject, done: Run, ceilings: Ceilings, requests: list[Request], *, data: Path | None, at_once: int
+) -> dict[str, object]:
+    """The row of one run: what came out, and the floor of the run beside it."""
+    from benchmarks.floor import cost, throughput_seconds
+
     timeline = done.timeline
     lengths = [(len(request.prompt_ids), request.new_tokens) for request in requests]
     floor = cost(subject.config, subject.recipe, subject.dtype)
-    least = throughput_seconds(floor, ceilings, lengths, at_once=min(options.at_once, len(requests)))
-    row = {
+    least = throughput_seconds(floor, ceilings, lengths, at_once=min(at_once, len(requests)))
+    return {
         **provenance(subject.device),
         "engine": done.engine,
         **subject.columns,
-        "data": "log_normal" if options.data is None else options.data.name,
+        "data": "log_normal" if data is None else data.name,
         "seed": subject.seed,
         "requests": len(requests),
-        "at_once": options.at_once,
+        "at_once": at_once,
         "mean_input": round(sum(inputs for inputs, _ in lengths) / len(lengths), 1),
         "mean_output": round(sum(outputs for _, outputs in lengths) / len(lengths), 1),
         "seconds": round(timeline.seconds, 3),
@@ -82,8 +96,6 @@ def main(argv: list[str]) -> int:
         "floor_requests_per_second": round(len(requests) / least, 2),
         "share_of_floor": round(least / timeline.seconds, 4),
     }
-    record(options.out, row, SHOWN)
-    return 0
 
 
 def answered(options: Options, subject: Subject, requests: list[Request]) -> Run:

@@ -245,7 +245,7 @@ def test_score_gives_the_logits_of_every_position(model, options):
     def on_logits(item, start, logits):
         assert start == sum(len(piece) for piece in rows[item])
         assert logits.dtype == torch.float32
-        rows[item].append(logits)
+        rows[item].append(logits.cpu())
 
     engine.score(items, on_logits)
     drain(engine)
@@ -275,7 +275,7 @@ def test_an_int8_cache_is_close_and_the_same_chunked(model):
     found = []
     for options in ({}, {"num_tokens_per_iter": 3}, {"num_tokens_per_iter": 1}):
         rows = []
-        make(model, scales=scales, **options).score([PROMPTS[0]], lambda i, start, logits: rows.append(logits))  # noqa: B023
+        make(model, scales=scales, **options).score([PROMPTS[0]], lambda i, start, logits: rows.append(logits.cpu()))  # noqa: B023
         found.append(torch.cat(rows))
     largest = expected.abs().max()
     assert 1e-4 * largest < (found[0] - expected).abs().max() < 0.1 * largest
