@@ -114,7 +114,7 @@ def _part(length, split, window: tl.constexpr, splits: tl.constexpr, block: tl.c
     return oldest, start, tl.minimum(start + share, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_one(
     query,
     key,
@@ -210,7 +210,7 @@ def _decode_one(
         tl.store(sums + row * splits + split, tl.where(weights > 0, highest + tl.log2(sure), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_group(
     query,
     key,

@@ -64,7 +64,7 @@ def prefill_attention(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill(
     query,
     key,

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 TABLES = Path(__file__).parent / "tuned"
-# Cards that differ in their memory alone: without a table of its own the first takes that of the second.
-SIBLINGS = {"h200": "h100-80gb-hbm3"}
 # A product of M rows is run as the smallest bucket that holds M; above the last, as the last.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # A row of a table stands for shapes up to this ratio of N, and of K.
@@ -32,8 +30,6 @@ def bucket(m: int) -> int:
 def table(device: str) -> dict[tuple[str, int], list[tuple[int, int, Config]]]:
     """(operation, bucket) -> its rows (n, k, configuration); empty for an unknown device."""
     path = TABLES / f"{device}.json"
-    if not path.exists() and device in SIBLINGS:
-        path = TABLES / f"{SIBLINGS[device]}.json"
     rows: dict[tuple[str, int], list[tuple[int, int, Config]]] = {}
     if path.exists():
         for row in json.loads(path.read_text())["rows"]:
