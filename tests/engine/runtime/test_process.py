@@ -63,8 +63,8 @@ class FakeEngine:
         self.open: list[str] = []
         self.session_len = 10
 
-    def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str) -> str:
-        self.calls.append(("add", prompt_ids, sampling))
+    def add(self, prompt_ids: list[int], sampling: Sampling, *, request_id: str, owner: str, priority: int) -> str:
+        self.calls.append(("add", prompt_ids, sampling, owner, priority))
         if not prompt_ids:
             raise ValueError("no prompt")
         self.open.append(request_id)
@@ -96,7 +96,7 @@ def test_the_service_answers_in_order(ends: tuple[socket.socket, socket.socket])
     engine = FakeEngine()
     sampling = {"max_new_tokens": 3, "stop": ["a", "b"]}
     for message in (
-        {"type": "add", "request_id": "r1", "prompt_ids": [1, 2], "sampling": sampling},
+        {"type": "add", "request_id": "r1", "prompt_ids": [1, 2], "sampling": sampling, "owner": "me", "priority": 3},
         {"type": "add", "request_id": "r2", "prompt_ids": [], "sampling": sampling},
         {"type": "add", "request_id": "r3", "prompt_ids": [3], "sampling": sampling},
         {"type": "abort", "request_id": "r3"},
@@ -114,7 +114,7 @@ def test_the_service_answers_in_order(ends: tuple[socket.socket, socket.socket])
     assert answers[1]["message"] == "no prompt"
     assert answers[3]["unfinished"] == 1
     assert answers[4]["events"] == [["r1", [7], "x", "length", 2, 1, 1, []]]
-    assert ("add", [1, 2], Sampling(max_new_tokens=3, stop=("a", "b"))) in engine.calls
+    assert ("add", [1, 2], Sampling(max_new_tokens=3, stop=("a", "b")), "me", 3) in engine.calls
     assert ("abort", "r3") in engine.calls
 
 
