@@ -111,17 +111,23 @@ class Interactive:
     async def _round(
         self, request: Request, asked: InteractiveRequest, conversation: Conversation, ending: _Ending
     ) -> Response | dict[str, Any]:
-        turns = [*conversation.turns, *asked.turns]
-        if not asked.turns or asked.request_output_len == 0:
-            conversation.turns = turns
+        history = conversation.tokens
+        if not asked.turns:
             ending.close()
-            return _line("", tokens=0, history=conversation.tokens, prompt=0, reason="stop")
+            return _line("", tokens=0, history=history, prompt=0, reason="stop")
+        turns = [*conversation.turns, *asked.turns]
         prompt_ids = await self._ids(turns)
         room = self._generation.room(prompt_ids, param="prompt")
+        if asked.request_output_len == 0:
+            conversation.turns, conversation.tokens = turns, len(prompt_ids)
+            ending.close()
+            return _line("", tokens=0, history=history, prompt=len(prompt_ids) - history, reason="stop")
         sampling = asked.sampling(most=min(asked.request_output_len or room, room))
         job = Job(prompt=0, prompt_ids=prompt_ids, sampling=sampling)
         try:
             answers = await unless_gone(request, Answers.open(self._generation.client, [job]))
+        except ValueError as error:
+            raise RequestError(str(error), code="invalid_value") from error
         except ClientGone:
             ending.close()
             return Response(status_code=499)

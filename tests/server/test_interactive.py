@@ -56,6 +56,14 @@ def test_a_prompt_can_be_taken_in_without_an_answer(served: Served) -> None:
     assert answer["text"] == chat(served, prompt=[*said, {"role": "user", "content": "and"}])["text"]
 
 
+def test_what_is_taken_in_has_the_sessions_room(served: Served) -> None:
+    session = {"session_id": 9, "interactive_mode": True, "request_output_len": 0}
+    assert chat(served, prompt="cat " * 30, **session)["input_tokens"] > 20
+    refused = post(served, "/v1/chat/interactive", prompt="cat " * 120, **session)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert chat(served, prompt="x", session_id=9, request_output_len=1)["history_tokens"] > 20
+
+
 def test_a_stream_is_lines_of_json(served: Served) -> None:
     whole = chat(served, prompt="the cat")
     with httpx.stream(

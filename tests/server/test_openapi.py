@@ -29,7 +29,9 @@ def run(served: Served, *, examples: int, seeded: int) -> tuple[int, list[str]]:
                     # An unknown model ends a request before anything else does, and long answers take long.
                     case.body |= {"model": "tiny"} if "model" in case.body else {}
                     case.body |= {key: 2 for key in ("max_tokens", "request_output_len") if key in case.body}
-                response = case.call(base_url=served.url, headers=HEADERS, timeout=60)
+                response = case.call(
+                    base_url=served.url, headers=HEADERS, timeout=300
+                )  # a first grammar waits for its process to start
                 sent += 1
                 answered += response.status_code == 200
                 if response.status_code >= 500:
