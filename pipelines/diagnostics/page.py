@@ -167,7 +167,8 @@ def _weights(findings: Findings) -> Iterator[str]:
 
 
 def _kv(findings: Findings) -> Iterator[str]:
-    kept = findings.manifest.recipe.kv
+    granularity = (findings.options.get("kv") or {}).get("granularity")
+    kept = findings.manifest.recipe.kv + (f" (granularity: {granularity})" if granularity else "")
     yield _section(
         "Keys and values",
         f"The recipe keeps them as {kept}. With one scale for a whole layer, or one a head, a channel uses only a part"

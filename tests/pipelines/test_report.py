@@ -121,6 +121,8 @@ def test_rows_of_another_recipe_are_shown_by_their_own_columns(root):
         for pair in pairs
     ]
     text = page(found, "a" * 64, "pass")
+    found.options["kv"] = {"name": "kv8", "granularity": "head"}
+    assert "keeps them as kv8 (granularity: head)" in page(found, "a" * 64, "pass")
     assert "before smoothing" in text and "<th class=n>alpha" in text and "0.75" in text
     assert "before scaling" not in text and text.count("<td class=n>-") >= len(pairs)
 
