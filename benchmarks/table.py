@@ -62,8 +62,7 @@ def measure(options: Options) -> None:
         cache_block_seq_len=options.cache_block_seq_len,
     )
     load_seconds = time.perf_counter() - begun
-    if engine.memory is not None:
-        print(f"{subject.recipe}: {engine.memory}")
+    print(f"{subject.recipe}: {engine.memory}")
     for batch, inputs, outputs in cases:
         asked = workload.fixed(batch, inputs, outputs, **lengths)
         run(engine, [Request(each.prompt_ids, min(each.new_tokens, 8)) for each in asked])

@@ -4,6 +4,7 @@
 A program takes one part ("split") of one sequence's context for one KV head and all query heads that read it; a second
 kernel joins the parts. Scales of channels stay outside the loop over tokens: those of K go into the query, those of V
 into the result, and a zero point of K moves all scores alike, which changes no softmax.
+(Above 300 lines: both kernels are here, since they are two forms of one computation.)
 """
 
 from __future__ import annotations

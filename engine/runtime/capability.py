@@ -8,10 +8,11 @@ import torch
 
 from engine.cache_size import CacheSize, num_pages
 from engine.config import Dtype, EngineConfig, ModelConfig, Recipe
+from engine.kernels.ops import HALVES, has_triton
 from engine.models import names
 from engine.models.cache import page_bytes
 from engine.runtime.cache import page_count
-from engine.runtime.runner import free_memory
+from engine.runtime.memory import free_memory
 
 MIB = 2**20
 # The largest share of the free memory that is proposed for the cache.
@@ -23,12 +24,14 @@ INT8_FROM = (7, 5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a device is and can do: types that its matrix units know, and bytes that are free now."""
+    """What a device is and can do: types that its matrix units know, whether it multiplies 4-bit weights as they are
+    packed (in float16 and bfloat16), and bytes that are free now."""
 
     name: str
     bfloat16: bool
     int8: bool
     free_bytes: int
+    int4: bool = False
 
 
 def probe_device(text: str) -> Device:
@@ -51,6 +54,7 @@ def probe_device(text: str) -> Device:
         bfloat16=capability >= BFLOAT16_FROM,
         int8=capability >= INT8_FROM,
         free_bytes=free_memory(device),
+        int4=has_triton(),
     )
 
 
@@ -85,8 +89,9 @@ def check_capability(
     _check_memory(config, recipe, engine, device, dtype=getattr(torch, dtype), session_len=session_len)
 
 
-def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Memory that the weights take when they run. 4-bit linears keep what they unpack beside what is packed."""
+def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int4: bool = False) -> int:
+    """Memory that the weights take when they run. Where the device does not multiply 4-bit weights as they are packed
+    (`int4`), linears keep what they unpack beside them."""
     total = 0
     for name, shape in names.model_tensors(config).items():
         count = torch.Size(shape).numel()
@@ -97,8 +102,10 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> int
         if name == names.HEAD and recipe.head == "int8":
             total += count + shape[0] * 4
             continue
-        total += count * dtype.itemsize
-        if (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4"):
+        packed = (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4")
+        if not (packed and int4 and dtype in HALVES):
+            total += count * dtype.itemsize
+        if packed:
             groups = count // recipe.group_size
             total += count // 2 + groups // 2 + groups * 2
     return total
@@ -118,7 +125,7 @@ def _check_memory(
     def pages(dtype: torch.dtype, kv: str, entry: CacheSize, session_len: int) -> int:
         """Pages that there would be room for; 0 where one sequence does not fit."""
         page = size(dtype, kv)
-        left = device.free_bytes - weight_bytes(config, recipe, dtype)
+        left = device.free_bytes - weight_bytes(config, recipe, dtype, int4=device.int4)
         try:
             count = page_count(
                 entry, page_bytes=page, free_bytes=max(left, 0), page_len=page_len, session_len=session_len
@@ -139,7 +146,8 @@ def _check_memory(
         runs.append("an artifact with kv=kv8")
     if dtype == torch.float32 and pages(torch.float16, recipe.kv, entry, session_len):
         runs.append("dtype=bfloat16" if config.dtype == "bfloat16" and device.bfloat16 else "dtype=float16")
-    weights, sequence = weight_bytes(config, recipe, dtype), -(-session_len // page_len) * page
+    weights = weight_bytes(config, recipe, dtype, int4=device.int4)
+    sequence = -(-session_len // page_len) * page
     asked = num_pages(entry, page_bytes=page, free_bytes=max(device.free_bytes - weights, 0)) * page
     if asked and weights + asked > device.free_bytes:
         cache = f"and the KV cache {asked / MIB:.0f} MiB (cache_max_entry_count={entry}). "

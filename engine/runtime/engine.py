@@ -7,23 +7,24 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, Sampling
-from engine.models.cache import KVCache, KVScales, PerToken, page_bytes
+from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic, rope_base
 from engine.runtime.answer import Answer
-from engine.runtime.cache import PageTable, page_count
+from engine.runtime.cache import PageTable
 from engine.runtime.capability import check_capability, computing_dtype, probe_device
+from engine.runtime.completion import Completion, completion_of
 from engine.runtime.event import Event, FinishReason, TokenLogprob
 from engine.runtime.grammar import Grammars
-from engine.runtime.memory import MemoryReport, working_memory
-from engine.runtime.runner import Launch, Runner, free_memory
+from engine.runtime.memory import MemoryReport, allocated, free_memory, num_pages_for, working_memory
+from engine.runtime.runner import Launch, Runner
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
 from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
@@ -33,18 +34,6 @@ from engine.storage.workspace import Workspace
 
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
 PREFILL_INTERVAL = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A whole answer. `token_ids` has the end token, or the tokens of the stop string; `text` has neither."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Engine:
@@ -62,18 +51,16 @@ class Engine:
         """The KV cache is int8 if `kv_scales` are given. Raises ValueError if it cannot hold one session."""
         if session_len < 2:
             raise ValueError(f"session_len is {session_len}, but must hold a prompt and an answer: at least 2 tokens.")
-        self.session_len = session_len
-        self.vocab_size = model.config.vocab_size
-        self._model_config = model.config
-        self._tokenizer = tokenizer
+        self.session_len, self.vocab_size = session_len, model.config.vocab_size
+        self._model_config, self._tokenizer = model.config, tokenizer
         config = config.complete()
         ends = (*model.config.eos_token_ids, *tokenizer.eos_token_ids, *config.end_ids)
         self.eos_token_ids = tuple(dict.fromkeys(ends))
         page_len = config.cache_block_seq_len
         on_gpu = model.device.type == "cuda"
-        loaded = torch.cuda.memory_allocated(model.device) if on_gpu else 0
         reserved = working_memory(model, config, session_len=session_len, scales=kv_scales) if on_gpu else 0
-        num_pages = _num_pages(model, config, session_len=session_len, scales=kv_scales, reserved=reserved)
+        loaded = allocated(model.device)
+        num_pages = num_pages_for(model, config, session_len=session_len, scales=kv_scales, reserved=reserved)
         pages = PageTable(num_pages, page_len)
         cache = KVCache(
             model.config,
@@ -83,7 +70,7 @@ class Engine:
             dtype=model.dtype,
             scales=kv_scales,
         )
-        held = torch.cuda.memory_allocated(model.device) - loaded if on_gpu else 0
+        held = allocated(model.device) - loaded
         self._runner = Runner(
             model,
             cache,
@@ -91,11 +78,7 @@ class Engine:
             max_batch_size=config.max_batch_size,
             session_len=session_len,
         )
-        # None on a CPU, whose memory other processes share.
-        self.memory: MemoryReport | None = None
-        if on_gpu:
-            free = free_memory(model.device)
-            self.memory = MemoryReport(weights=loaded, pages=held, workspace=reserved, free=free)
+        self.memory = MemoryReport(weights=loaded, pages=held, workspace=reserved, free=free_memory(model.device))
         self._scheduler = Scheduler(
             pages,
             max_batch_size=config.max_batch_size,
@@ -225,7 +208,7 @@ class Engine:
             for request_id in ids:
                 self.abort(request_id)
             self._aborted.clear()
-        return [_completion(events[request_id]) for request_id in ids]
+        return [completion_of(events[request_id]) for request_id in ids]
 
     def score(self, items: Items[list[int]], on_logits: Callable[[int, int, Tensor], None]) -> None:
         """Run every item through the KV cache in chunks, without drawing a token; the engine must be idle.
@@ -298,29 +281,6 @@ class Engine:
             raise ValueError("The engine has unfinished requests: let step() finish them, or abort them, first.")
 
 
-def _num_pages(
-    model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None, reserved: int
-) -> int:
-    """Pages for the engine, from the memory that is free beside `reserved` bytes. On a CPU a share of the memory ends
-    where max_batch_size full sessions fit: the rest serves better as the system's page cache."""
-    page_len = config.cache_block_seq_len
-    full = config.max_batch_size * -(-session_len // page_len)
-    return page_count(
-        config.cache_max_entry_count,
-        page_bytes=page_bytes(
-            model.config,
-            page_len=page_len,
-            dtype=model.dtype,
-            quantized=scales is not None,
-            per_token=isinstance(scales, PerToken),
-        ),
-        free_bytes=max(free_memory(model.device) - reserved, 0),
-        page_len=page_len,
-        session_len=session_len,
-        most=full if model.device.type == "cpu" else None,
-    )
-
-
 def _event(
     sequence: Sequence,
     token_ids: tuple[int, ...],
@@ -337,17 +297,4 @@ def _event(
         cached_tokens=sequence.prefix_hit or 0,
         completion_tokens=sequence.known - sequence.prompt_length,
         logprobs=logprobs,
-    )
-
-
-def _completion(events: list[Event]) -> Completion:
-    last = events[-1]
-    assert last.finish_reason is not None
-    return Completion(
-        token_ids=tuple(token for event in events for token in event.token_ids),
-        text="".join(event.text for event in events),
-        finish_reason=last.finish_reason,
-        prompt_tokens=last.prompt_tokens,
-        cached_tokens=last.cached_tokens,
-        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
     )

@@ -1,17 +1,19 @@
-"""What an engine needs of a GPU's memory beside weights and pages, and what it took in the end."""
+"""How the memory of a device is shared out: weights, KV pages, and on a GPU what steps and graphs need beside them."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from engine.config import EngineConfig
 from engine.models.batch import QUERY_BLOCK, Batch
-from engine.models.cache import KVCache, KVScales, PerToken
+from engine.models.cache import KVCache, KVScales, PerToken, page_bytes
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
+from engine.runtime.cache import page_count
 from engine.runtime.graphs import DecodeGraphs
 
 # What libraries take at their first use under load, and what fragments.
@@ -21,7 +23,7 @@ MARGIN = 256 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
     """Bytes of a device: `weights` and `pages` as allocated, `workspace` as measured for a full step and the graphs,
-    `free` what is left."""
+    `free` what is left. On a CPU only `free` is known."""
 
     weights: int
     pages: int
@@ -91,3 +93,38 @@ def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Bat
         rope_bases=bases if is_dynamic(model.config) else None,
         blocks=torch.tensor(blocks, dtype=torch.int32).to(device),
     )
+
+
+def num_pages_for(
+    model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None, reserved: int
+) -> int:
+    """Pages for the engine, from the memory that is free beside `reserved` bytes. On a CPU a share of the memory ends
+    where max_batch_size full sessions fit: the rest serves better as the system's page cache."""
+    page_len = config.cache_block_seq_len
+    full = config.max_batch_size * -(-session_len // page_len)
+    return page_count(
+        config.cache_max_entry_count,
+        page_bytes=page_bytes(
+            model.config,
+            page_len=page_len,
+            dtype=model.dtype,
+            quantized=scales is not None,
+            per_token=isinstance(scales, PerToken),
+        ),
+        free_bytes=max(free_memory(model.device) - reserved, 0),
+        page_len=page_len,
+        session_len=session_len,
+        most=full if model.device.type == "cpu" else None,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device right now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that torch holds in tensors on a GPU; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

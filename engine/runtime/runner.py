@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -133,10 +132,3 @@ def _is_greedy(sequence: Sequence) -> bool:
     sampling = sequence.sampling
     plain = not sequence.needs_host and not sampling.logit_bias and sampling.logprobs is None
     return sampling.temperature == 0 and plain
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device right now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
