@@ -25,7 +25,7 @@ from engine.models import names
 from engine.models.families import model_config
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
-from pipelines.quant import w4a16
+from pipelines.quant import w4a16, w8a8
 from pipelines.quant.stream import side_by_side
 from pipelines.recipe_fields import weights_part
 from pipelines.schema import Weights
@@ -52,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq"},
     "gptq, plain": {"method": "gptq", "clip": False, "correction": 0.0},
     "awq+gptq": {"method": "awq+gptq"},
+    "w8a8": {"name": "w8a8"},
 }
 
 
@@ -83,9 +84,10 @@ def main() -> int:
         for name in arguments.recipes:
             out = Path(temporary) / "out"
             out.mkdir()
-            weights = weights_part(Weights(name="w4a16", group_size=128, **RECIPES[name]))
+            asked: dict[str, Any] = {"name": "w4a16", "group_size": 128, **RECIPES[name]}
+            weights, package = weights_part(Weights(**asked)), w8a8 if asked["name"] == "w8a8" else w4a16
             measured(
-                lambda w=weights, o=out: w4a16.quantize(w, source, calibration, o, device="cuda"),
+                lambda w=weights, o=out, p=package: p.quantize(w, source, calibration, o, device="cuda"),
                 name,
                 checkpoint,
                 blocks,
@@ -130,7 +132,7 @@ def floor(name: str, checkpoint: Checkpoint, tokens: int) -> float:
     grams = 2 * tokens * (3 * config.hidden_size**2 + config.intermediate_size**2)
     if name == "rtn":
         return 0.0
-    if name == "calibrate":
+    if name in ("calibrate", "w8a8"):
         return float(config.num_layers * one_pass)
     streams = 2 if name == "awq+gptq" else 1
     return float(config.num_layers * streams * (one_pass + grams))
