@@ -95,7 +95,6 @@ def test_a_rank_of_a_workspace_has_its_share(tmp_path):
 @pytest.mark.parametrize(
     ("config", "recipe", "message"),
     [
-        (SMALL, replace(INT4, head="int2"), "head=int2 is not known; there are fp16, int8, int4"),
         (SMALL, Recipe(head="int8"), "head=int8 goes with w4a16 weights, not with fp16"),
         (replace(SMALL, hidden_size=80), INT4, "hidden_size 80 is no multiple of 32 and of group_size 32"),
     ],
@@ -103,6 +102,11 @@ def test_a_rank_of_a_workspace_has_its_share(tmp_path):
 def test_what_does_not_go_together(config, recipe, message):
     assert head_problem(config, recipe) == message
     assert head_problem(config, replace(recipe, head="fp16")) is None
+
+
+def test_a_head_that_is_none_is_no_recipe():
+    with pytest.raises(ValueError, match="head is 'int2', not one of fp16, int8, int4"):
+        replace(INT4, head="int2")
 
 
 def test_damaged_heads_are_named(tmp_path):
