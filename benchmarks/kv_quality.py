@@ -70,20 +70,20 @@ def measure_model(data: Path, name: str, blocks: Sequence[int], count: int | Non
         for granularity in get_args(KVGranularity)[:3]:
             caches[granularity, last] = scales_of(ranges, config, granularity)
     model = decoder(checkpoint, Path("none"), device)
-    for (granularity, used), row in compare(model, items, caches).items():
-        row = {
+    for (granularity, used), measured in compare(model, items, caches).items():
+        row: dict[str, object] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "commit": run,
             **{tool: version for tool, version in toolchain().items() if version},
             "model": name,
             "granularity": granularity,
             "blocks": used or "",
-            **row,
+            **measured,
         }
         append(RESULTS, row if device == "cpu" else row | {"device": torch.cuda.get_device_name()})
         print(
-            f"| {name} | {granularity} | {used or ''} | {row['change_percent']:+.3f}% ± {row['error_percent']:.3f} | "
-            f"{row['kl_mean']:.2e} |",
+            f"| {name} | {granularity} | {used or ''} | {measured['change_percent']:+.3f}% ± "
+            f"{measured['error_percent']:.3f} | {measured['kl_mean']:.2e} |",
             flush=True,
         )
 

@@ -40,6 +40,12 @@ class Reader:
             rows = np.stack([np.fromfile(file, dtype="<f4") for file in files])
         return np.repeat(rows, self.kv_heads // len(rows), axis=0)
 
+    def channel_scales(self, layer: int) -> Matrix:
+        """[kv heads, head size, 4], K's channels in half-split order, where `kv_granularity` is "channel"."""
+        planes = np.fromfile(self._folder / f"layers.{layer}.past_kv_scale.channels", dtype="<f4")
+        key, value = np.split(planes.reshape(4, self.kv_heads * self.size), 2)
+        return np.concatenate([self._half_split(key), value]).reshape(4, self.kv_heads, self.size).transpose(1, 2, 0)
+
     def frequencies(self, limit: int) -> tuple[NDArray[np.float64], float]:
         """Angle per position of each rotary pair for a sequence that may reach `limit` tokens, and what multiplies cos
         and sin."""

@@ -11,7 +11,7 @@ from engine.kernels.reference import unpack_int4
 from engine.models import names
 from engine.models.rope import frequencies
 from engine.models.rope_scaling import is_dynamic, rope_base
-from engine.storage.kv_scale_files import write_kv_scales
+from engine.storage.kv_scale_files import write_kv_scales, write_layer_scales
 from engine.storage.reshard import reshard
 from engine.storage.workspace import WEIGHTS, Workspace
 from tests.docs.formats_reader import Reader
@@ -82,6 +82,21 @@ def test_every_heads_kv_scales_are_found_before_and_after_a_reshard(tmp_path, tp
     expected = np.repeat(np.array(rows, dtype=np.float32), 2, axis=0)
     for layer in range(2):
         np.testing.assert_array_equal(Reader(tmp_path / "other").kv_scales(layer), expected)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_every_channels_kv_scales_are_found_before_and_after_a_reshard(tmp_path, tp):
+    recipe = Recipe(kv="kv8", kv_granularity="channel")
+    folder = make_workspace(tmp_path / "two", BIASED, recipe, 2, random_tensors(BIASED, Recipe()))
+    rows = torch.rand(2, BIASED.num_kv_heads, BIASED.head_dim, 4, generator=torch.Generator().manual_seed(0)) + 0.01
+    for layer in range(2):
+        write_layer_scales(folder / WEIGHTS, layer, rows[layer], granularity="channel", tp=2)
+    reshard(folder, tmp_path / "other", tp)
+    for place in (folder, tmp_path / "other"):
+        reader = Reader(place)
+        assert reader.ingot["kv_granularity"] == "channel"
+        for layer in range(2):
+            np.testing.assert_array_equal(reader.channel_scales(layer), rows[layer])
 
 
 @pytest.mark.parametrize("limit", [40, 64, 65, 200])
