@@ -23,6 +23,7 @@ from cli.overrides import ServeCommand, compose_serve
 from cli.target import Target, find_target, open_tokenizer
 from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.tokenizer import Tokenizer
+from server.admission import Admission
 from server.app import create_app
 from server.config import AppConfig, ServeConfig, check_exposure
 from server.keys import Keys, read_key_lines
@@ -174,6 +175,8 @@ async def serve(
             keys=keys,
             cors_origins=config.cors_origins,
             max_body_bytes=config.max_body_bytes,
+            max_requests=config.max_requests,
+            request_timeout=config.request_timeout,
             session_timeout=config.session_timeout,
             max_sessions=config.max_sessions,
         )
@@ -185,6 +188,8 @@ async def serve(
         ending = asyncio.create_task(client.wait_ended())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, ending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and not client.error:
+            await drain(app.state.admission, stop, ending, seconds=config.drain_timeout)
         server.should_exit = True
         failed = client.error
         await serving
@@ -195,6 +200,21 @@ async def serve(
         return fail(str(error))
     finally:
         await client.close()
+
+
+async def drain(admission: Admission, stop: asyncio.Event, ending: asyncio.Task[None], *, seconds: float) -> None:
+    """Let nobody in and wait until running requests have ended: for `seconds`, and no longer than to a second signal or
+    the end of the engine. The server answers meanwhile, that it is not ready."""
+    stop.clear()
+    if admission.held:
+        print(
+            f"ending: {admission.held} running requests have {seconds:g} s; a second signal ends at once",
+            file=sys.stderr,
+        )
+    drained, again = asyncio.create_task(admission.drained()), asyncio.create_task(stop.wait())
+    await asyncio.wait({drained, again, ending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in (drained, again):
+        task.cancel()
 
 
 def warn_unmeasured(target: Target, config: ServeConfig) -> None:

@@ -68,8 +68,8 @@ class ChatShape:
             if self._with_usage:
                 yield self._line([], usage=answers.usage())
             yield DONE
-        except EngineError:
-            yield event_line(engine_error_body())
+        except EngineError as error:
+            yield event_line(engine_error_body(error))
 
     def choice(self, index: int, deltas: Sequence[Delta]) -> Choice:
         content = "".join(delta.content for delta in deltas)

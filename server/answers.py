@@ -11,6 +11,8 @@ from engine.config import Sampling
 from engine.runtime.client import EngineClient, Stream
 from engine.runtime.event import Event
 from server import shapes
+from server.admission import Admission, Visit
+from server.errors import DeadlineExceeded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +27,36 @@ class Job:
 class Answers:
     """Engine requests for `jobs`, numbered as they are. `close` aborts what is unfinished and may be called twice."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], visit: Visit) -> None:
         self._jobs = jobs
+        self._visit = visit
+        self._timer: asyncio.TimerHandle | None = None
+        self._late: DeadlineExceeded | None = None
         self._streams: list[Stream] = []
         self._latest: dict[int, Event] = {}
 
     @classmethod
-    async def open(cls, client: EngineClient, jobs: Sequence[Job]) -> Answers:
-        """Submit all jobs. ValueError, in the engine's words, when it refuses one; then none runs."""
-        answers = cls(jobs)
+    async def open(
+        cls,
+        client: EngineClient,
+        jobs: Sequence[Job],
+        *,
+        admission: Admission,
+        owner: str = "",
+        priority: int = 0,
+        seconds: float | None = None,
+    ) -> Answers:
+        """Submit all jobs. ValueError, in the engine's words, when it refuses one, RequestError where there are too
+        many of this owner already; then none runs. After `seconds` they end with DeadlineExceeded."""
+        answers = cls(jobs, admission.enter(owner, len(jobs)))
         try:
+            if seconds is not None:
+                answers._timer = asyncio.get_running_loop().call_later(seconds, answers._expire, seconds)
             for job in jobs:
-                answers._streams.append(await client.submit(job.prompt_ids, job.sampling))
+                stream = await client.submit(job.prompt_ids, job.sampling, owner=owner, priority=priority)
+                answers._streams.append(stream)
+                if answers._late is not None:
+                    raise answers._late
         except BaseException:
             answers.close()
             raise
@@ -45,6 +65,15 @@ class Answers:
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+        self._visit.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self, seconds: float) -> None:
+        self._late = DeadlineExceeded(f"The answer took longer than the {seconds:g} seconds that it may take.")
+        for stream in self._streams:
+            stream.fail(self._late)
+        self._visit.close()
 
     def stop(self) -> None:
         """End what is unfinished here and now: its last event says "abort"."""
@@ -65,7 +94,9 @@ class Answers:
                     raise item
                 index, event = item
                 self._latest[index] = event
-                unfinished -= event.finish_reason is not None
+                if event.finish_reason is not None:
+                    unfinished -= 1
+                    self._visit.leave()
                 yield index, event
         finally:
             for pump in pumps:

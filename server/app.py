@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server.admission import Admission
 from server.body_limit import BodyLimit
 from server.config import AppConfig
 from server.conversations import Conversations
@@ -29,7 +30,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     app = FastAPI(title="Ingot", docs_url=None, redoc_url=None)
     app.include_router(docs_router("Ingot"))
     add_error_handlers(app)
-    generation = Generation(client, tokenizer, config.model)
+    admission = app.state.admission = Admission(most=config.max_requests)
+    generation = Generation(client, tokenizer, config.model, admission, timeout=config.request_timeout)
     app.include_router(OpenAIEndpoints(generation).router)
     app.include_router(Tokenization(generation).router)
     conversations = Conversations(timeout=config.session_timeout, most=config.max_sessions)
@@ -74,6 +76,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     async def ready() -> JSONResponse:
         if client.error:
             return JSONResponse({"status": "the engine has stopped"}, status_code=503)
+        if admission.draining:
+            return JSONResponse({"status": "the server is ending"}, status_code=503)
         return JSONResponse({"status": "ready"})
 
     # The last one added is the first to see a request.

@@ -52,6 +52,9 @@ class ServeConfig:
     tls_key_file: str | None = None
     cors_origins: list[str] = field(default_factory=list)
     max_body_bytes: int = 16 << 20
+    max_requests: int = 1024
+    request_timeout: float | None = None
+    drain_timeout: float = 60.0
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     device: str = "cpu"
@@ -78,6 +81,13 @@ class ServeConfig:
                 'a list of origins such as [https://example.org], or ["*"] for all',
             ),
             ("max_body_bytes", 1024 <= self.max_body_bytes <= 1 << 28, f"from 1024 to {1 << 28}"),
+            ("max_requests", self.max_requests >= 1, "at least 1"),
+            (
+                "request_timeout",
+                self.request_timeout is None or 0 < self.request_timeout < math.inf,
+                "null (no limit) or a number of seconds above 0",
+            ),
+            ("drain_timeout", 0 <= self.drain_timeout < math.inf, "a number of seconds"),
             ("session_timeout", 0 < self.session_timeout < math.inf, "a number of seconds above 0"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             *(
@@ -150,13 +160,16 @@ class ServedModel:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
     """What the application needs beside an engine. With `keys`, every route asks for one of them. Pages of no
-    origins but `cors_origins` can read answers. Sessions that the server keeps are forgotten after `session_timeout`
+    origins but `cors_origins` can read answers. A key may have `max_requests` answers waiting or running, and none may
+    take more than `request_timeout` seconds. Sessions that the server keeps are forgotten after `session_timeout`
     idle seconds, and beyond `max_sessions` of one key."""
 
     model: ServedModel
     keys: Keys = field(default_factory=dict)
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 16 << 20
+    max_requests: int = 1024
+    request_timeout: float | None = None
     session_timeout: float = 3600.0
     max_sessions: int = 1024
 

@@ -57,7 +57,7 @@ class OpenAIEndpoints:
             self._reader(asked, skip_special=jobs[0].sampling.skip_special_tokens, row=parser_row),
             with_usage=_with_usage(asked),
         )
-        return await generation.answer(request, jobs, shape, stream=bool(asked.stream))
+        return await generation.answer(request, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0)
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Response | dict[str, Any]:
         generation = self._generation
@@ -83,7 +83,7 @@ class OpenAIEndpoints:
             self._reader(asked, skip_special=asked.skip_special_tokens is not False, row=None),
             with_usage=_with_usage(asked),
         )
-        return await generation.answer(request, jobs, shape, stream=bool(asked.stream))
+        return await generation.answer(request, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0)
 
     async def _prompt(self, asked: ChatRequest) -> list[int]:
         tokenizer = self._generation.tokenizer

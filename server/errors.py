@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,11 +21,24 @@ UNION_TAGS = {"body", "str", "int", "none"}
 class RequestError(Exception):
     """An answer other than success, made anywhere below an endpoint."""
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers
         self.param = param
         self.code = code
+
+
+class DeadlineExceeded(EngineError):
+    """The request's time is over."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -36,14 +49,17 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected_error)
 
 
-def engine_error_body() -> dict[str, Any]:
+def engine_error_body(error: EngineError) -> dict[str, Any]:
+    if isinstance(error, DeadlineExceeded):
+        return error_body(str(error), kind="server_error", code="deadline_exceeded")
     return error_body("The engine has stopped; the server's log says why.", kind="server_error", code="engine_stopped")
 
 
 async def _request_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    body = error_body(str(error), kind="invalid_request_error", param=error.param, code=error.code)
-    return JSONResponse(body, status_code=error.status)
+    kind = {429: "rate_limit_error", 503: "server_error"}.get(error.status, "invalid_request_error")
+    body = error_body(str(error), kind=kind, param=error.param, code=error.code)
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -58,7 +74,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(engine_error_body(), status_code=503)
+    assert isinstance(error, EngineError)
+    return JSONResponse(engine_error_body(error), status_code=504 if isinstance(error, DeadlineExceeded) else 503)
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,14 +13,18 @@ from fastapi import Request, Response
 from engine.config import Grammar, Sampling
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server.admission import Admission
 from server.answer_shapes import ChatShape
 from server.answers import Answers, Job
 from server.config import ServedModel
 from server.errors import RequestError
 from server.event_stream import ClientGone, EventStream, unless_gone
 from server.grammars import PreparedGrammars
+from server.guard import owner_of
 
 Made = TypeVar("Made")
+TIMEOUT_HEADER = "X-Request-Timeout"
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 LONG_TEXT = 2000
 MOST_ANSWERS = 1024
 # No token of a vocabulary that is in use stands for more characters.
@@ -29,10 +34,21 @@ LONGEST_TOKEN = 256
 class Generation:
     """One engine with its tokenizer, and the model that they are."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, model: ServedModel) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        model: ServedModel,
+        admission: Admission,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """`timeout` is the most seconds that a request may take; None for as long as it takes."""
         self.client = client
         self.tokenizer = tokenizer
         self.model = model
+        self._admission = admission
+        self._timeout = timeout
         self.grammars = PreparedGrammars(client, tokenizer.folder)
 
     def check_model(self, name: str) -> None:
@@ -103,11 +119,30 @@ class Generation:
             raise RequestError(str(error), param=param, code="invalid_value") from error
         return [dataclasses.replace(job, sampling=dataclasses.replace(job.sampling, grammar=grammar)) for job in jobs]
 
+    async def open(self, request: Request, jobs: Sequence[Job], *, priority: int = 0) -> Answers:
+        """The answers of the engine, once it has accepted the jobs. ClientGone where the client leaves before that."""
+        owner, seconds = owner_of(request), self._seconds(request)
+        opening = Answers.open(
+            self.client, jobs, admission=self._admission, owner=owner, priority=priority, seconds=seconds
+        )
+        return await unless_gone(request, opening)
+
+    def _seconds(self, request: Request) -> float | None:
+        """How long the request may take: what its header says, at most the server's own limit."""
+        asked = request.headers.get(TIMEOUT_HEADER)
+        if asked is None:
+            return self._timeout
+        if not SECONDS.fullmatch(asked) or not float(asked):
+            raise RequestError(
+                f"The header {TIMEOUT_HEADER} must be a number of seconds above 0.", code="invalid_value"
+            )
+        return float(asked) if self._timeout is None else min(float(asked), self._timeout)
+
     async def answer(
-        self, request: Request, jobs: list[Job], shape: ChatShape, *, stream: bool
+        self, request: Request, jobs: list[Job], shape: ChatShape, *, stream: bool, priority: int = 0
     ) -> Response | dict[str, Any]:
         try:
-            answers = await unless_gone(request, Answers.open(self.client, jobs))
+            answers = await self.open(request, jobs, priority=priority)
             if stream:
                 return EventStream(shape.lines(answers, len(jobs)), close=answers.close)
             try:

@@ -125,7 +125,7 @@ class Interactive:
         sampling = asked.sampling(most=min(asked.request_output_len or room, room))
         job = Job(prompt=0, prompt_ids=prompt_ids, sampling=sampling)
         try:
-            answers = await unless_gone(request, Answers.open(self._generation.client, [job]))
+            answers = await self._generation.open(request, [job])
         except ValueError as error:
             raise RequestError(str(error), code="invalid_value") from error
         except ClientGone:
@@ -176,8 +176,8 @@ class Interactive:
                         yield json.dumps(line, ensure_ascii=False) + "\n"
                     conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
                     conversation.tokens = prompt + event.completion_tokens
-        except EngineError:
-            yield json.dumps(engine_error_body()) + "\n"
+        except EngineError as error:
+            yield json.dumps(engine_error_body(error)) + "\n"
 
 
 class _Ending:
@@ -213,6 +213,7 @@ async def _joined(lines: AsyncGenerator[str, None]) -> dict[str, Any]:
     async for line in lines:
         last = json.loads(line)
         if "error" in last:
-            raise RequestError(last["error"]["message"], status=503, code=last["error"]["code"])
+            code = last["error"]["code"]
+            raise RequestError(last["error"]["message"], status=504 if code == "deadline_exceeded" else 503, code=code)
         texts.append(last["text"])
     return {**last, "text": "".join(texts)}

@@ -48,7 +48,8 @@ class StreamOptions(Shape):
 
 
 class Request(Shape):
-    """What both endpoints have in common. `user` and the like identify callers and change no answer."""
+    """What both endpoints have in common. Among one key's requests, lower `priority` comes first.
+    `user` and the like identify callers and change no answer."""
 
     model: Name
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -65,6 +66,7 @@ class Request(Shape):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
     ignore_eos: bool | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -70,6 +70,11 @@ class Stream:
         )
         self._client.abort(self.request_id)
 
+    def fail(self, error: Exception) -> None:
+        """Abort the request and let the iteration end with `error`."""
+        self.put(error)
+        self._client.abort(self.request_id)
+
     def close(self) -> None:
         self._over = True
         self._client.abort(self.request_id)

@@ -70,6 +70,26 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(folder: Path, tmp_pa
         assert not any(child.is_running() for child in children)
 
 
+def test_after_a_signal_running_requests_end_and_none_is_let_in(folder: Path) -> None:
+    with server(f"folder={folder}", "serve.drain_timeout=50") as (process, url), httpx.Client(base_url=url) as http:
+        body = {"model": "tiny", "prompt": "the cat", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json={**body, "n": 16}) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/health/ready").status_code == 200:
+                assert process.poll() is None
+            assert httpx.get(f"{url}/health/live").status_code == 200
+            refused = httpx.post(f"{url}/v1/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_ending")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert sum('"finish_reason":"length"' in line for line in rest) == 16
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0, said
+        assert "ending: 16 running requests have 50 s" in said
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
 def test_it_speaks_https_with_a_certificate(folder: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
