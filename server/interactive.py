@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from engine.config import Sampling
 from engine.runtime.client import EngineError
+from engine.runtime.sequence import LEAST_PENALTY
 from server.answers import Answers, Job
 from server.conversations import Conversation, Conversations
 from server.errors import RequestError, engine_error_body
@@ -43,7 +44,7 @@ class InteractiveRequest(Shape):
     top_p: float = Field(default=0.8, ge=0, le=1)
     top_k: int = Field(default=40, ge=0, le=2**31 - 1)
     temperature: float = Field(default=0.8, ge=0, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    repetition_penalty: float = Field(default=1.0, ge=LEAST_PENALTY, le=100)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from engine.config import Sampling
-from engine.runtime.sequence import LARGEST_BIAS, MOST_LOGPROBS
+from engine.runtime.sequence import LARGEST_BIAS, LEAST_PENALTY, MOST_LOGPROBS
 from server.messages import MOST_MESSAGES, Message
 from server.response_format import ResponseFormat, TextFormat
 from server.shapes import RefusedField, Shape, StopString, TokenId, same_value
@@ -56,7 +56,7 @@ class Request(Shape):
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_PENALTY, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MOST_BIASES)] | None = None

@@ -167,4 +167,5 @@ def _invert(probabilities: Tensor, uniforms: list[float]) -> Tensor:
     """The first token whose cumulated probability exceeds the uniform's share of the sum; its own is above 0."""
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
     share = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, share, right=True)[:, 0]
+    # Logits that are no numbers have no such token: then it is the last, and the engine lives.
+    return torch.searchsorted(cumulated, share, right=True)[:, 0].clamp_max(cumulated.shape[-1] - 1)

@@ -14,6 +14,8 @@ from engine.wording import shown
 PENDING = -1
 MOST_LOGPROBS = 20
 LARGEST_BIAS = 100.0
+# Beyond this a logit divided by a repetition penalty may overflow.
+LEAST_PENALTY = 0.01
 
 
 class Constraint(Protocol):
@@ -117,8 +119,8 @@ def check_sampling(sampling: Sampling, *, vocab_size: int) -> None:
         ("min_p", 0 <= sampling.min_p <= 1, "from 0 (off) to 1"),
         (
             "repetition_penalty",
-            sampling.repetition_penalty > 0 and math.isfinite(sampling.repetition_penalty),
-            "above 0, and 1 is off",
+            LEAST_PENALTY <= sampling.repetition_penalty <= 1 / LEAST_PENALTY,
+            f"from {LEAST_PENALTY:g} to {1 / LEAST_PENALTY:g}, and 1 is off",
         ),
         ("presence_penalty", -2 <= sampling.presence_penalty <= 2, penalties),
         ("frequency_penalty", -2 <= sampling.frequency_penalty <= 2, penalties),

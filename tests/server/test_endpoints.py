@@ -199,6 +199,7 @@ def test_an_answer_ends_with_the_session(api: openai.OpenAI, served: Served) -> 
         ),
         ({"stop": True}, "stop", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value"),
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"five": 1}}, None, "invalid_value"),

@@ -261,3 +261,17 @@ def test_uniforms_are_even_and_independent_of_neighbours():
 def test_any_integer_is_a_seed():
     assert uniform(-1, 0) == uniform(2**64 - 1, 0)
     assert len({uniform(seed, 0) for seed in (-1, 0, 1, 2**63)}) == 4
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_ends_of_the_penalty_leave_numbers(penalty):
+    sampling = Sampling(repetition_penalty=penalty)
+    sequence = Sequence(request_id="a", tokens=list(range(8)), limit=99, sampling=sampling)
+    logits = torch.tensor([[-300.0, 300.0, 0.0, 1e-30, -1e-30, 5.0, -5.0, 2.0]])
+    assert 0 <= sample(logits, collect_draws([sequence], eos_token_ids=())).item() < 8
+
+
+def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
+    logits = torch.full((2, 8), torch.nan)
+    draws = Draws(options=[Sampling(), Sampling(temperature=0)], uniforms=[0.5, 0.5])
+    assert all(0 <= token < 8 for token in sample(logits, draws).tolist())

@@ -30,6 +30,8 @@ def test_three_numbers_say_where_a_sequence_stands():
         ("top_p", 1.1),
         ("top_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 5e-324),
+        ("repetition_penalty", 100.1),
         ("stop", ("", "x")),
         ("min_p", -0.1),
         ("min_p", float("nan")),
