@@ -13,6 +13,7 @@ from engine.runtime.event import Event
 from server import shapes
 from server.admission import Admission, Visit
 from server.errors import DeadlineExceeded
+from server.metrics import Metrics, Track
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,9 @@ class Job:
 class Answers:
     """Engine requests for `jobs`, numbered as they are. `close` aborts what is unfinished and may be called twice."""
 
-    def __init__(self, jobs: Sequence[Job], visit: Visit) -> None:
+    def __init__(self, jobs: Sequence[Job], visit: Visit, track: Track) -> None:
         self._jobs = jobs
+        self._track = track
         self._visit = visit
         self._timer: asyncio.TimerHandle | None = None
         self._late: DeadlineExceeded | None = None
@@ -42,13 +44,14 @@ class Answers:
         jobs: Sequence[Job],
         *,
         admission: Admission,
+        metrics: Metrics,
         owner: str = "",
         priority: int = 0,
         seconds: float | None = None,
     ) -> Answers:
         """Submit all jobs. ValueError, in the engine's words, when it refuses one, RequestError where there are too
         many of this owner already; then none runs. After `seconds` they end with DeadlineExceeded."""
-        answers = cls(jobs, admission.enter(owner, len(jobs)))
+        answers = cls(jobs, admission.enter(owner, len(jobs)), metrics.track(len(jobs)))
         try:
             if seconds is not None:
                 answers._timer = asyncio.get_running_loop().call_later(seconds, answers._expire, seconds)
@@ -66,6 +69,7 @@ class Answers:
         for stream in self._streams:
             stream.close()
         self._visit.close()
+        self._track.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -94,6 +98,7 @@ class Answers:
                     raise item
                 index, event = item
                 self._latest[index] = event
+                self._track.take(index, event)
                 if event.finish_reason is not None:
                     unfinished -= 1
                     self._visit.leave()

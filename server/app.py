@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from server.errors import RequestError, add_error_handlers
 from server.generation import Generation
 from server.guard import KeyGuard
 from server.interactive import Interactive
+from server.metrics import Metrics
 from server.tokenization import Tokenization
 
 
@@ -31,7 +32,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     app.include_router(docs_router("Ingot"))
     add_error_handlers(app)
     admission = app.state.admission = Admission(most=config.max_requests)
-    generation = Generation(client, tokenizer, config.model, admission, timeout=config.request_timeout)
+    metrics = Metrics(config.model.name)
+    generation = Generation(client, tokenizer, config.model, admission, metrics, timeout=config.request_timeout)
     app.include_router(OpenAIEndpoints(generation).router)
     app.include_router(Tokenization(generation).router)
     conversations = Conversations(timeout=config.session_timeout, most=config.max_sessions)
@@ -67,6 +69,10 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
                 code="model_not_found",
             )
         return model_entry()
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        return await metrics.respond(client)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

@@ -21,6 +21,7 @@ from server.errors import RequestError
 from server.event_stream import ClientGone, EventStream, unless_gone
 from server.grammars import PreparedGrammars
 from server.guard import owner_of
+from server.metrics import Metrics
 
 Made = TypeVar("Made")
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -40,6 +41,7 @@ class Generation:
         tokenizer: Tokenizer,
         model: ServedModel,
         admission: Admission,
+        metrics: Metrics,
         *,
         timeout: float | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class Generation:
         self.tokenizer = tokenizer
         self.model = model
         self._admission = admission
+        self._metrics = metrics
         self._timeout = timeout
         self.grammars = PreparedGrammars(client, tokenizer.folder)
 
@@ -123,9 +126,19 @@ class Generation:
         """The answers of the engine, once it has accepted the jobs. ClientGone where the client leaves before that."""
         owner, seconds = owner_of(request), self._seconds(request)
         opening = Answers.open(
-            self.client, jobs, admission=self._admission, owner=owner, priority=priority, seconds=seconds
+            self.client,
+            jobs,
+            admission=self._admission,
+            metrics=self._metrics,
+            owner=owner,
+            priority=priority,
+            seconds=seconds,
         )
-        return await unless_gone(request, opening)
+        try:
+            return await unless_gone(request, opening)
+        except RequestError as error:
+            self._metrics.refused(error.code or "invalid_value")
+            raise
 
     def _seconds(self, request: Request) -> float | None:
         """How long the request may take: what its header says, at most the server's own limit."""

@@ -107,6 +107,7 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._accepted: dict[str, asyncio.Future[None]] = {}
         self._states: list[asyncio.Future[int]] = []
+        self._figures: list[asyncio.Future[dict[str, float]]] = []
         self._error: EngineError | None = EngineError("the engine was not started")
         self._ended = asyncio.Event()
 
@@ -206,6 +207,14 @@ class EngineClient:
         writer.write(channel.pack({"type": "state"}))
         return await answer
 
+    async def figures(self) -> dict[str, float]:
+        """What the scheduler says of itself, see `Scheduler.figures`."""
+        writer = self._ready_writer()
+        answer: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+        self._figures.append(answer)
+        writer.write(channel.pack({"type": "figures"}))
+        return await answer
+
     async def wait_ended(self) -> None:
         """Return when the engine has ended, by `close` or on its own; `error` says why."""
         await self._ended.wait()
@@ -262,6 +271,10 @@ class EngineClient:
             case "refused":
                 self._streams.pop(message["request_id"], None)
                 self._settle(message["request_id"], ValueError(message["message"]))
+            case "figures":
+                figures = self._figures.pop(0)
+                if not figures.done():  # nobody waits any more
+                    figures.set_result(message["figures"])
             case "state":
                 self._states.pop(0).set_result(message["unfinished"])
 
@@ -283,6 +296,9 @@ class EngineClient:
         self._streams.clear()
         for request_id in list(self._accepted):
             self._settle(request_id, error)
+        for figures in self._figures:
+            if not figures.done():
+                figures.set_exception(error)
         for state in self._states:
             if not state.done():
                 state.set_exception(error)

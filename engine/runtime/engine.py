@@ -188,6 +188,10 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work() or bool(self._aborted) or bool(self._flying)
 
+    def figures(self) -> dict[str, float]:
+        """What the scheduler says of itself, for those who watch."""
+        return self._scheduler.figures()
+
     def check(self) -> None:
         """Assert that no page is lost and every invariant of the scheduler holds."""
         self._scheduler.check()

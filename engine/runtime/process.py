@@ -1,8 +1,8 @@
 """The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
 
-In come `load` (first), `add`, `grammar`, `warm_grammars`, `abort` and `state`; out go `ready` or `failed`, then
-`accepted`, `refused`, `events` and `state`. The loop sleeps in the socket while nothing is to be computed; messages
-come in between steps.
+In come `load` (first), `add`, `grammar`, `warm_grammars`, `abort`, `state` and `figures`; out go `ready` or `failed`,
+then `accepted`, `refused`, `events`, `state` and `figures`. The loop sleeps in the socket while nothing is to be
+computed; messages come in between steps.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Service:
             case "state":
                 self._engine.check()
                 self._channel.send({"type": "state", "unfinished": len(self._unfinished)})
+            case "figures":
+                self._channel.send({"type": "figures", "figures": self._engine.figures()})
             case unknown:
                 raise AssertionError(f"no such message: {unknown!r}")
 

@@ -243,6 +243,15 @@ class Scheduler:
             digests.append(page_digest(parent, sequence.tokens[start : start + page_len]))
         return digests
 
+    def figures(self) -> dict[str, float]:
+        """How many sequences run and wait, which share of the pages is held, and how many were preempted so far."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "cache_usage": 1 - self.pages.num_available / self.pages.num_pages,
+            "preemptions": self.num_preemptions,
+        }
+
     def check(self) -> None:
         """Assert every invariant of the sequences and of the page table; for a moment between two steps."""
         self.pages.check([sequence.pages for sequence in self.running])

@@ -1,0 +1,92 @@
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.running import HEADERS, Served
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana.json"
+SAMPLE = re.compile(r"(ingot:\w+)(?:\{(.*)\})? (\S+)")
+
+
+def scrape(served: Served) -> dict[str, float]:
+    """The samples without labels but those that tell them apart."""
+    response = httpx.get(f"{served.url}/metrics", headers=HEADERS, timeout=30)
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples = {}
+    for line in response.text.splitlines():
+        if not line.startswith("#"):
+            name, labels, value = SAMPLE.fullmatch(line).groups()
+            others = [label for label in labels.split(",") if not label.startswith("model_name=")]
+            samples[name + "".join(f"{{{label}}}" for label in others)] = float(value)
+    return samples
+
+
+def ask(served: Served, **body: object) -> httpx.Response:
+    return httpx.post(f"{served.url}/v1/completions", json={"model": "tiny", **body}, headers=HEADERS, timeout=60)
+
+
+def test_what_requests_did_is_counted(served: Served) -> None:
+    words = "the cat sat on the mat and the dog ran into the rain " * 2
+    assert ask(served, prompt=words, max_tokens=4, ignore_eos=True, n=1).status_code == 200
+    before = scrape(served)
+    usage = ask(served, prompt=words, max_tokens=5, ignore_eos=True, n=2).json()["usage"]
+    after = scrape(served)
+
+    def grown(name: str) -> float:
+        return after[f"ingot:{name}"] - before.get(f"ingot:{name}", 0)
+
+    assert grown("prompt_tokens_total") == 2 * usage["prompt_tokens"]
+    assert grown("generation_tokens_total") == 10
+    assert grown("prefix_cache_queries_total") == 2 * usage["prompt_tokens"]
+    assert 0 < grown("prefix_cache_hits_total") <= grown("prefix_cache_queries_total")
+    assert grown('request_success_total{finished_reason="length"}') == 2
+    assert grown("time_to_first_token_seconds_count") == 2
+    assert grown("inter_token_latency_seconds_count") == 8
+    assert grown("e2e_request_latency_seconds_count") == 2
+    assert grown("request_aborted_total") == 0
+    assert grown("e2e_request_latency_seconds_sum") >= grown("time_to_first_token_seconds_sum") > 0
+    assert after["ingot:num_requests_running"] == after["ingot:num_requests_waiting"] == 0
+    assert after["ingot:kv_cache_usage_perc"] == 0
+
+
+def test_a_running_request_and_one_that_is_given_up_are_seen(served: Served) -> None:
+    before = scrape(served)
+    body = {"model": "tiny", "prompt": ["the cat"] * 6, "max_tokens": 110, "ignore_eos": True, "stream": True, "n": 128}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=HEADERS, timeout=60) as stream:
+        next(stream.iter_lines())
+        during = scrape(served)
+    assert during["ingot:num_requests_running"] == 8
+    assert during["ingot:num_requests_waiting"] > 0
+    assert 0 < during["ingot:kv_cache_usage_perc"] <= 1
+    while served.unfinished():
+        pass
+    assert scrape(served)["ingot:request_aborted_total"] - before["ingot:request_aborted_total"] > 0
+
+
+def test_metrics_are_behind_the_key_and_say_nothing_private(served: Served) -> None:
+    assert httpx.get(f"{served.url}/metrics").status_code == 401
+    ask(served, prompt="private words", max_tokens=1)
+    text = httpx.get(f"{served.url}/metrics", headers=HEADERS).text
+    assert "private" not in text
+    assert "a-test-key" not in text
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_there(served: Served) -> None:
+    ask(served, prompt="the cat", max_tokens=1)
+    known = {name.partition("{")[0] for name in scrape(served)}
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = {name for panel in dashboard["panels"] for target in panel["targets"]
+             for name in re.findall(r"ingot:\w+", target["expr"])}  # fmt: skip
+    assert len(asked) > 10
+    assert asked <= known
+
+
+@pytest.mark.parametrize("prompt", [[]])
+def test_what_is_refused_before_it_runs_is_no_answer(served: Served, prompt: list[int]) -> None:
+    before = scrape(served)
+    assert ask(served, prompt=prompt).status_code == 400
+    after = scrape(served)
+    assert after["ingot:prompt_tokens_total"] == before["ingot:prompt_tokens_total"]
