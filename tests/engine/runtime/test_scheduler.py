@@ -179,6 +179,14 @@ def test_finish_frees_running_and_waiting_sequences_at_once():
     assert made.pages.num_available == 100
 
 
+def test_what_it_says_of_itself():
+    made = scheduler(num_pages=10, batch=2)
+    for name in "abc":
+        made.add(sequence(name, 4))
+    step(made)
+    assert made.figures() == {"running": 2, "waiting": 1, "cache_usage": pytest.approx(0.2), "preemptions": 0}
+
+
 def test_what_can_never_fit_is_refused():
     made = scheduler(num_pages=2, page_len=4)
     made.add(sequence("a", 4, new=4))
