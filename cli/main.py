@@ -15,6 +15,7 @@ VERBS = {
     "artifacts": ("cli.artifacts", "list, show, verify, pin, export, push and pull what was built"),
     "serve": ("cli.serve", "serve an artifact over HTTP, with OpenAI's API"),
     "chat": ("cli.chat", "talk to a server or an artifact in the terminal"),
+    "web": ("cli.web", "a page in the browser to chat with a server"),
     "generate": ("cli.generate", "complete one prompt with an artifact"),
     "bench": ("benchmarks.bench", "measure speed and memory; rows and plots"),
     "convert": ("cli.seed:convert", "a checkpoint as a plain TurboMind workspace, unmeasured"),
