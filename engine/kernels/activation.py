@@ -21,7 +21,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     count, inner = len(rows), rows.shape[1] // 2
     out = torch.empty(count, inner, dtype=gate_up.dtype, device=gate_up.device)
     if count:
-        grid = (triton.cdiv(inner, BLOCK), count)
+        grid = (count, triton.cdiv(inner, BLOCK))  # only the first dimension goes beyond 65535
         _silu[grid](rows, out, rows.stride(0), inner, block=BLOCK, num_warps=4, **options(facts(rows.device)))
     return out.view(*gate_up.shape[:-1], inner)
 
@@ -67,8 +67,8 @@ def _gate(gate, up):
 def _silu(gate_up, out, stride, inner, block: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         depend()
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * block + tl.arange(0, block)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < inner
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * stride + inner + column, mask=inside, other=0.0)

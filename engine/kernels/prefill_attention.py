@@ -55,9 +55,9 @@ def prefill_attention(
         head_dim=head_dim,
         padded=max(triton.next_power_of_2(head_dim), 16),
         queries=QUERY_BLOCK,
-        block=32 if wide else 64,
+        block=32 if wide or head_dim > 128 else 64,
         stored=storage_of(pages),
-        stages=1 if wide or facts(query.device) == INTERPRETER else 3,
+        stages=1 if wide or facts(query.device) == INTERPRETER else 3 if head_dim <= 128 else 2,
         num_warps=8,
         **options(facts(query.device)),
     )

@@ -170,11 +170,11 @@ def _rope_write_kv(
     pair = tl.arange(0, padded)
     here = pair < half
     inside = here[None, :] & (tl.arange(0, block) < block)[:, None]
+    if PDL:
+        depend()
     slot = tl.load(slots + token).to(tl.int64)
     c = tl.load(cos + token * half + pair, mask=here, other=0.0)[None, :]
     s = tl.load(sin + token * half + pair, mask=here, other=0.0)[None, :]
-    if PDL:
-        depend()
     at = token * stride + (first_head + tl.arange(0, block))[:, None] * (2 * half) + pair[None, :]
     first = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(qkv + at + half, mask=inside, other=0.0).to(tl.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from engine.runtime.memory import free_memory
 MIB = 2**20
 # The largest share of the free memory that is proposed for the cache.
 MOST = 0.9
+# Inputs of a tile of packed 4-bit weights, which keep a word for each group: see `engine.kernels.int4_weights`.
+INT4_TILE = 128
 # First compute capability with the type in its matrix units.
 BFLOAT16_FROM = (8, 0)
 INT8_FROM = (7, 5)
@@ -47,6 +50,8 @@ def probe_device(text: str) -> Device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
         raise ValueError(f"device={text} is not on this machine, which has {count or 'no'} GPUs. device=cpu would run.")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # kernels, graphs and events belong to the current device
     capability = torch.cuda.get_device_capability(device)
     name = f"{text} ({torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]})"
     return Device(
@@ -103,8 +108,10 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int
             total += count + shape[0] * 4
             continue
         packed = (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4")
-        if not (packed and int4 and dtype in HALVES):
-            total += count * dtype.itemsize
+        if packed and int4 and dtype in HALVES:
+            total += count // 2 + count // math.gcd(recipe.group_size, INT4_TILE) * 4
+            continue
+        total += count * dtype.itemsize
         if packed:
             groups = count // recipe.group_size
             total += count // 2 + groups // 2 + groups * 2

@@ -1,4 +1,6 @@
-"""The engine: requests in, events out. `Engine.step` is the whole of serving; everything else here prepares it."""
+"""The engine: requests in, events out. `Engine.step` is the whole of serving; everything else here prepares it.
+(Just above 300 lines: who reads one file first reads all of it.)
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class Engine:
         self._model_config, self._tokenizer = model.config, tokenizer
         config = config.complete()
         ends = (*model.config.eos_token_ids, *tokenizer.eos_token_ids, *config.end_ids)
-        self.eos_token_ids = tuple(dict.fromkeys(ends))
+        # -1 stands for none, and what the model has no logit for is never drawn.
+        self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if 0 <= end < self.vocab_size))
         page_len = config.cache_block_seq_len
         on_gpu = model.device.type == "cuda"
         reserved = working_memory(model, config, session_len=session_len, scales=kv_scales) if on_gpu else 0
@@ -88,7 +91,7 @@ class Engine:
         )
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}
-        self._aborted: list[Event] = []
+        self._untold: list[Event] = []
         self._flying: deque[tuple[list[Sequence], Launch]] = deque()
 
     @classmethod
@@ -120,15 +123,15 @@ class Engine:
         read, and those go from one step to the next on the device alone. A request that has ended by a token that was
         not read in time computes one token more, which nobody sees.
         """
-        events, self._aborted = self._aborted, []
         if self._flying and self._scheduler.needs_host():
-            events += self._land()
+            self._untold += self._land()  # kept there: the launch may fail
         plan = self._scheduler.schedule()
         if plan.sequences:
             launch = self._runner.launch(plan)
             self._flying.append((self._scheduler.advance(plan), launch))
         if self._flying and (len(self._flying) > self._runner.depth or not plan.sequences):
-            events += self._land()
+            self._untold += self._land()
+        events, self._untold = self._untold, []
         return events
 
     def _land(self) -> list[Event]:
@@ -183,10 +186,10 @@ class Engine:
         if request_id in self._requests:
             sequence, answer = self._requests.pop(request_id)
             self._scheduler.finish(sequence)
-            self._aborted.append(_event(sequence, (), answer.finish(), "abort"))
+            self._untold.append(_event(sequence, (), answer.finish(), "abort"))
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work() or bool(self._aborted) or bool(self._flying)
+        return self._scheduler.has_work() or bool(self._untold) or bool(self._flying)
 
     def figures(self) -> dict[str, float]:
         """What the scheduler says of itself, for those who watch."""
@@ -211,7 +214,9 @@ class Engine:
         finally:
             for request_id in ids:
                 self.abort(request_id)
-            self._aborted.clear()
+            while self._flying:
+                self._land()
+            self._untold.clear()
         return [completion_of(events[request_id]) for request_id in ids]
 
     def score(self, items: Items[list[int]], on_logits: Callable[[int, int, Tensor], None]) -> None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Sampling
 from engine.models.batch import QUERY_BLOCK, Batch
 from engine.models.cache import KVCache, KVScales, PerToken, page_bytes
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
 from engine.runtime.cache import page_count
 from engine.runtime.graphs import DecodeGraphs
+from engine.runtime.sampler import Draws, sample
 
 # What libraries take at their first use under load, and what fragments.
 MARGIN = 256 << 20
@@ -52,7 +53,15 @@ def working_memory(
         scales=scales,
     )
     batch = _full_step(model, config, session_len=session_len)
-    model.logits(batch, cache).float().argmax(-1)
+    wide = model.logits(batch, cache).float()
+    options = [Sampling(temperature=1.0, top_p=0.9, min_p=0.1)] * len(wide)
+    sample(wide, Draws(options=options, uniforms=[0.5] * len(wide), banned=([0], [0])))
+    del wide
+    torch.cuda.synchronize(model.device)
+    stepped = torch.cuda.mem_get_info(model.device)[0]
+    # Capturing empties torch's cache, so the step is measured before it, and the graphs from here on.
+    torch.cuda.empty_cache()
+    between = torch.cuda.mem_get_info(model.device)[0]
     drawn = torch.zeros(config.max_batch_size, dtype=torch.int64, device=model.device)
     graphs = DecodeGraphs(
         model,
@@ -64,11 +73,12 @@ def working_memory(
         sizes=[config.max_batch_size],
     )
     torch.cuda.synchronize(model.device)
-    used = before - torch.cuda.mem_get_info(model.device)[0]
+    used = before - stepped + between - torch.cuda.mem_get_info(model.device)[0]
     del batch, cache, drawn, graphs
     gc.collect()
     torch.cuda.empty_cache()
-    return used + MARGIN
+    stays = before - torch.cuda.mem_get_info(model.device)[0]  # is missing from the free memory already
+    return max(used - stays, 0) + MARGIN
 
 
 def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Batch:

@@ -280,16 +280,24 @@ def kernels(*names):
     replaced |= {f"engine.kernels.{name}": None for name in names}
     before = {name: sys.modules.get(name) for name in replaced}
     loaded = []
+    # A package that was imported hands out its modules as attributes, whatever sys.modules says.
+    parents = [(sys.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in replaced]
+    given = [(parent, child, getattr(parent, child)) for parent, child, _ in parents if hasattr(parent, child)]
     try:
         for name, module in replaced.items():
             if module is not None:
                 sys.modules[name] = module
+        for parent, child, name in parents:
+            if replaced[name] is not None and hasattr(parent, child):
+                setattr(parent, child, replaced[name])
         for name in names:
             spec = importlib.util.spec_from_file_location(f"engine.kernels.{name}", KERNELS / f"{name}.py")
             loaded.append(importlib.util.module_from_spec(spec))
             sys.modules[spec.name] = loaded[-1]
             spec.loader.exec_module(loaded[-1])
     finally:
+        for parent, child, module in given:
+            setattr(parent, child, module)
         for name, module in before.items():
             if module is None:
                 sys.modules.pop(name, None)

@@ -29,3 +29,33 @@ def test_answers_are_those_of_a_cpu(depth):
     answers = made.generate(PROMPTS, option)
     made.check()
     assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
+
+
+def test_a_step_in_flight_is_landed_when_generate_is_broken_off(monkeypatch):
+    made = make(tiny_model())
+    made._runner.depth = 1
+    launch, count = made._runner.launch, 0
+
+    def failing(plan):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return launch(plan)
+
+    monkeypatch.setattr(made._runner, "launch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        made.generate(PROMPTS, Sampling(temperature=0, max_new_tokens=9))
+    assert not made.has_work()
+    made.check()
+    answers = made.generate(PROMPTS, Sampling(temperature=0, max_new_tokens=9))
+    assert [one.token_ids for one in answers] == [
+        one.token_ids for one in make(tiny_model()).generate(PROMPTS, Sampling(temperature=0, max_new_tokens=9))
+    ]
+
+
+def test_end_ids_that_the_model_cannot_draw_are_none():
+    made = make(tiny_model(), eos=(-1, 3, 10**6))
+    assert made.eos_token_ids == (3,)
+    answer = made.generate([PROMPTS[0]], Sampling(temperature=0, max_new_tokens=5, ignore_eos=True))[0]
+    assert len(answer.token_ids) == 5
