@@ -1,58 +1,76 @@
 """`ingot chat URL | artifact=ID | folder=WORKSPACE`: a conversation in the terminal.
 
-A message ends with an empty line. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer.
+A message ends with an empty line; the arrow keys bring earlier lines back. Ctrl-C stops an answer, and nothing else.
+/system TEXT sets the system prompt, /reset forgets the conversation, /params shows or sets how to sample
+(/params temperature=0 max_tokens=100), /exit or Ctrl-D ends.
+`ingot chat turbomind FOLDER` and `ingot chat torch FOLDER` are LMDeploy's commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import dataclasses
 import os
+import re
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
-
-import httpx
 
 from cli.arguments import Parser
 from cli.target import Target, find_target, open_tokenizer
+from server.client import Client, Message, Params
 
-Message = dict[str, str]
+# A terminal obeys these: an answer must not move its cursor, name its window or write its clipboard.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+COMMANDS = ("/system", "/reset", "/params", "/exit")
 
 
-class Partner(Protocol):
-    """Whoever answers: `answer` yields pieces of text, and closing it early aborts the answer."""
+class Partner:
+    """Whoever answers. `params` None: how to sample cannot be set."""
 
-    def answer(self, messages: list[Message]) -> Generator[str, None, None]: ...
+    params: Params | None = None
+
+    def answer(self, messages: list[Message]) -> Generator[str, None, None]:
+        """Pieces of text; closing it early aborts the answer."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """The conversation begins anew."""
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="ingot chat", description=__doc__, allow_abbrev=False)
+    if argv[:1] in (["turbomind"], ["torch"]):
+        from cli import seed_serve
+
+        return seed_serve.chat_turbomind(argv[1:]) if argv[0] == "turbomind" else seed_serve.chat_torch(argv[1:])
+    parser = Parser(
+        prog="ingot chat",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("partner", help="the URL of a server, or artifact=ID, or folder=WORKSPACE")
     parser.add_argument("--api-key-file", metavar="FILE", help="the server's key; or INGOT_API_KEY")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer")
     parser.add_argument("--waiver", metavar="REASON", help="run an artifact that has not passed its evaluation")
     parser.add_argument("--store", metavar="PATH", help="another store than this project's")
     options = parser.parse_args(argv)
     partner = connect(options)
-    print("An empty line ends a message. /reset forgets the conversation, /exit ends it.", flush=True)
-    converse(partner)
+    print("An empty line ends a message. /system, /reset, /params, /exit; Ctrl-C stops an answer.", flush=True)
+    converse(partner, system=options.system)
     return 0
 
 
 def connect(options: argparse.Namespace) -> Partner:
     key, _, value = options.partner.partition("=")
+    params = Params(temperature=options.temperature, max_tokens=options.max_tokens)
     if options.partner.startswith(("http://", "https://")):
-        if options.api_key_file:
-            api_key = Path(options.api_key_file).expanduser().read_text(encoding="utf-8").strip()
-        else:
-            api_key = os.environ.get("INGOT_API_KEY", "")
-        return RemotePartner(
-            options.partner, api_key=api_key, temperature=options.temperature, max_tokens=options.max_tokens
-        )
+        return RemotePartner(Client(options.partner, api_key=read_api_key(options.api_key_file)), params)
     if key in ("artifact", "folder") and value:
         target = find_target(
             artifact=value if key == "artifact" else None,
@@ -60,39 +78,89 @@ def connect(options: argparse.Namespace) -> Partner:
             waiver=options.waiver,
             store=options.store,
         )
-        return LocalPartner(target, temperature=options.temperature, max_tokens=options.max_tokens)
+        return LocalPartner(target, params)
     raise ValueError(
         f"{options.partner!r} is nobody to chat with: give a URL (http://...), artifact=ID or folder=WORKSPACE."
     )
 
 
-def converse(partner: Partner) -> None:
-    """The dialogue, until /exit, the end of the input, or Ctrl-C at the prompt."""
+def read_api_key(file: str | None) -> str:
+    if file:
+        return Path(file).expanduser().read_text(encoding="utf-8").strip()
+    return os.environ.get("INGOT_API_KEY", "")
+
+
+def converse(partner: Partner, *, system: str = "", words: dict[str, str] | None = None) -> None:
+    """The dialogue, until /exit or the end of the input. `words` are messages that mean a command."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  what `input` edits lines with, and brings earlier ones back
     messages: list[Message] = []
-    while (text := read_message()) is not None:
-        if text == "/reset":
+    while (text := read_message(words or {})) is not None:
+        command, _, rest = text.partition(" ")
+        if command == "/reset":
             messages.clear()
+            partner.forget()
             print("(the conversation is forgotten)")
-            continue
-        messages.append({"role": "user", "content": text})
-        answer = show_answer(partner, messages)
-        if answer is None:
-            messages.pop()  # refused: the next message must not be sent together with it
+        elif command == "/system":
+            system = rest.strip() or system
+            print(f"(system prompt: {system})" if system else "(no system prompt; /system TEXT sets one)")
+        elif command == "/params":
+            set_params(partner, rest.split())
+        elif re.fullmatch(r"/[a-z]+", text):
+            print(f"({text} is no command: {', '.join(COMMANDS)})")
         else:
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": text})
+            first = [{"role": "system", "content": system}] if system else []
+            answer = show_answer(partner, [*first, *messages])
+            if answer is None:
+                messages.pop()  # refused: the next message must not be sent together with it
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
-def read_message() -> str | None:
-    """Lines up to an empty one, or a command; None when there is nothing more to read."""
+def set_params(partner: Partner, given: list[str]) -> None:
+    """Set `name=value`s, or say what is wrong with one and set none; then show all."""
+    if partner.params is None:
+        print("(how to sample cannot be set here)")
+        return
+    kinds = {"top_k": int, "max_tokens": int, "seed": int, "stop": str}
+    names = [field.name for field in dataclasses.fields(Params)]
+    changes: dict[str, object] = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        if name not in names:
+            print(f"({name} is no parameter: {', '.join(names)})")
+            return
+        try:
+            changes[name] = None if value in ("", "none") else kinds.get(name, float)(value)
+        except ValueError:
+            print(f"({item}: {name} is a {'whole ' if name in kinds else ''}number)")
+            return
+    partner.params = dataclasses.replace(partner.params, **changes)  # type: ignore[arg-type]
+    shown = " ".join(f"{name}={value}" for name, value in partner.params.given().items())
+    print(f"({shown or 'all as the server has them'})")
+
+
+def read_message(words: dict[str, str]) -> str | None:
+    """Lines up to an empty one, or a command; None when the conversation is over. Ctrl-C drops what was typed."""
     lines: list[str] = []
     while True:
         try:
             line = input("... " if lines else ">>> ")
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            print("" if lines else "\n(/exit or Ctrl-D ends)")
+            lines.clear()
+            continue
+        except EOFError:
             print()
             return "\n".join(lines) or None
-        if not lines and line.strip() in ("/exit", "/reset"):
-            return None if line.strip() == "/exit" else "/reset"
+        if not lines:
+            line = words.get(line.strip(), line)
+            if line.strip() == "/exit":
+                return None
+            if line.split(" ")[0].strip() in COMMANDS or re.fullmatch(r"/[a-z]+", line.strip()):
+                return line.strip()
         if line:
             lines.append(line)
         elif lines:
@@ -105,7 +173,7 @@ def show_answer(partner: Partner, messages: list[Message]) -> str | None:
     answer = partner.answer(messages)
     try:
         for piece in answer:
-            print(piece, end="", flush=True)
+            print(CONTROLS.sub("\ufffd", piece), end="", flush=True)
             pieces.append(piece)
     except KeyboardInterrupt:
         print(" (stopped)", end="")
@@ -118,66 +186,24 @@ def show_answer(partner: Partner, messages: list[Message]) -> str | None:
     return "".join(pieces)
 
 
-class RemotePartner:
+class RemotePartner(Partner):
     """A server with OpenAI's API; its first model answers."""
 
-    def __init__(self, url: str, *, api_key: str, temperature: float, max_tokens: int) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # No proxy from the environment: this talks to the address that was given and to nobody else.
-        timeout = httpx.Timeout(10, read=None)
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout, trust_env=False)
-        self._options = {"temperature": temperature, "max_tokens": max_tokens, "stream": True}
-        try:
-            response = self._http.get("/v1/models", timeout=10)
-            check(response)
-            self._model = response.json()["data"][0]["id"]
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ValueError(
-                f"no server answers at {url}: {error}. Start one with `ingot serve artifact=ID`."
-            ) from error
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{url} does not answer like a server with OpenAI's API.") from error
+    def __init__(self, client: Client, params: Params) -> None:
+        self._client = client
+        self._model = client.model().id
+        self.params: Params = params
 
     def answer(self, messages: list[Message]) -> Generator[str, None, None]:
-        body = {"model": self._model, "messages": messages, **self._options}
-        try:
-            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.is_error:
-                    response.read()
-                check(response)
-                for line in response.iter_lines():
-                    yield from piece_of(line)
-        except httpx.HTTPError as error:
-            raise ValueError(f"the connection to the server failed: {error}") from error
+        with contextlib.closing(self._client.chat(messages, self.params, model=self._model)) as answer:
+            yield from answer
 
 
-def piece_of(line: str) -> Iterator[str]:
-    """The text in one line of a stream, if any."""
-    if not line.startswith("data: ") or line == "data: [DONE]":
-        return
-    content = json.loads(line.removeprefix("data: "))
-    if "error" in content:
-        raise ValueError(content["error"]["message"])
-    for choice in content["choices"]:
-        if text := choice["delta"].get("content"):
-            yield text
-
-
-def check(response: httpx.Response) -> None:
-    """ValueError with the server's own words for an answer other than success."""
-    if response.is_error:
-        try:
-            text = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            text = f"HTTP status {response.status_code}"
-        raise ValueError(text)
-
-
-class LocalPartner:
+class LocalPartner(Partner):
     """An engine in this process."""
 
-    def __init__(self, target: Target, *, temperature: float, max_tokens: int) -> None:
-        from engine.config import EngineConfig, Sampling
+    def __init__(self, target: Target, params: Params) -> None:
+        from engine.config import EngineConfig
         from engine.runtime.engine import Engine
         from engine.storage.artifacts import verify
 
@@ -186,10 +212,17 @@ class LocalPartner:
         self._tokenizer = open_tokenizer(target)
         config = EngineConfig(max_batch_size=1, end_ids=self._tokenizer.eos_token_ids)
         self._engine = Engine.from_workspace(target.folder, config)
-        self._sampling = Sampling(temperature=temperature, max_new_tokens=max_tokens)
+        self.params: Params = params
 
     def answer(self, messages: list[Message]) -> Generator[str, None, None]:
-        request_id = self._engine.add(self._tokenizer.encode_chat(messages), self._sampling)
+        from engine.config import Sampling
+
+        given = self.params.given()
+        if "max_tokens" in given:
+            given["max_new_tokens"] = given.pop("max_tokens")
+        if "stop" in given:
+            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        request_id = self._engine.add(self._tokenizer.encode_chat(messages), Sampling(**given))
         with interrupts_noted() as interrupted:
             try:
                 while self._engine.has_work():

@@ -32,9 +32,9 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--dst-path", type=Path, default=Path("workspace"), metavar="DIR", help="(./workspace)")
     parser.add_argument("--tokenizer-path", type=Path, metavar="P", help="another tokenizer: its file or its folder")
     parser.add_argument("--quant-path", type=Path, metavar="DIR", help="where the AWQ weights are, if not in PATH")
-    _switch(parser, "--overwrite", "replace a workspace that is there")
-    _switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
-    options = _parse(parser, argv)
+    switch(parser, "--overwrite", "replace a workspace that is there")
+    switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
+    options = parse_flags(parser, argv)
     # Torch takes seconds to import; what is wrong with the arguments is said before.
     from pipelines.convert import Conversion, convert
     from pipelines.seed_names import SEED_NAMES
@@ -82,7 +82,7 @@ def lite(argv: list[str]) -> int:
 def calibrate(argv: list[str]) -> int:
     parser = Parser(prog="ingot lite calibrate", description="what flows through a model", allow_abbrev=False)
     _calibration_flags(parser)
-    options = _parse(parser, argv)
+    options = parse_flags(parser, argv)
     model, data = _model(options), _data(options)
     from pipelines.lite import Data, calibrate_folder
 
@@ -97,10 +97,10 @@ def auto_awq(argv: list[str]) -> int:
     _calibration_flags(parser)
     parser.add_argument("--w-bits", type=int, default=4, metavar="4")
     parser.add_argument("--w-group-size", type=int, default=128, metavar="N", help="inputs in a group (128)")
-    _switch(parser, "--w-sym", "zero points in the middle")
+    switch(parser, "--w-sym", "zero points in the middle")
     methods = "awq+gptq (default), awq, gptq, rtn; reference: LMDeploy's own formula"
     parser.add_argument("--method", default="awq+gptq", metavar="M", help=methods)
-    options = _parse(parser, argv)
+    options = parse_flags(parser, argv)
     model, data = _model(options), _data(options)
     if options.w_bits != 4:
         raise ValueError(f"--w-bits {options.w_bits} is not supported: AWQ weights have 4 bits")
@@ -130,7 +130,7 @@ def smooth_quant(argv: list[str]) -> int:
     _calibration_flags(parser, dataset="ptb")
     methods = "searched (default): an alpha for each pair of modules; reference: LMDeploy's own formula"
     parser.add_argument("--method", default="searched", metavar="M", help=methods)
-    options = _parse(parser, argv)
+    options = parse_flags(parser, argv)
     model, data = _model(options), _data(options)
     from pipelines.lite import Data
     from pipelines.lite import smooth_quant as quantize
@@ -154,9 +154,9 @@ def kv_qparams(argv: list[str]) -> int:
     parser.add_argument("work_dir", metavar="WORK_DIR", type=Path, help="what calibration wrote: stats.safetensors")
     parser.add_argument("turbomind_dir", metavar="TURBOMIND_DIR", type=Path, help="WORKSPACE/triton_models/weights")
     parser.add_argument("--kv-bits", type=int, default=8, metavar="8")
-    _switch(parser, "--kv-sym", "zero points 0, scales from the largest magnitude")
+    switch(parser, "--kv-sym", "zero points 0, scales from the largest magnitude")
     parser.add_argument("--num-tp", type=int, default=1, metavar="N", help="ranks of the workspace (1)")
-    options = _parse(parser, argv)
+    options = parse_flags(parser, argv)
     from pipelines.kv_qparams import write_kv_qparams
 
     written = write_kv_qparams(
@@ -183,7 +183,7 @@ def _calibration_flags(parser: argparse.ArgumentParser, *, dataset: str = "c4") 
     parser.add_argument("--calib-seqlen", type=int, metavar="N", help="tokens of a block (2048)")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dir"), metavar="DIR", help="(./work_dir)")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu (default) or cuda")
-    _switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
+    switch(parser, "--allow-bin", "read pickled weights (.bin, .pth), as weights alone")
 
 
 def _model(options: argparse.Namespace) -> Path:
@@ -208,7 +208,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+def switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
     """A flag that is given alone or, as LMDeploy took it, with True or False."""
     parser.add_argument(flag, nargs="?", const=True, default=False, type=_truth, metavar="True", help=text)
 
@@ -219,7 +219,7 @@ def _truth(text: str) -> bool:
     return TRUTHS[text.lower()]
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """`parser.parse_args` with underscores in flags as hyphens; ValueError with the nearest flag for an unknown one."""
     known = parser._option_string_actions
     arguments: list[str] = []

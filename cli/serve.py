@@ -36,7 +36,8 @@ HELP = """usage: ingot serve artifact=ID [KEY=VALUE ...] [--cfg job]
   store=PATH         another store than this checkout's
   --cfg job          print the configuration and stop
 
-`ingot serve triton_client HOST:PORT` talks to a Triton server in the terminal.
+`ingot serve triton_client HOST:PORT` talks to a Triton server in the terminal. LMDeploy's api_server, api_client and
+gradio are here too: `ingot serve api_server --help`.
 
 Options, with their defaults (conf/serve/default.yaml):
 """
@@ -49,6 +50,11 @@ def main(argv: list[str]) -> int:
         from cli import triton_client
 
         return triton_client.main(argv[1:])
+    if argv[:1] in (["api_server"], ["api_client"], ["gradio"]):
+        from cli import seed_serve
+
+        doors = {"api_server": seed_serve.api_server, "api_client": seed_serve.api_client, "gradio": seed_serve.gradio}
+        return doors[argv[0]](argv[1:])
     if "-h" in argv or "--help" in argv:
         print(HELP + options_text(), end="")
         return 0

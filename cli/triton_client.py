@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cli.arguments import Parser
-from cli.chat import Message, converse
+from cli.chat import Partner, converse
+from server.client import Message
 
 if TYPE_CHECKING:
     from tritonclient import grpc
@@ -74,7 +75,7 @@ def session_id(text: str) -> int:
     return value
 
 
-class TritonPartner:
+class TritonPartner(Partner):
     """A session of the server. Each answer is a round that keeps what the session has in common with the messages."""
 
     def __init__(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 
 import uvicorn
 
 from cli.arguments import Parser
 from server.client import Client, ServerError
+from server.config import is_loopback
 
 PORT = 6006
 
@@ -69,10 +69,3 @@ def check_open_page(url: str, host: str) -> None:
         f"--server-name {host} would let every machine that reaches this one use {url}, which asks for no key. Give "
         "the server a key (serve.api_key_file=FILE), or leave the page on 127.0.0.1 and come through `ssh -L`."
     )
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

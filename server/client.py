@@ -127,9 +127,15 @@ class Client:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return str(self._json("POST", "/detokenize", {"tokens": list(token_ids)})["prompt"])
 
-    def interactive(self, session_id: int, prompt: str, **options: Any) -> Answer:
+    def interactive(self, session_id: int, prompt: str | Sequence[Message], **options: Any) -> Answer:
         """A round of a session that the server keeps (LMDeploy's endpoint); `options` are its fields."""
-        body = {"session_id": session_id, "prompt": prompt, "interactive_mode": True, "stream": True, **options}
+        body = {
+            "session_id": session_id,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "interactive_mode": True,
+            "stream": True,
+            **options,
+        }
         return Answer(self._http, "/v1/chat/interactive", body)
 
     def end_session(self, session_id: int) -> None:

@@ -1,7 +1,7 @@
 import io
 import json
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 
 from cli import chat
 from cli.main import main
+from server.client import Message, Params
 from tests.tiny_artifact import write_tiny_artifact
 
 
@@ -19,14 +20,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Echo:
+class Echo(chat.Partner):
     """Answers with how many messages it was sent, in two pieces; `stop` and `refuse` do what they say."""
 
     def __init__(self) -> None:
-        self.sent: list[list[chat.Message]] = []
+        self.sent: list[list[Message]] = []
         self.closed = 0
 
-    def answer(self, messages: list[chat.Message]) -> Generator[str, None, None]:
+    def answer(self, messages: list[Message]) -> Generator[str, None, None]:
         self.sent.append(list(messages))
         try:
             if messages[-1]["content"] == "refuse":
@@ -34,7 +35,7 @@ class Echo:
             yield f"{len(messages)} "
             if messages[-1]["content"] == "stop":
                 raise KeyboardInterrupt
-            yield "messages"
+            yield "messages\x1b"
         finally:
             self.closed += 1
 
@@ -50,15 +51,50 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     contents = [[message["content"] for message in messages] for messages in partner.sent]
     assert contents == [
         ["first\nof two lines"],
-        ["first\nof two lines", "1 messages", "refuse"],
-        ["first\nof two lines", "1 messages", "stop"],
-        ["first\nof two lines", "1 messages", "stop", "3 ", "again"],
+        ["first\nof two lines", "1 messages\x1b", "refuse"],
+        ["first\nof two lines", "1 messages\x1b", "stop"],
+        ["first\nof two lines", "1 messages\x1b", "stop", "3 ", "again"],
         ["new"],
     ]
     assert partner.closed == 5
     shown = capsys.readouterr().out
     assert "(not this)" in shown
     assert "(stopped)" in shown
+    assert "\x1b" not in shown
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    typed(
+        monkeypatch,
+        "/params top_k=3 seed=\n/params top_k=x\n/params size=3\n/system be brief\nhi\n\n"
+        "/reset\n/etc/motd\n\n/wrong\n/exit\n",
+    )
+    partner = Echo()
+    partner.params = Params(seed=7)
+    chat.converse(partner)
+    ruled = {"role": "system", "content": "be brief"}
+    assert partner.sent == [[ruled, {"role": "user", "content": text}] for text in ("hi", "/etc/motd")]
+    assert partner.params == Params(top_k=3)
+    shown = capsys.readouterr().out
+    for words in ("top_k is a whole number", "size is no parameter", "/wrong is no command", "top_k=3 max_tokens=512"):
+        assert words in shown
+
+
+def test_ctrl_c_at_the_prompt_drops_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: Iterator[str | BaseException] = iter(
+        ["half a", KeyboardInterrupt(), KeyboardInterrupt(), "whole", "", EOFError()]
+    )
+
+    def read(prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    partner = Echo()
+    chat.converse(partner)
+    assert partner.sent == [[{"role": "user", "content": "whole"}]]
 
 
 def test_the_end_of_the_input_sends_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         lines = [json.dumps({"choices": [{"delta": {"content": text}}]}) for text in ("Hel", "lo é")]
+        lines.append(json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]}))
         self.reply("".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode())
 
     def reply(self, content: bytes) -> None:
