@@ -20,7 +20,7 @@ import yaml
 from cli.checkout import conf_folder
 from cli.main import fail
 from cli.overrides import ServeCommand, compose_serve
-from cli.target import Target, find_target, open_tokenizer
+from cli.target import Target, choose_goldens, find_target, open_tokenizer
 from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.tokenizer import Tokenizer
 from server.admission import Admission
@@ -165,8 +165,14 @@ async def serve(
     if model.artifact_id is None:  # where answers end may not lie in the folder
         tokenizer = await asyncio.to_thread(open_tokenizer, target)
         engine_config = dataclasses.replace(engine_config, end_ids=tokenizer.eos_token_ids)
+    goldens, why_not = choose_goldens(target, config)
     client = EngineClient(
-        target.folder, engine_config, verify=model.artifact_id is not None, artifact_id=model.artifact_id
+        target.folder,
+        engine_config,
+        verify=model.artifact_id is not None,
+        artifact_id=model.artifact_id,
+        goldens=goldens,
+        waived=model.waiver is not None,
     )
     warn_unmeasured(target, config)
     print(f"loading {target.folder}", file=sys.stderr)
@@ -176,6 +182,7 @@ async def serve(
             tokenizer = await asyncio.to_thread(open_tokenizer, target)
         if not await first_of(loading, stop):
             return 0
+        print(f"self-test {client.self_test or f'skipped: {why_not}'}", file=sys.stderr)
         app_config = AppConfig(
             model=model,
             keys=keys,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from cli.checkout import open_store
 from engine.storage.artifacts import read_manifest
-from server.config import ServedModel
+from pipelines.toolchain import device_class
+from server.config import ServeConfig, ServedModel
 
 if TYPE_CHECKING:
     from engine.runtime.tokenizer import Tokenizer
@@ -19,10 +20,12 @@ CONFIG_INI = Path("triton_models/weights/config.ini")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A workspace folder and what is known about it. Only an artifact is verified when it is loaded."""
+    """A workspace folder and what is known about it. Only an artifact is verified when it is loaded. `goldens` are the
+    newest that an evaluation on this machine's class of processors recorded."""
 
     folder: Path
     model: ServedModel
+    goldens: Path | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -62,7 +65,26 @@ def find_target(
         verdict=standing["verdict"],
         waiver=standing["waiver"],
     )
-    return Target(folder=path, model=model)
+    recorded = opened.goldens(artifact_id, device_class())
+    return Target(folder=path, model=model, goldens=recorded[-1] if recorded else None)
+
+
+def choose_goldens(target: Target, config: ServeConfig) -> tuple[Path | None, str]:
+    """The goldens that a server replays before it is ready; None, and why, where none can be."""
+    if not config.self_test:
+        return None, "serve.self_test is false"
+    if target.model.artifact_id is None:
+        return None, "a plain folder has no goldens"
+    if config.unmeasured:
+        return (
+            None,
+            f"with {', '.join(f'serve.{name}' for name in config.unmeasured)} this engine computes other numbers",
+        )
+    if config.device != "cpu" or config.dtype not in ("auto", "float32"):
+        return None, f"goldens are recorded on a CPU in float32, not for serve.device={config.device} {config.dtype}"
+    if target.goldens is None:
+        return None, f"no evaluation on this class of machines ({device_class()}) recorded goldens"
+    return target.goldens, ""
 
 
 def open_tokenizer(target: Target) -> Tokenizer:

@@ -55,6 +55,7 @@ class ServeConfig:
     max_requests: int = 1024
     request_timeout: float | None = None
     drain_timeout: float = 60.0
+    self_test: bool = True
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     device: str = "cpu"

@@ -84,15 +84,24 @@ class EngineClient:
     """Starts an engine process for a workspace folder and talks to it. It ends with this process, whatever happens.
 
     `verify` checks every byte of the folder against its manifest, and the manifest against `artifact_id` if given.
+    `goldens` is a file that the engine replays before it is ready (`selftest.check_goldens`), `self_test` its outcome.
     Call `start` from a thread that lives as long as the client: Linux ends the engine with the thread that made it.
     """
 
     def __init__(
-        self, folder: Path, config: EngineConfig, *, verify: bool = True, artifact_id: str | None = None
+        self,
+        folder: Path,
+        config: EngineConfig,
+        *,
+        verify: bool = True,
+        artifact_id: str | None = None,
+        goldens: Path | None = None,
+        waived: bool = False,
     ) -> None:
         self.session_len = 0
         self.vocab_size = 0
         self.eos_token_ids: tuple[int, ...] = ()
+        self.self_test: str | None = None
         self.process_id: int | None = None
         self._load = {
             "type": "load",
@@ -100,6 +109,8 @@ class EngineClient:
             "config": asdict(config),
             "verify": verify,
             "artifact_id": artifact_id,
+            "goldens": None if goldens is None else str(goldens),
+            "waived": waived,
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -149,6 +160,7 @@ class EngineClient:
             raise EngineError(self._last_words()) if answer is None else ValueError(answer["message"])
         self.session_len, self.vocab_size = answer["session_len"], answer["vocab_size"]
         self.eos_token_ids = tuple(answer["eos_token_ids"])
+        self.self_test = answer.get("self_test")
         self._error = None
         self._reading = asyncio.create_task(self._run(reader))
 

@@ -39,7 +39,8 @@ def die_with_parent(parent: int) -> None:
 def load(message: Message) -> tuple[Engine, Message]:
     """The engine that `load` asks for and the answer to it. ValueError or OSError if the folder cannot be served.
 
-    With `verify` every byte is checked against the manifest, whose id must be `artifact_id` if that is given.
+    With `verify` every byte is checked against the manifest, whose id must be `artifact_id` if that is given. With
+    `goldens` (a file) the engine must compute what they hold, unless that is `waived`; the answer says how it went.
     """
     folder = Path(message["folder"])
     if message["verify"]:
@@ -47,7 +48,13 @@ def load(message: Message) -> tuple[Engine, Message]:
     from engine.runtime.engine import Engine  # torch takes seconds to import: a damaged artifact is said before
 
     engine = Engine.from_workspace(folder, EngineConfig(**message["config"]))
-    known = {"session_len": engine.session_len, "vocab_size": engine.vocab_size}
+    known: Message = {"session_len": engine.session_len, "vocab_size": engine.vocab_size}
+    if message["goldens"] is not None:
+        from engine.runtime.selftest import check_goldens
+
+        known["self_test"] = check_goldens(
+            engine, Path(message["goldens"]), artifact_id=message["artifact_id"], waived=message["waived"]
+        )
     return engine, {"type": "ready", **known, "eos_token_ids": list(engine.eos_token_ids)}
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.models.rope import rope_tables
 from engine.runtime.engine import Engine
+from engine.storage.json_file import read_object
 
 NUM_SIGNS = 16
 NUM_TOP = 8
@@ -110,6 +112,35 @@ def replay(engine: Engine, goldens: Sequence[Mapping[str, Any]], *, tolerance: f
                     f"{list(golden['answer_ids'])}."
                 )
     return found
+
+
+def check_goldens(engine: Engine, path: Path, *, artifact_id: str, waived: bool) -> str:
+    """What the self-test of an engine that is about to serve an artifact did, in one line.
+
+    The logits of every prompt that fits into the engine's session_len are replayed. Greedy answers are not compared: a
+    server computes with the best instruction set that there is, and in steps of other sizes than an evaluation.
+    ValueError where they deviate and that is not `waived`, and for a file that is no goldens of this artifact.
+    """
+    content = read_object(path)
+    try:
+        if content["artifact"] != artifact_id:
+            raise ValueError(f"{path} holds the goldens of another artifact: evaluate this one again.")
+        prompts = [golden for golden in content["prompts"] if len(golden["token_ids"]) <= engine.session_len]
+        found = replay(engine, prompts, tolerance=float(content["tolerance"]), exact=False)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): evaluate the artifact again.") from error
+    if not prompts:
+        return f"skipped: none of the goldens fits into session_len {engine.session_len}"
+    if not found:
+        return f"passed: {len(prompts)} of {len(content['prompts'])} goldens replayed"
+    said = f"{len(found)} of {len(prompts)} goldens are not what this engine computes. {found[0]}"
+    if waived:
+        return f"FAILED, and served on a waiver: {said}"
+    raise ValueError(
+        f"The self-test failed: {said} The artifact's bytes are as they were, so look at what changed on this machine "
+        'since its evaluation (torch, the processor, this program), or evaluate it again here; waiver="reason" serves '
+        "it all the same."
+    )
 
 
 def locate_difference(
