@@ -192,9 +192,11 @@ async def serve(
             request_timeout=config.request_timeout,
             session_timeout=config.session_timeout,
             max_sessions=config.max_sessions,
+            access_log=sys.stderr if config.access_log == "json" else None,
         )
         app = create_app(client, tokenizer, app_config)
-        server = Server(uvicorn.Config(app, log_config=LOG, timeout_graceful_shutdown=SECONDS_TO_FINISH, **tls))
+        options = {"log_config": LOG, "access_log": config.access_log == "text", **tls}
+        server = Server(uvicorn.Config(app, timeout_graceful_shutdown=SECONDS_TO_FINISH, **options))
         listener.listen(2048)  # whoever reads the URL can connect
         announce(target, client, listener, num_keys=len(keys), scheme="https" if tls else "http")
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server.access_log import AccessLog
 from server.admission import Admission
 from server.body_limit import BodyLimit
 from server.config import AppConfig
@@ -93,4 +94,5 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     if config.cors_origins:
         # Outside of the guard: browsers ask what is allowed without a key.
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(AccessLog, log=config.access_log)
     return app

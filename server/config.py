@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from engine.cache_size import CACHE_SIZES
 from engine.config import COUNTS, EngineConfig
 from server.keys import Keys
 
+ACCESS_LOGS = ("text", "json", "none")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 _ATTRIBUTE = "it is an attribute of the model"
 IMMUTABLE = {
@@ -56,6 +58,7 @@ class ServeConfig:
     request_timeout: float | None = None
     drain_timeout: float = 60.0
     self_test: bool = True
+    access_log: str = "text"
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     device: str = "cpu"
@@ -89,6 +92,7 @@ class ServeConfig:
                 "null (no limit) or a number of seconds above 0",
             ),
             ("drain_timeout", 0 <= self.drain_timeout < math.inf, "a number of seconds"),
+            ("access_log", self.access_log in ACCESS_LOGS, ", ".join(ACCESS_LOGS[:-1]) + f" or {ACCESS_LOGS[-1]}"),
             ("session_timeout", 0 < self.session_timeout < math.inf, "a number of seconds above 0"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             *(
@@ -163,7 +167,8 @@ class AppConfig:
     """What the application needs beside an engine. With `keys`, every route asks for one of them. Pages of no
     origins but `cors_origins` can read answers. A key may have `max_requests` answers waiting or running, and none may
     take more than `request_timeout` seconds. Sessions that the server keeps are forgotten after `session_timeout`
-    idle seconds, and beyond `max_sessions` of one key."""
+    idle seconds, and beyond `max_sessions` of one key. A line of JSON about every request goes to
+    `access_log`."""
 
     model: ServedModel
     keys: Keys = field(default_factory=dict)
@@ -173,6 +178,7 @@ class AppConfig:
     request_timeout: float | None = None
     session_timeout: float = 3600.0
     max_sessions: int = 1024
+    access_log: TextIO | None = None
 
 
 def check_exposure(host: str, keys: Keys) -> None:

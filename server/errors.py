@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.runtime.client import EngineError
+from server.access_log import HEADER, REQUEST_ID
 from server.shapes import RefusedField, error_body
 
 FIELD = re.compile(r"[a-z][a-z_]*")
@@ -80,7 +81,8 @@ async def _engine_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
     body = error_body("The server failed on this request; its log says how.", kind="server_error")
-    return JSONResponse(body, status_code=500)
+    # This one is answered further out than where other answers get their id.
+    return JSONResponse(body, status_code=500, headers={HEADER: request.scope[REQUEST_ID]})
 
 
 def validation_body(errors: Sequence[Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from engine.config import Grammar, Sampling
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server.access_log import ANSWERS
 from server.admission import Admission
 from server.answer_shapes import ChatShape
 from server.answers import Answers, Job
@@ -135,10 +136,12 @@ class Generation:
             seconds=seconds,
         )
         try:
-            return await unless_gone(request, opening)
+            answers = await unless_gone(request, opening)
         except RequestError as error:
             self._metrics.refused(error.code or "invalid_value")
             raise
+        request.scope[ANSWERS] = answers
+        return answers
 
     def _seconds(self, request: Request) -> float | None:
         """How long the request may take: what its header says, at most the server's own limit."""

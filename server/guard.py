@@ -42,7 +42,8 @@ class KeyGuard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif (owner := self._owner(scope)) is not None:
-            await self._app({**scope, OWNER: owner}, receive, send)
+            scope[OWNER] = owner  # not in a copy: the access log, further out, names whose request it was
+            await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:

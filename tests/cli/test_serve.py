@@ -224,3 +224,14 @@ def test_only_loopback_goes_without_a_key() -> None:
         with pytest.raises(ValueError, match="no key is set"):
             check_exposure(host, {})
         check_exposure(host, {"default": "key"})
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "none"])
+def test_one_access_log_at_a_time(folder: Path, kind: str) -> None:
+    with server(f"folder={folder}", f"serve.access_log={kind}") as (process, url):
+        assert httpx.get(f"{url}/health/live").status_code == 200
+        process.terminate()
+        said = process.communicate(timeout=30)[1]
+    told = [line for line in said.splitlines() if "/health/live" in line]
+    assert len(told) == (kind != "none")
+    assert [line.startswith('{"time": ') for line in told] == [kind == "json"] * len(told)
