@@ -14,6 +14,7 @@ VERBS = {
     "verify": ("pipelines.verify", "check that everything in dvc.lock is whole in the cache"),
     "artifacts": ("cli.artifacts", "list, show, verify, pin, export, push and pull what was built"),
     "serve": ("cli.serve", "serve an artifact over HTTP, with OpenAI's API"),
+    "health": ("cli.health", "whether a server is ready: an exit code, for probes"),
     "chat": ("cli.chat", "talk to a server or an artifact in the terminal"),
     "web": ("cli.web", "a page in the browser to chat with a server"),
     "generate": ("cli.generate", "complete one prompt with an artifact"),
