@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,11 @@ def gradio(argv: list[str]) -> int:
 
     if options.source.startswith(("http://", "https://")):
         return serve_page(options.source, options.server_name, options.server_port)
-    with workspace_of(Path(options.source)) as folder, background_server(folder, options.batch_size) as url:
+    with (
+        terminated_as_exit(),
+        workspace_of(Path(options.source)) as folder,
+        background_server(folder, options.batch_size) as url,
+    ):
         return serve_page(url, options.server_name, options.server_port)
 
 
@@ -169,6 +174,16 @@ def workspace_of(source: Path, *, tokenizer: Path | None = None) -> Iterator[Pat
         name = source.resolve().name
         convert(Conversion(name=name, source=source, target=target, tokenizer=tokenizer))
         yield target
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that what was started is ended too. uvicorn raises it again when it has ended."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

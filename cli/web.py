@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -28,8 +29,12 @@ def main(argv: list[str]) -> int:
 
 def serve_page(url: str, host: str, port: int) -> int:
     """Serve the page until SIGINT or SIGTERM."""
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is not the URL of a server: it begins with http:// or https://.")
+    try:
+        named = urlsplit(url).hostname
+    except ValueError:
+        named = None
+    if not url.startswith(("http://", "https://")) or not named:
+        raise ValueError(f"{url!r} is not the URL of a server: it begins with http:// or https://, and names a host.")
     if "@" in url or "?" in url:
         raise ValueError("the URL of the server carries no key and no password: the key is typed in the page.")
     check_open_page(url, host)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from cli.main import main
@@ -53,12 +54,17 @@ def test_a_server_and_its_client(
 def test_a_page_of_a_folder(folder: Path) -> None:
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'ingot[web]'")
     with process("serve", "gradio", str(folder), "--server-port", "0", "--restful_api", "True", until="page") as (
-        _,
+        page,
         url,
     ):
         reply = httpx.get(url, trust_env=False)
         assert reply.status_code == 200
         assert "default-src 'self'" in reply.headers["content-security-policy"]
+        started = psutil.Process(page.pid).children(recursive=True)
+        assert any("serve" in child.cmdline() for child in started)
+        page.terminate()
+        assert page.wait(30) == 0
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_a_folder_in_the_terminal(

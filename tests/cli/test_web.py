@@ -139,6 +139,7 @@ def test_a_browser_chats(folder: Path, tmp_path: Path) -> None:
 def test_what_the_page_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["127.0.0.1:23333"], "begins with http"),
+        (["http://["], "names a host"),
         (["http://user:secret@127.0.0.1:1"], "typed in the page"),
         (["http://127.0.0.1:1", "--server-name", "0.0.0.0"], "no server answers"),
         (["http://127.0.0.1:1", "--share"], "--share"),
