@@ -49,11 +49,11 @@ def load(message: Message) -> tuple[Engine, Message]:
 
     engine = Engine.from_workspace(folder, EngineConfig(**message["config"]))
     known: Message = {"session_len": engine.session_len, "vocab_size": engine.vocab_size}
-    if message["goldens"] is not None:
+    if message.get("goldens") is not None:
         from engine.runtime.selftest import check_goldens
 
         known["self_test"] = check_goldens(
-            engine, Path(message["goldens"]), artifact_id=message["artifact_id"], waived=message["waived"]
+            engine, Path(message["goldens"]), artifact_id=message["artifact_id"], waived=message.get("waived", False)
         )
     return engine, {"type": "ready", **known, "eos_token_ids": list(engine.eos_token_ids)}
 
