@@ -1,4 +1,5 @@
 """The matrix products of the GPU engine: checked, timed against cuBLAS and the floor, and tuned. One command, one GPU.
+(Above 300 lines: one script, of which every process runs a part.)
 
 Every family of kernels runs in processes of its own, so that one that fails takes no other with it. First all are
 compiled and checked side by side: at odd sizes, then every configuration at its real size. Then they are timed one

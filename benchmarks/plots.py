@@ -44,7 +44,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} is no plot: its name must end in {', '.join(FORMATS)}.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib, which is not installed: pip install 'ingot[bench]', or matplotlib.")
+        raise ValueError("plots need matplotlib, which is not installed: make setup, or pip install matplotlib.")
 
 
 def select(rows: Iterable[Row], wanted: Sequence[str]) -> list[Row]:

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +29,16 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = ("/system", "/reset", "/params", "/exit")
 
 
-class Partner:
+class Partner(ABC):
     """Whoever answers. `params` None: how to sample cannot be set."""
 
     params: Params | None = None
 
+    @abstractmethod
     def answer(self, messages: list[Message]) -> Generator[str, None, None]:
         """Pieces of text; closing it early aborts the answer."""
-        raise NotImplementedError
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 - most keep nothing between two answers
         """The conversation begins anew."""
 
 

@@ -45,7 +45,7 @@ def serve_page(url: str, host: str, port: int) -> int:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ValueError("the page needs Gradio, which is not installed: `pip install 'ingot[web]'`.") from error
+        raise ValueError("the page needs Gradio, which is not installed: make setup, or pip install gradio.") from error
     from cli.serve import listening_socket
 
     with listening_socket(host, port) as listener:

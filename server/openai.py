@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -47,7 +48,7 @@ class StreamOptions(Shape):
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(Shape):
+class Request(Shape, ABC):
     """What both endpoints have in common. Among one key's requests, lower `priority` comes first.
     `user` and the like identify callers and change no answer."""
 
@@ -116,8 +117,9 @@ class Request(Shape):
         return () if not self.stop else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    @abstractmethod
     def wanted_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """How many of the likeliest tokens each token comes with; None without log-probabilities."""
 
     def sampling(self, *, most: int, answer: int) -> Sampling:
         """Sampling of answer number `answer`: with a seed, each answer gets one of its own."""

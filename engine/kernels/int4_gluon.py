@@ -6,6 +6,7 @@ y^T = W x^T: W is the left operand of asynchronous matrix instructions, in regis
 no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
 half a tile is unpacked while the half before it is multiplied. x lies in a ring of `slots`, each of `slot` tiles of
 [block_m, 128] that arrive together and are given back together, once the products that read them are waited for.
+(Above 300 lines: one kernel, and what it needs is not used elsewhere.)
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 Few rows of x run by `_int8_columns`, W being the left operand and the sum split among programs: its time is that of
 reading W. Many run by `_int8_tiles`, persistent programs fed by the copy engine (sm_90 and newer).
+(Above 300 lines: two kernels of one product, and the choice between them.)
 """
 
 from __future__ import annotations

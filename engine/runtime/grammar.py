@@ -174,6 +174,6 @@ def _xgrammar() -> Any:
     except ImportError as error:
         raise ValueError(
             "xgrammar is not installed, which grammars, JSON schemas and forced tool calls need: "
-            "pip install 'ingot[structured]'"
+            "make setup, or pip install --no-deps xgrammar"
         ) from error
     return xgrammar

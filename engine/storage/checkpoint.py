@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from engine.models.layouts import META, Layout
 from engine.models.quantization import Quantization, read_quantization, unquantized
 from engine.storage.door import Source, sources
 from engine.storage.json_file import read_object
+from engine.storage.lazy_tensors import LazyTensors
 from engine.storage.meta_checkpoint import PARAMS, open_meta
 from engine.storage.packed_weights import WORDS, check_extras, find_awq, find_smooth_quant
 from engine.storage.weight_files import WeightFile, check_names, open_weights
@@ -121,7 +122,7 @@ class Checkpoint:
 
     def weights(self) -> Mapping[str, Tensor]:
         """All tensors by canonical name, each read when it is asked for."""
-        return _Weights(self)
+        return LazyTensors(self.names(), self.tensor)
 
     def _read(self, wanted: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by canonical name, each file opened once. Nothing is kept here: the mapping of a file, and the memory
@@ -247,24 +248,6 @@ def load_checkpoint(
     """The model of a checkpoint folder, cast to `dtype` on `device`."""
     checkpoint = Checkpoint(folder, allow_bin=allow_bin, allow_quantized=allow_quantized)
     return Decoder(checkpoint.config, checkpoint.weights(), device=device, dtype=dtype)
-
-
-class _Weights(Mapping[str, Tensor]):
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._names = dict.fromkeys(checkpoint.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def read_placed(index: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from engine.storage.config_ini import RECIPE_OF, model_config_of, read_config_in
 from engine.storage.file_writer import BLOCK_BYTES, FileWriter
 from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import read_scales
+from engine.storage.lazy_tensors import LazyTensors
 from engine.storage.parts import cast, join_part, split_part
 from engine.storage.rank_weights import RankWeights, rank_scales
 from engine.storage.turbomind_files import Part
@@ -163,7 +164,7 @@ class Workspace:
 
     def weights(self) -> Mapping[str, Tensor]:
         """All tensors by canonical name, read when asked for."""
-        return _Weights(self)
+        return LazyTensors(self.names(), self.tensor)
 
     def kv_scales(self, *, unused: bool = False) -> KVScales | PerToken | None:
         """How K and V are quantized; None for a kv16 workspace.
@@ -217,28 +218,6 @@ class Workspace:
             return self._map(files.rank_file(layer, part, rank, kind), dtype)
 
         return join_part(self.config, self.recipe, part, read, tp=self.tp)
-
-
-class _Weights(Mapping[str, Tensor]):
-    """The tensors of a workspace as a mapping that holds none of them."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._names = dict.fromkeys(workspace.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._workspace.tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def load_workspace(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Decoder:

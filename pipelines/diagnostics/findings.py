@@ -118,7 +118,7 @@ def _source(root: Path, content: Mapping[str, Any], findings: Findings) -> Check
 def _beside_the_source(
     findings: Findings, workspace: Workspace, checkpoint: Checkpoint, calibrated: Path, quantized: Path
 ) -> None:
-    config, source, built = workspace.config, _Tensors(checkpoint), workspace.weights()
+    config, source, built = workspace.config, checkpoint.weights(), workspace.weights()
     with (
         safe_open(calibrated / "stats.safetensors", framework="pt") as statistics,
         safe_open(quantized / "smoothing.safetensors", framework="pt") as smoothing,
@@ -171,25 +171,3 @@ def _outlier(absmax: Tensor) -> float:
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     return read_slice(path) if path.is_file() else {}
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by canonical name, read when asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._names = dict.fromkeys(checkpoint.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._checkpoint.tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -52,7 +52,7 @@ def test_a_server_and_its_client(
 
 
 def test_a_page_of_a_folder(folder: Path) -> None:
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'ingot[web]'")
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install gradio")
     with process("serve", "gradio", str(folder), "--server-port", "0", "--restful_api", "True", until="page") as (
         page,
         url,

@@ -67,7 +67,7 @@ def spoken(text: str) -> str:
 
 
 def test_a_browser_chats(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'ingot[web]'")
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install gradio")
     (tmp_path / "key").write_text(KEY)
     serve = ["serve", f"folder={folder}", "serve.port=0", "serve.cache_max_entry_count=80"]
     with chromium(tmp_path / "profile") as browser, contextlib.ExitStack() as stack:
