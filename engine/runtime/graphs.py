@@ -16,6 +16,7 @@ from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
 from engine.runtime.batch import token_ids
+from engine.runtime.sampler import likeliest
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 
@@ -133,7 +134,4 @@ class DecodeGraphs:
             blocks=self._no_blocks,
         )
         logits = self._model.logits(batch, self._cache)
-        if len(self._eos):
-            ignores = self._header[IGNORES, :size, None] != 0
-            logits[:, self._eos] = logits[:, self._eos].masked_fill(ignores, -torch.inf)
-        torch.argmax(logits, dim=-1, out=self._drawn[:size])
+        likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, self._drawn[:size])

@@ -14,7 +14,7 @@ from engine.runtime.batch import build_batch
 from engine.runtime.event import TokenLogprob
 from engine.runtime.graphs import DecodeGraphs, batch_sizes
 from engine.runtime.logprobs import token_logprobs
-from engine.runtime.sampler import collect_draws, sample
+from engine.runtime.sampler import collect_draws, likeliest, sample
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 
@@ -51,6 +51,7 @@ class Runner:
         self._model = model
         self._cache = cache
         self._eos_token_ids = eos_token_ids
+        self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=model.device)
         self._step = 0
         self._rows: Mapping[Sequence, int] = {}
         self._on_gpu = model.device.type == "cuda"
@@ -89,7 +90,10 @@ class Runner:
             self._graphs.replay(plan, self._rows, self._step)
         else:
             logits = self._logits(plan)
-            if drawing:
+            if drawing and greedy:
+                ignoring = torch.tensor([sequence.sampling.ignore_eos for sequence in drawing], device=logits.device)
+                likeliest(logits, ignoring, self._eos, self._drawn[:number])
+            elif drawing:
                 wide = logits.float()
                 tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
                 logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.config import Sampling
-from engine.runtime.sampler import Draws, _narrow, collect_draws, sample, uniform
+from engine.runtime.sampler import Draws, _narrow, collect_draws, likeliest, sample, uniform
 from engine.runtime.sequence import Sequence
 
 COUNT = 4000
@@ -275,3 +275,17 @@ def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
     logits = torch.full((2, 8), torch.nan)
     draws = Draws(options=[Sampling(), Sampling(temperature=0)], uniforms=[0.5, 0.5])
     assert all(0 <= token < 8 for token in sample(logits, draws).tolist())
+
+
+def test_the_likeliest_token_is_that_of_the_sampler_with_end_tokens_ignored_by_some_rows():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
+    ends = (int(logits[0].argmax()), int(logits[1].argmax()))
+    ignoring = [True, False, True, False, True, True]
+    options = [Sampling(temperature=0, ignore_eos=ignores) for ignores in ignoring]
+    banned = [(row, end) for row, ignores in enumerate(ignoring) if ignores for end in ends]
+    draws = Draws(options=options, uniforms=[0.5] * 6, banned=tuple(map(list, zip(*banned, strict=True))))
+    expected, out = sample(logits, draws), torch.zeros(6, dtype=torch.int64)
+    likeliest(logits, torch.tensor(ignoring), torch.tensor(ends), out)
+    assert torch.equal(out, expected)
+    assert out[0] not in ends
+    assert out[1] == ends[1]
