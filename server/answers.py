@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import Sampling
-from engine.runtime.client import EngineClient, Stream
+from engine.runtime.client import EngineClient
 from engine.runtime.event import Event
+from engine.runtime.stream import Stream
 from server import shapes
 from server.admission import Admission, Visit
 from server.errors import DeadlineExceeded

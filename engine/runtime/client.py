@@ -20,6 +20,7 @@ from engine.runtime import channel
 from engine.runtime.channel import Message
 from engine.runtime.event import Event
 from engine.runtime.messages import pack_sampling, unpack_event
+from engine.runtime.stream import Stream
 
 SECONDS_TO_END = 5.0
 PACKAGES = str(Path(__file__).resolve().parents[2])
@@ -27,57 +28,6 @@ PACKAGES = str(Path(__file__).resolve().parents[2])
 
 class EngineError(RuntimeError):
     """The engine process cannot answer: it has ended, or was closed."""
-
-
-class Stream:
-    """The events of one request, to be iterated once. `close` aborts what is unfinished; it may be called any time."""
-
-    def __init__(self, client: EngineClient, request_id: str) -> None:
-        self.request_id = request_id
-        self._client = client
-        self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._over:
-            raise StopAsyncIteration
-        arrived = await self._arrived.get()
-        if isinstance(arrived, Exception):
-            self._over = True
-            raise arrived
-        self._over = arrived.finish_reason is not None
-        return arrived
-
-    def put(self, arrived: Event | Exception) -> None:
-        self._arrived.put_nowait(arrived)
-
-    def cut(self, latest: Event | None) -> None:
-        """Abort the request and let the iteration end with an event that says so, after `latest`."""
-        counts = (latest.prompt_tokens, latest.cached_tokens, latest.completion_tokens) if latest else (0, 0, 0)
-        self.put(
-            Event(
-                request_id=self.request_id,
-                token_ids=(),
-                text="",
-                finish_reason="abort",
-                prompt_tokens=counts[0],
-                cached_tokens=counts[1],
-                completion_tokens=counts[2],
-            )
-        )
-        self._client.abort(self.request_id)
-
-    def fail(self, error: Exception) -> None:
-        """Abort the request and let the iteration end with `error`."""
-        self.put(error)
-        self._client.abort(self.request_id)
-
-    def close(self) -> None:
-        self._over = True
-        self._client.abort(self.request_id)
 
 
 class EngineClient:
@@ -170,7 +120,7 @@ class EngineClient:
         """Send a request of an owner (see `Engine.add`); returns once the engine has accepted it. ValueError, in the
         engine's words, if it refuses."""
         writer = self._ready_writer()
-        stream = Stream(self, uuid.uuid4().hex)
+        stream = Stream(self.abort, uuid.uuid4().hex)
         accepted = asyncio.get_running_loop().create_future()
         self._streams[stream.request_id] = stream
         self._accepted[stream.request_id] = accepted

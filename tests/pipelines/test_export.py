@@ -1,3 +1,5 @@
+"""The stage export. (Above 300 lines: every case starts from one exported artifact.)"""
+
 import hashlib
 import json
 import shutil

@@ -4,6 +4,7 @@ Triton's interpreter does not run Gluon. Here `gl` is a module of a few function
 tensor, a copy arrives when it is asked for, and the assembly of `int4_fragments` is read line by line. Barriers count
 their phases, so waiting for one that no copy completes is an error. What layouts do to values is the compiler's to
 check: every conversion in these kernels is asserted to move nothing.
+(Above 300 lines: a stand-in for a whole language.)
 """
 
 import importlib.util

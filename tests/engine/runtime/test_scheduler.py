@@ -1,3 +1,5 @@
+"""The scheduler without a model. (Above 300 lines: one set of helpers serves every case.)"""
+
 import random
 import subprocess
 import sys
