@@ -43,31 +43,35 @@ class ChatShape:
         """The answers when all are finished."""
         readers = [self._reader() for _ in range(count)]
         deltas: list[list[Delta]] = [[] for _ in range(count)]
-        async with aclosing(answers.events()) as events:
-            async for index, event in events:
-                deltas[index].append(readers[index].read(event))
+        async with aclosing(answers.batches()) as batches:
+            async for batch in batches:
+                for index, event in batch:
+                    deltas[index].append(readers[index].read(event))
         choices = [self.choice(index, each) for index, each in enumerate(deltas)]
         return {**self._head, "object": self.whole_kind, "choices": choices, "usage": answers.usage()}
 
     async def lines(self, answers: Answers, count: int) -> AsyncGenerator[str, None]:
-        """The lines of the stream. Text and finish reason come in chunks of their own, as OpenAI sends them."""
+        """The lines of the stream, those that go out together as one text. Text and finish reason come in chunks of
+        their own, as OpenAI sends them."""
         readers = [self._reader() for _ in range(count)]
         sent = [0] * count
         try:
-            for index in range(count):
-                if opening := self.opening(index):
-                    yield self._line([opening])
-            async with aclosing(answers.events()) as events:
-                async for index, event in events:
-                    delta = readers[index].read(event)
-                    for piece in self.pieces(index, delta, offset=sent[index]):
-                        yield self._line([piece])
-                    sent[index] += len(delta.content)
-                    if delta.finish_reason:
-                        yield self._line([self.ending(index, delta.finish_reason)])
-            if self._with_usage:
-                yield self._line([], usage=answers.usage())
-            yield DONE
+            openings = [opening for index in range(count) if (opening := self.opening(index))]
+            if openings:
+                yield "".join(self._line([opening]) for opening in openings)
+            async with aclosing(answers.batches()) as batches:
+                async for batch in batches:
+                    lines: list[str] = []
+                    for index, event in batch:
+                        delta = readers[index].read(event)
+                        lines += [self._line([piece]) for piece in self.pieces(index, delta, offset=sent[index])]
+                        sent[index] += len(delta.content)
+                        if delta.finish_reason:
+                            lines.append(self._line([self.ending(index, delta.finish_reason)]))
+                    if lines:
+                        yield "".join(lines)
+            usage = self._line([], usage=answers.usage()) if self._with_usage else ""
+            yield usage + DONE
         except EngineError as error:
             yield event_line(engine_error_body(error))
 

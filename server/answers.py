@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.config import Sampling
@@ -12,7 +13,7 @@ from engine.runtime.client import EngineClient
 from engine.runtime.event import Event
 from engine.runtime.stream import Stream
 from server import shapes
-from server.admission import Admission, Visit
+from server.admission import Visit
 from server.errors import DeadlineExceeded
 from server.metrics import Metrics, Track
 
@@ -44,18 +45,19 @@ class Answers:
         client: EngineClient,
         jobs: Sequence[Job],
         *,
-        admission: Admission,
+        visit: Visit,
         metrics: Metrics,
         owner: str = "",
         priority: int = 0,
         seconds: float | None = None,
+        until: float | None = None,
     ) -> Answers:
-        """Submit all jobs. ValueError, in the engine's words, when it refuses one, RequestError where there are too
-        many of this owner already; then none runs. After `seconds` they end with DeadlineExceeded."""
-        answers = cls(jobs, admission.enter(owner, len(jobs)), metrics.track(len(jobs)))
+        """Submit all jobs, whose place in line is `visit`. ValueError, in the engine's words, when it refuses one; then
+        none runs. When the loop's clock says `until`, which is after `seconds`, they end with DeadlineExceeded."""
+        answers = cls(jobs, visit, metrics.track(len(jobs)))
         try:
-            if seconds is not None:
-                answers._timer = asyncio.get_running_loop().call_later(seconds, answers._expire, seconds)
+            if seconds is not None and until is not None:
+                answers._timer = asyncio.get_running_loop().call_at(until, answers._expire, seconds)
             for job in jobs:
                 stream = await client.submit(job.prompt_ids, job.sampling, owner=owner, priority=priority)
                 answers._streams.append(stream)
@@ -75,7 +77,7 @@ class Answers:
             self._timer.cancel()
 
     def _expire(self, seconds: float) -> None:
-        self._late = DeadlineExceeded(f"The answer took longer than the {seconds:g} seconds that it may take.")
+        self._late = DeadlineExceeded.after(seconds)
         for stream in self._streams:
             stream.fail(self._late)
         self._visit.close()
@@ -87,26 +89,42 @@ class Answers:
             if latest is None or latest.finish_reason is None:
                 stream.cut(latest)
 
-    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(number of the answer, event) of all answers until each is finished."""
-        arrived: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
-        pumps = [asyncio.create_task(_pump(stream, index, arrived)) for index, stream in enumerate(self._streams)]
-        unfinished = len(pumps)
+    async def batches(self) -> AsyncGenerator[list[tuple[int, Event]], None]:
+        """(number of the answer, event) of all answers until each is finished: what has come, as soon as there is any.
+        A reader who is slow gets more at once."""
+        ready = dict.fromkeys(range(len(self._streams)))
+        arrived = asyncio.Event()
+
+        def note(index: int) -> None:
+            ready[index] = None
+            arrived.set()
+
+        for index, stream in enumerate(self._streams):
+            stream.on_arrival = partial(note, index)
+        unfinished = len(self._streams)
         try:
             while unfinished:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                index, event = item
-                self._latest[index] = event
-                self._track.take(index, event)
-                if event.finish_reason is not None:
-                    unfinished -= 1
-                    self._visit.leave()
-                yield index, event
+                while not ready:
+                    arrived.clear()
+                    await arrived.wait()
+                batch: list[tuple[int, Event]] = []
+                for index in list(ready):
+                    stream = self._streams[index]
+                    if stream.error is not None and batch:
+                        continue  # raised once what came before it was handed over
+                    events = stream.take()
+                    if stream.error is None:
+                        del ready[index]
+                    for event in events:
+                        self._latest[index] = event
+                        self._track.take(index, event)
+                        if event.finish_reason is not None:
+                            unfinished -= 1
+                            self._visit.leave()
+                        batch.append((index, event))
+                if batch:
+                    yield batch
         finally:
-            for pump in pumps:
-                pump.cancel()
             self.close()
 
     def usage(self) -> dict[str, Any]:
@@ -118,11 +136,3 @@ class Answers:
             completion_tokens=sum(event.completion_tokens for event in self._latest.values()),
             cached_tokens=sum(event.cached_tokens for event in prompts),
         )
-
-
-async def _pump(stream: Stream, index: int, arrived: asyncio.Queue[tuple[int, Event] | Exception]) -> None:
-    try:
-        async for event in stream:
-            arrived.put_nowait((index, event))
-    except Exception as error:
-        arrived.put_nowait(error)

@@ -13,7 +13,7 @@ from engine.config import Grammar, Sampling
 from server.answer_reader import AnswerReader
 from server.answer_shapes import ChatShape, CompletionShape
 from server.errors import RequestError
-from server.generation import Generation
+from server.generation import Arrival, Generation
 from server.logprobs import LogprobQueue
 from server.openai import ChatRequest, CompletionRequest
 from server.openai import Request as Asked
@@ -39,59 +39,67 @@ class OpenAIEndpoints:
     async def chat(self, request: Request, asked: ChatRequest) -> Response | dict[str, Any]:
         generation = self._generation
         generation.check_model(asked.model)
-        prompt_ids = await self._prompt(asked)
-        calls = bool(asked.callable)
+        with generation.let_in(request, asked.answers) as arrival:
+            prompt_ids = await self._prompt(arrival, asked)
+            calls = bool(asked.callable)
 
-        def sampling(most: int, answer: int) -> Sampling:
-            options = asked.sampling(most=most, answer=answer)
-            # The marks of a call may be special tokens: skipped, nobody would see the call.
-            return dataclasses.replace(options, skip_special_tokens=False) if calls and self._row.special else options
+            def sampling(most: int, answer: int) -> Sampling:
+                options = asked.sampling(most=most, answer=answer)
+                # The marks of a call may be special tokens: skipped, nobody would see the call.
+                marked = calls and self._row.special
+                return dataclasses.replace(options, skip_special_tokens=False) if marked else options
 
-        jobs = generation.jobs([prompt_ids], sampling, answers=asked.answers, limit=asked.limit, param="messages")
-        grammar, param = self._grammar(asked)
-        jobs = await generation.with_grammar(jobs, grammar, param=param)
-        parser_row = self._row if calls else None
-        shape = ChatShape(
-            generation.model,
-            generation.tokenizer,
-            self._reader(asked, skip_special=jobs[0].sampling.skip_special_tokens, row=parser_row),
-            with_usage=_with_usage(asked),
-        )
-        return await generation.answer(request, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0)
+            jobs = generation.jobs([prompt_ids], sampling, answers=asked.answers, limit=asked.limit, param="messages")
+            grammar, param = self._grammar(asked)
+            jobs = await generation.with_grammar(arrival, jobs, grammar, param=param)
+            shape = ChatShape(
+                generation.model,
+                generation.tokenizer,
+                self._reader(
+                    asked, skip_special=jobs[0].sampling.skip_special_tokens, row=self._row if calls else None
+                ),
+                with_usage=_with_usage(asked),
+            )
+            return await generation.answer(
+                arrival, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0
+            )
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Response | dict[str, Any]:
         generation = self._generation
         generation.check_model(asked.model)
         tokenizer, prompts = generation.tokenizer, asked.prompts
-        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        longest = max((len(prompt) for prompt in prompts if isinstance(prompt, str)), default=0)
+        sizes = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
 
         def encode() -> list[list[int]]:
             return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-        ids = await generation.made(encode, size=size if len(prompts) == 1 else longest, param="prompt")
-        jobs = generation.jobs(
-            ids,
-            lambda most, answer: asked.sampling(most=most, answer=answer),
-            answers=asked.answers,
-            limit=DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens,
-            param="prompt",
-        )
-        shape = CompletionShape(
-            generation.model,
-            tokenizer,
-            self._reader(asked, skip_special=asked.skip_special_tokens is not False, row=None),
-            with_usage=_with_usage(asked),
-        )
-        return await generation.answer(request, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0)
+        with generation.let_in(request, len(prompts) * asked.answers) as arrival:
+            longest = max(sizes, default=0)
+            ids = await generation.made(arrival, encode, size=sum(sizes), longest=longest, param="prompt")
+            jobs = generation.jobs(
+                ids,
+                lambda most, answer: asked.sampling(most=most, answer=answer),
+                answers=asked.answers,
+                limit=DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens,
+                param="prompt",
+            )
+            shape = CompletionShape(
+                generation.model,
+                tokenizer,
+                self._reader(asked, skip_special=asked.skip_special_tokens is not False, row=None),
+                with_usage=_with_usage(asked),
+            )
+            return await generation.answer(
+                arrival, jobs, shape, stream=bool(asked.stream), priority=asked.priority or 0
+            )
 
-    async def _prompt(self, asked: ChatRequest) -> list[int]:
+    async def _prompt(self, arrival: Arrival, asked: ChatRequest) -> list[int]:
         tokenizer = self._generation.tokenizer
         size = sum(message.size for message in asked.turns)
         if tokenizer.chat_template is None:
             if isinstance(asked.messages, str):
                 text = asked.messages
-                return await self._generation.made(lambda: tokenizer.encode(text), size=size, param="messages")
+                return await self._generation.made(arrival, lambda: tokenizer.encode(text), size=size, param="messages")
             raise RequestError(
                 f"The model {self._generation.model.name!r} has no chat template: it completes text, at "
                 "/v1/completions, or here with 'messages' as text.",
@@ -108,8 +116,8 @@ class OpenAIEndpoints:
             turns, told = with_tools(turns, tools, self._row), None
         else:
             told = tools or None
-        return await self._generation.made(
-            lambda: tokenizer.encode_chat(turns, tools=told), size=size, param="messages"
+        return await self._generation.rendered(
+            arrival, lambda: tokenizer.encode_chat(turns, tools=told), size=size, param="messages"
         )
 
     def _grammar(self, asked: ChatRequest) -> tuple[Grammar | None, str]:

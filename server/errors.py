@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.runtime.client import EngineError
-from server.access_log import HEADER, REQUEST_ID
+from server.access_log import HEADER, NOBODY_WAITED, REQUEST_ID
 from server.shapes import RefusedField, error_body
 
 FIELD = re.compile(r"[a-z][a-z_]*")
@@ -41,12 +41,21 @@ class RequestError(Exception):
 class DeadlineExceeded(EngineError):
     """The request's time is over."""
 
+    @classmethod
+    def after(cls, seconds: float) -> DeadlineExceeded:
+        return cls(f"The answer took longer than the {seconds:g} seconds that it may take.")
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer."""
+
 
 def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(EngineError, _engine_error)
+    app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _unexpected_error)
 
 
@@ -77,6 +86,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineError)
     return JSONResponse(engine_error_body(error), status_code=504 if isinstance(error, DeadlineExceeded) else 503)
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=NOBODY_WAITED)  # nobody reads it; the number is for the log
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

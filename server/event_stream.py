@@ -12,12 +12,10 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.errors import ClientGone
+
 Answer = TypeVar("Answer")
 DONE = "data: [DONE]\n\n"
-
-
-class ClientGone(Exception):
-    """The client closed its connection before the answer."""
 
 
 def event_line(content: dict[str, Any]) -> str:

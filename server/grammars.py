@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import anyio.to_thread
 
 from engine.config import Grammar
 from engine.runtime.client import EngineClient
@@ -23,18 +23,22 @@ class PreparedGrammars:
         self._compiler: GrammarCompiler | None = None
         self._known: OrderedDict[Grammar, None] = OrderedDict()
 
-    async def prepare(self, grammar: Grammar) -> None:
-        """Make sure that the engine knows `grammar`. ValueError for one that is not valid or too large."""
+    def unknown(self, grammar: Grammar) -> Callable[[], Grammar] | None:
+        """None where the engine knows `grammar`, else what compiles it for `tell`: slow, for a thread. That raises
+        ValueError for one that is not valid or too large."""
         if grammar in self._known:
             self._known.move_to_end(grammar)
-            return
+            return None
         if self._compiler is None:
             client = self._client
             client.warm_grammars()
             self._compiler = GrammarCompiler(
                 self._folder, vocab_size=client.vocab_size, eos_token_ids=client.eos_token_ids
             )
-        compiled = await anyio.to_thread.run_sync(self._compiler.compile, grammar)
+        return partial(self._compiler.compile, grammar)
+
+    async def tell(self, grammar: Grammar, compiled: Grammar) -> None:
+        """Make sure that the engine knows what a grammar is compiled to."""
         await self._client.learn_grammar(grammar, compiled)
         self._known[grammar] = None
         while len(self._known) > MOST_KNOWN:

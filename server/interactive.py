@@ -16,8 +16,8 @@ from engine.runtime.sequence import LEAST_PENALTY
 from server.answers import Answers, Job
 from server.conversations import Conversation, Conversations
 from server.errors import RequestError, engine_error_body
-from server.event_stream import ClientGone, LineStream, unless_gone
-from server.generation import Generation
+from server.event_stream import LineStream, unless_gone
+from server.generation import Arrival, Generation
 from server.guard import owner_of
 from server.messages import MOST_MESSAGES, Message
 from server.openai import LARGEST_SEED
@@ -117,21 +117,16 @@ class Interactive:
             ending.close()
             return _line("", tokens=0, history=history, prompt=0, reason="stop")
         turns = [*conversation.turns, *asked.turns]
-        prompt_ids = await self._ids(turns)
-        room = self._generation.room(prompt_ids, param="prompt")
-        if asked.request_output_len == 0:
-            conversation.turns, conversation.tokens = turns, len(prompt_ids)
-            ending.close()
-            return _line("", tokens=0, history=history, prompt=len(prompt_ids) - history, reason="stop")
-        sampling = asked.sampling(most=min(asked.request_output_len or room, room))
-        job = Job(prompt=0, prompt_ids=prompt_ids, sampling=sampling)
-        try:
-            answers = await self._generation.open(request, [job])
-        except ValueError as error:
-            raise RequestError(str(error), code="invalid_value") from error
-        except ClientGone:
-            ending.close()
-            return Response(status_code=499)
+        with self._generation.let_in(request, 1) as arrival:
+            prompt_ids = await self._ids(arrival, turns)
+            room = self._generation.room(prompt_ids, param="prompt")
+            if asked.request_output_len == 0:
+                conversation.turns, conversation.tokens = turns, len(prompt_ids)
+                ending.close()
+                return _line("", tokens=0, history=history, prompt=len(prompt_ids) - history, reason="stop")
+            sampling = asked.sampling(most=min(asked.request_output_len or room, room))
+            job = Job(prompt=0, prompt_ids=prompt_ids, sampling=sampling)
+            answers = await self._generation.open(arrival, [job])
         conversation.stop = answers.stop
         lines = self._lines(answers, conversation, turns, len(prompt_ids))
 
@@ -143,18 +138,16 @@ class Interactive:
             return LineStream(lines, close=close)
         try:
             return await unless_gone(request, _joined(lines))
-        except ClientGone:
-            return Response(status_code=499)
         finally:
             close()
 
-    async def _ids(self, turns: list[dict[str, Any]]) -> list[int]:
+    async def _ids(self, arrival: Arrival, turns: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._generation.tokenizer
         size = sum(len(turn["content"]) for turn in turns)
         if tokenizer.chat_template is None:
             text = "".join(turn["content"] for turn in turns)
-            return await self._generation.made(lambda: tokenizer.encode(text), size=size, param="prompt")
-        return await self._generation.made(lambda: tokenizer.encode_chat(turns), size=size, param="prompt")
+            return await self._generation.made(arrival, lambda: tokenizer.encode(text), size=size, param="prompt")
+        return await self._generation.rendered(arrival, lambda: tokenizer.encode_chat(turns), size=size, param="prompt")
 
     async def _lines(
         self, answers: Answers, conversation: Conversation, turns: list[dict[str, Any]], prompt: int
@@ -162,21 +155,22 @@ class Interactive:
         """LMDeploy's lines of JSON. What was said so far is kept, whichever way the round ends."""
         history, texts = conversation.tokens, []
         try:
-            async with aclosing(answers.events()) as events:
-                async for _, event in events:
-                    texts.append(event.text)
-                    reason = "stop" if event.finish_reason == "abort" else event.finish_reason
-                    if event.text or reason:
-                        line = _line(
-                            event.text,
-                            tokens=event.completion_tokens,
-                            history=history,
-                            prompt=prompt - history,
-                            reason=reason,
-                        )
-                        yield json.dumps(line, ensure_ascii=False) + "\n"
-                    conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
-                    conversation.tokens = prompt + event.completion_tokens
+            async with aclosing(answers.batches()) as batches:
+                async for batch in batches:
+                    for _, event in batch:
+                        texts.append(event.text)
+                        reason = "stop" if event.finish_reason == "abort" else event.finish_reason
+                        conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
+                        conversation.tokens = prompt + event.completion_tokens
+                        if event.text or reason:
+                            line = _line(
+                                event.text,
+                                tokens=event.completion_tokens,
+                                history=history,
+                                prompt=prompt - history,
+                                reason=reason,
+                            )
+                            yield json.dumps(line, ensure_ascii=False) + "\n"
         except EngineError as error:
             yield json.dumps(engine_error_body(error)) + "\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
 from server.generation import Generation
@@ -55,14 +55,15 @@ class Tokenization:
         self.router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
         self.router.add_api_route("/v1/encode", self.encode, methods=["POST"])
 
-    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: Request, asked: TokenizeRequest) -> dict[str, Any]:
         generation, tokenizer = self._generation, self._generation.tokenizer
+        arrival = generation.arrive(request)
         if asked.model is not None:
             generation.check_model(asked.model)
         if asked.prompt is not None:
             text, special = asked.prompt, asked.add_special_tokens
             ids = await generation.made(
-                lambda: tokenizer.encode(text, add_special=special), size=len(text), param="prompt"
+                arrival, lambda: tokenizer.encode(text, add_special=special), size=len(text), param="prompt"
             )
         else:
             messages = asked.messages or []
@@ -72,20 +73,23 @@ class Tokenization:
                 turns = [message.for_template() for message in messages]
                 return tokenizer.encode_chat(turns, add_generation_prompt=asked.add_generation_prompt)
 
-            ids = await generation.made(make, size=size, param="messages")
+            ids = await generation.rendered(arrival, make, size=size, param="messages")
         return {"tokens": ids, "count": len(ids), "max_model_len": generation.client.session_len}
 
-    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
         generation = self._generation
         if asked.model is not None:
             generation.check_model(asked.model)
         ids, skip = asked.tokens, asked.skip_special_tokens
         text = await generation.made(
-            lambda: generation.tokenizer.decode(ids, skip_special=skip), size=len(ids), param="tokens"
+            generation.arrive(request),
+            lambda: generation.tokenizer.decode(ids, skip_special=skip),
+            size=len(ids),
+            param="tokens",
         )
         return {"prompt": text}
 
-    async def encode(self, asked: EncodeRequest) -> dict[str, Any]:
+    async def encode(self, request: Request, asked: EncodeRequest) -> dict[str, Any]:
         tokenizer = self._generation.tokenizer
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
 
@@ -95,7 +99,10 @@ class Tokenization:
             return tokenizer.encode(text, add_special=asked.add_bos)
 
         size = sum(map(len, texts))
-        ids = await self._generation.made(lambda: [ids_of(text) for text in texts], size=size, param="input")
+        make = self._generation.rendered if asked.do_preprocess else self._generation.made
+        ids = await make(
+            self._generation.arrive(request), lambda: [ids_of(text) for text in texts], size=size, param="input"
+        )
         if isinstance(asked.input, str):
             return {"input_ids": ids[0], "length": len(ids[0])}
         return {"input_ids": ids, "length": [len(each) for each in ids]}

@@ -1,4 +1,4 @@
-"""The events of one request on their way from an engine process to whoever iterates over them."""
+"""The events of one request on their way from an engine process to whoever reads them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from typing import Self
 
 from engine.runtime.event import Event
 
+MOST_WAITING = 64
+
 
 class Stream:
-    """The events of one request, to be iterated once. `close` aborts what is unfinished; it may be called any time."""
+    """The events of one request, to be read once: iterated over, or taken with `take` when `on_arrival` is called.
+
+    A reader who is slow gets what has come meanwhile as one event, so that what waits for it is no more than the answer
+    itself. Events with log-probabilities stay apart: which text belongs to which token is in how they come.
+    `close` aborts what is unfinished; it may be called any time.
+    """
 
     def __init__(self, abort: Callable[[str], None], request_id: str) -> None:
-        """`abort` ends the request of an id."""
+        """`abort` ends the request of an id. `error` is why the request failed, if it did."""
         self.request_id = request_id
+        self.on_arrival: Callable[[], None] = self._wake
         self._abort = abort
-        self._arrived: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._waiting: list[Event] = []
+        self.error: Exception | None = None
+        self._arrived = asyncio.Event()
+        self._ended = False
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -25,18 +36,38 @@ class Stream:
     async def __anext__(self) -> Event:
         if self._over:
             raise StopAsyncIteration
-        arrived = await self._arrived.get()
-        if isinstance(arrived, Exception):
-            self._over = True
-            raise arrived
-        self._over = arrived.finish_reason is not None
-        return arrived
+        while not self._waiting:
+            if self.error is not None:
+                self._over = True
+                raise self.error
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._waiting = joined(self._waiting)
+        event = self._waiting.pop(0)
+        self._over = event.finish_reason is not None
+        return event
+
+    def take(self) -> list[Event]:
+        """What has come and was not taken yet; then raises the error with which the request failed, if it did."""
+        taken, self._waiting = joined(self._waiting), []
+        if self.error is not None and not taken:
+            raise self.error
+        return taken
 
     def put(self, arrived: Event | Exception) -> None:
-        self._arrived.put_nowait(arrived)
+        """News of the request; what comes after its end is dropped."""
+        if isinstance(arrived, Exception):
+            self.error = self.error or arrived
+        elif not self._ended:
+            self._ended = arrived.finish_reason is not None
+            self._waiting.append(arrived)
+            if len(self._waiting) % MOST_WAITING == 0:
+                self._waiting = joined(self._waiting)
+        self.on_arrival()
 
     def cut(self, latest: Event | None) -> None:
-        """Abort the request and let the iteration end with an event that says so, after `latest`."""
+        """Abort the request and let it end with an event that says so, after `latest` or what waits already."""
+        latest = self._waiting[-1] if self._waiting else latest
         counts = (latest.prompt_tokens, latest.cached_tokens, latest.completion_tokens) if latest else (0, 0, 0)
         self.put(
             Event(
@@ -52,10 +83,39 @@ class Stream:
         self._abort(self.request_id)
 
     def fail(self, error: Exception) -> None:
-        """Abort the request and let the iteration end with `error`."""
+        """Abort the request and let it end with `error`."""
         self.put(error)
         self._abort(self.request_id)
 
     def close(self) -> None:
         self._over = True
         self._abort(self.request_id)
+
+    def _wake(self) -> None:
+        self._arrived.set()
+
+
+def joined(events: list[Event]) -> list[Event]:
+    """The events in their order, each run of those without log-probabilities as one."""
+    if len(events) < 2:
+        return events
+    runs: list[list[Event]] = []
+    for event in events:
+        if runs and not event.logprobs and not runs[-1][-1].logprobs:
+            runs[-1].append(event)
+        else:
+            runs.append([event])
+    return [run[0] if len(run) == 1 else _one(run) for run in runs]
+
+
+def _one(run: list[Event]) -> Event:
+    last = run[-1]
+    return Event(
+        request_id=last.request_id,
+        token_ids=tuple(token for event in run for token in event.token_ids),
+        text="".join(event.text for event in run),
+        finish_reason=last.finish_reason,
+        prompt_tokens=last.prompt_tokens,
+        cached_tokens=last.cached_tokens,
+        completion_tokens=last.completion_tokens,
+    )

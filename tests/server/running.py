@@ -44,7 +44,7 @@ def serving(folder: Path, artifact_id: str | None, config: EngineConfig, **optio
         tokenizer = Tokenizer(folder / "triton_models/tokenizer")
         async with EngineClient(folder, config, verify=artifact_id is not None, artifact_id=artifact_id) as client:
             model = ServedModel(name="tiny", artifact_id=artifact_id, recipe="fp16", verdict="pass")
-            app = create_app(client, tokenizer, AppConfig(model=model, keys={"test": KEY}, **options))
+            app = create_app(client, tokenizer, AppConfig(model=model, **{"keys": {"test": KEY}, **options}))
             server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
             task = asyncio.create_task(server.serve())
             while not server.started:

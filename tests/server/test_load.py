@@ -5,19 +5,25 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
 from tests.server.conftest import CONFIG
-from tests.server.running import HEADERS, Served, serving
+from tests.server.running import HEADERS, KEY, Served, serving
 from tests.tiny_artifact import write_tiny_artifact
 
 LONG = {"model": "tiny", "prompt": "the cat", "max_tokens": 100, "ignore_eos": True}
 
 
+OTHER = "another-test-key"
+
+
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("narrow")
-    with serving(folder, write_tiny_artifact(folder), CONFIG, max_requests=16) as found:
+    with serving(
+        folder, write_tiny_artifact(folder), CONFIG, max_requests=16, keys={"test": KEY, "other": OTHER}
+    ) as found:
         yield found
 
 
@@ -78,3 +84,30 @@ def test_a_client_that_leaves_frees_its_place(narrow: Served, stream: bool) -> N
     while narrow.unfinished():
         assert time.monotonic() < deadline
     assert httpx.post(f"{narrow.url}/v1/completions", json={**LONG, "n": 16}, headers=HEADERS, timeout=60).is_success
+
+
+def test_a_text_is_not_read_before_its_request_is_let_in(narrow: Served) -> None:
+    """A flood of long texts costs no more than the places of its key: this one is too long, which nobody finds out."""
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "the cat sat on the mat " * 1400}]}
+    engine = psutil.Process(narrow.client.process_id)
+    engine.suspend()
+    try:
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=narrow.url, timeout=60) as http:
+            sixteen = pool.submit(http.post, "/v1/completions", json={**LONG, "n": 16}, headers=HEADERS)
+            deadline = time.monotonic() + 20
+            while (refused := http.post("/v1/chat/completions", json=chat, headers=HEADERS)).status_code == 400:
+                assert time.monotonic() < deadline
+            other = http.post("/v1/chat/completions", json=chat, headers={"Authorization": f"Bearer {OTHER}"})
+            engine.resume()
+            assert sixteen.result().status_code == 200
+    finally:
+        engine.resume()
+    assert refused.status_code == 429
+    assert (other.status_code, other.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_the_deadline_counts_from_the_arrival(narrow: Served) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "the cat sat on the mat " * 1400}]}
+    headers = {**HEADERS, "X-Request-Timeout": "0.000001"}
+    late = httpx.post(f"{narrow.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")

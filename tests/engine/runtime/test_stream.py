@@ -1,9 +1,10 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from engine.runtime.event import Event
-from engine.runtime.stream import Stream
+from engine.runtime.event import Event, TokenLogprob
+from engine.runtime.stream import MOST_WAITING, Stream
 
 
 def event(reason=None, tokens=1):
@@ -26,9 +27,11 @@ def test_it_ends_with_the_event_that_ends_the_request():
     async def run():
         aborted = []
         stream = Stream(aborted.append, "a")
-        for each in (event(), event("stop"), event()):
+        stream.put(event())
+        assert (await anext(stream)).finish_reason is None
+        for each in (event("stop"), event()):
             stream.put(each)
-        assert [each.finish_reason for each in await taken(stream)] == [None, "stop"]
+        assert [each.finish_reason for each in await taken(stream)] == ["stop"]
         assert await taken(stream) == []
         assert aborted == []
 
@@ -59,3 +62,35 @@ def test_a_failure_is_raised_once_and_close_aborts():
         assert aborted == ["a", "a"]
 
     asyncio.run(run())
+
+
+def test_what_a_slow_reader_missed_comes_as_one_event_and_none_is_lost():
+    stream = Stream(lambda _: None, "a")
+    arrivals = []
+    stream.on_arrival = lambda: arrivals.append(len(stream._waiting))
+    for number in range(1000):
+        stream.put(replace(event(tokens=number + 1), token_ids=(number,), text=f"{number} "))
+    assert len(arrivals) == 1000
+    assert max(arrivals) <= MOST_WAITING, "what waits for a reader is bounded"
+    [whole] = stream.take()
+    assert whole.token_ids == tuple(range(1000))
+    assert whole.text == "".join(f"{number} " for number in range(1000))
+    assert (whole.completion_tokens, whole.finish_reason) == (1000, None)
+    assert stream.take() == []
+
+
+def test_events_with_log_probabilities_stay_apart():
+    stream = Stream(lambda _: None, "a")
+    scored = replace(event(), logprobs=(TokenLogprob(token_id=7, logprob=-1.0),))
+    for each in (event(), event(), scored, scored, event("stop")):
+        stream.put(each)
+    assert [len(each.token_ids) for each in stream.take()] == [2, 1, 1, 1]
+
+
+def test_what_came_before_a_failure_is_read_first():
+    stream = Stream(lambda _: None, "a")
+    stream.put(event())
+    stream.fail(RuntimeError("gone"))
+    assert len(stream.take()) == 1
+    with pytest.raises(RuntimeError, match="gone"):
+        stream.take()
