@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class Options(PeerOptions):
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench generation", about=ABOUT)
     check_out(options.out)
-    subject = find_subject(options)
+    subject = replace(find_subject(options), deterministic=options.deterministic)
     if options.peer is not None:
         check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
@@ -131,7 +131,7 @@ def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Reques
     for case in cases:
         run(engine, [Request(each.prompt_ids, min(each.new_tokens, WARM_UP_TOKENS)) for each in case])
         timelines = sorted((run(engine, case) for _ in range(options.repeats)), key=lambda each: each.seconds)
-        yield Run(timeline=timelines[len(timelines) // 2], engine="ingot", load_seconds=load_seconds)
+        yield Run(timeline=timelines[len(timelines) // 2], engine=subject.engine_name, load_seconds=load_seconds)
 
 
 def enough_pages(sequences: int, tokens: int, page_len: int) -> int:

@@ -33,12 +33,15 @@ class PeerOptions(SubjectOptions):
     """The options of a benchmark that other engines can run too."""
 
     peer: str | None = option(None, "another engine runs the cases, over the same random weights", choices=tuple(PEERS))
+    deterministic: bool = option(False, "answers that are the same bits in every batch; of our engine alone")
     python: str = option(sys.executable, "the Python that has the peer")
 
 
 def check_peer(options: PeerOptions, subject: Subject) -> None:
     """ValueError where the peer cannot run this model, or its Python does not have it."""
     assert options.peer is not None
+    if options.deterministic:
+        raise ValueError("deterministic=true goes with our engine: leave it out, or peer=.")
     if subject.folder is not None:
         raise ValueError(f"peer={options.peer} goes with shape=NAME: it reads checkpoints, not workspaces.")
     weights, caches = TAKES[options.peer]

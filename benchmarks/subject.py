@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from engine.runtime.engine import Engine
     from engine.runtime.tokenizer import Tokenizer
 
-GRANULARITIES = get_args(KVGranularity)
 # Of an int8 KV cache, the default of a build among them.
 GRANULARITIES = get_args(KVGranularity)
 DEFAULT_GRANULARITY = "channel"
@@ -88,6 +87,12 @@ class Subject:
     seed: int
     folder: Path | None = None
     artifact_id: str | None = None
+    deterministic: bool = False
+
+    @property
+    def engine_name(self) -> str:
+        """What a row says of the engine."""
+        return "ingot-deterministic" if self.deterministic else "ingot"
 
     @property
     def columns(self) -> dict[str, object]:
@@ -116,6 +121,7 @@ class Subject:
             session_len=session_len,
             max_batch_size=max_batch_size,
             prefix_caching=False,
+            deterministic=self.deterministic,
             **options,  # type: ignore[arg-type]  # EngineConfig checks them
         )
         try:
@@ -139,7 +145,7 @@ class Subject:
         if self.device == "cpu":  # which would swap, or end the process; a GPU says that it is full
             check_capability(self.config, self.recipe, config, probe_device(self.device), session_len=session_len)
         weights = RandomWeights(self.config, self.recipe, device=self.device, seed=self.seed)
-        model = Decoder(self.config, weights, device=self.device, dtype=self.dtype)
+        model = Decoder(self.config, weights, device=self.device, dtype=self.dtype, deterministic=self.deterministic)
         scales = random_kv_scales(self.config, self.recipe)
         return Engine(model, self.tokenizer(), config, session_len=session_len, kv_scales=scales)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Options(PeerOptions):
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench throughput", about=ABOUT)
     check_out(options.out)
-    subject = find_subject(options)
+    subject = replace(find_subject(options), deterministic=options.deterministic)
     if options.peer is not None:
         check_peer(options, subject)
     from benchmarks.ceilings import measure_ceilings
@@ -113,7 +113,7 @@ def answered(options: Options, subject: Subject, requests: list[Request]) -> Run
     )
     load_seconds = time.perf_counter() - begun
     run(engine, [Request(request.prompt_ids, min(request.new_tokens, 4)) for request in requests[: options.at_once]])
-    return Run(timeline=run(engine, requests), engine="ingot", load_seconds=load_seconds)
+    return Run(timeline=run(engine, requests), engine=subject.engine_name, load_seconds=load_seconds)
 
 
 def asked(subject: Subject, data: Path | None, count: int) -> list[Request]:

@@ -127,6 +127,8 @@ class EngineConfig:
       total memory), from 1 on a number of pages, or an amount of memory such as "4GB", "512MiB".
     - `cache_block_seq_len`: tokens in a page.
     - `quant_policy`: 4 = int8 KV cache, 0 = not.
+    - `deterministic`: the logits of a token are the same bits whatever runs beside it, at a cost in speed
+      (`docs/decisions/0092-one-shape-one-order.md`).
     - `dtype`: computing type; `auto` is float32 on a CPU and the workspace's type on a GPU.
     - `end_ids`: an answer ends at these tokens too, beside those of the workspace.
     - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: see `ModelConfig`; a factor of 0 is off.
@@ -141,6 +143,7 @@ class EngineConfig:
     cache_block_seq_len: int = 0
     quant_policy: int | None = None
     prefix_caching: bool = True
+    deterministic: bool = False
     rope_scaling_factor: float | None = None
     use_logn_attn: bool | None = None
     max_position_embeddings: int | None = None
@@ -157,6 +160,7 @@ class EngineConfig:
             ("cache_max_entry_count", size == 0 or is_cache_size(size), CACHE_SIZES),
             ("quant_policy", self.quant_policy in (None, 0, 4), "0 (KV cache as computed) or 4 (int8)"),
             ("prefix_caching", isinstance(self.prefix_caching, bool), "true or false"),
+            ("deterministic", isinstance(self.deterministic, bool), "true or false"),
             ("rope_scaling_factor", factor in (None, 0) or _is_number(factor, least=1), "0 (off) or at least 1"),
             ("use_logn_attn", self.use_logn_attn in (None, 0, 1), "true or false"),
             ("max_position_embeddings", trained is None or _is_whole(trained, least=1), "at least 1"),

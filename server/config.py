@@ -69,6 +69,7 @@ class ServeConfig:
     cache_max_entry_count: int | float | str | None = None
     cache_block_seq_len: int | None = None
     prefix_caching: bool = True
+    deterministic: bool = False
     quant_policy: int | None = None
     rope_scaling_factor: float | None = None
     use_logn_attn: int | bool | None = None
@@ -123,6 +124,7 @@ class ServeConfig:
             cache_max_entry_count=0 if self.cache_max_entry_count is None else self.cache_max_entry_count,
             cache_block_seq_len=self.cache_block_seq_len or 0,
             prefix_caching=self.prefix_caching,
+            deterministic=self.deterministic,
             quant_policy=self.quant_policy,
             rope_scaling_factor=self.rope_scaling_factor,
             use_logn_attn=self.use_logn_attn,  # type: ignore[arg-type]  # 0 and 1 are false and true

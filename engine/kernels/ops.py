@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import reference
+from engine.kernels import invariant, reference
 from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpack_int4
 
 __all__ = [
@@ -47,6 +47,8 @@ class Steps(PagedQueries, Protocol):
     def decodes(self) -> int: ...
     @property
     def blocks(self) -> Tensor | None: ...
+    @property
+    def invariant(self) -> bool: ...
 
 
 @cache
@@ -181,7 +183,8 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
     """`reference.paged_attention`. On a GPU the first `batch.decodes` sequences have one token each, and
     `batch.blocks` names the tokens of the others."""
     if not (on_kernels(query) and can_read(pages)) or batch.blocks is None:
-        return reference.paged_attention(query, pages, batch, scale, window)
+        attention = invariant.paged_attention if batch.invariant else reference.paged_attention
+        return attention(query, pages, batch, scale, window)
     out = torch.empty_like(query)
     if batch.decodes:
         _kernels("decode_attention").decode_attention(

@@ -222,12 +222,12 @@ def paged_attention(
         fitting = max(1, GATHERED_FLOATS // (longest * pages.key.shape[1] * pages.key.shape[3]))
         group, decoding = decoding[:fitting], decoding[fitting:]
         rows = batch.query_starts[:-1][group].long()
-        key, value = _gather(pages, batch.page_table[group], longest)
+        key, value = gather_pages(pages, batch.page_table[group], longest)
         out[rows] = _attend_from_last(query[rows], key, value, batch.context_lens[group], scale, window).to(out.dtype)
     for b, length in enumerate(lens):
         first, last = starts[b], starts[b + 1]
         if last - first > 1:
-            key, value = _gather(pages, batch.page_table[b : b + 1], length)
+            key, value = gather_pages(pages, batch.page_table[b : b + 1], length)
             out[first:last] = _attend_causal(query[first:last], key[0], value[0], scale, window).to(out.dtype)
     return out
 
@@ -261,7 +261,7 @@ def _fused_causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, sca
     return out
 
 
-def _gather(pages: Pages, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def gather_pages(pages: Pages, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` cached K and V of the sequences of `table`, in float32: [B, kv_heads, length, head_dim]."""
     _, kv_heads, page_len, head_dim = pages.key.shape
     used = table[:, : -(-length // page_len)].long().clamp(min=0)

@@ -26,6 +26,7 @@ class Batch:
                                depends on the length (see `rope_base`); None: as fits context_lens, for whole sequences
     decodes      int           the first so many sequences have one token each
     blocks       int32 [N, 2]  the others, cut into blocks of QUERY_BLOCK tokens: sequence and first token of each block
+    invariant    bool          attention by what `engine.kernels.invariant` says; `decodes` is 0, blocks are of all
     """
 
     token_ids: Tensor
@@ -38,6 +39,7 @@ class Batch:
     rope_bases: Tensor | None = None
     decodes: int = 0
     blocks: Tensor | None = None
+    invariant: bool = False
 
 
 def packed(sequences: Sequence[Sequence[int]] | Tensor, *, device: torch.device | str = "cpu") -> Batch:

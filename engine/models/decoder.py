@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.kernels import ops, reference
+from engine.kernels import invariant, ops, reference
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
-from engine.models.linear import DenseLinear, Int8Linear, Int8Rows, Linear, read_linear, settled, stack
+from engine.models.linear import DenseLinear, Int8Rows, Linear, read_linear, reads_int8, settled, stack
 from engine.models.rope import Rope, rope_tables
 
 Observe = Callable[[str, Tensor], None]
@@ -23,9 +23,16 @@ class DecoderLayer:
     """One transformer layer, dense or quantized by the tensors it is given."""
 
     def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        tile: int = 0,
     ) -> None:
-        """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight"."""
+        """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight". `tile` is
+        that of `settled`."""
         self.config = config
         norms = [tensors[f"{module}.weight"].to(device, dtype) for module in names.NORMS]
         self._attention_norm, self._mlp_norm = norms
@@ -33,10 +40,10 @@ class DecoderLayer:
             tensors[f"{module}.weight"].to(device, dtype) for module in (names.HEAD_NORMS if config.qk_norm else ())
         ]
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
-        self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype)
-        self._output = settled(linears[names.OUTPUT], dtype)
-        self._gate_up = settled(stack([linears[module] for module in names.GATE_UP]), dtype)
-        self._down = settled(linears[names.DOWN], dtype)
+        self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype, tile=tile)
+        self._output = settled(linears[names.OUTPUT], dtype, tile=tile)
+        self._gate_up = settled(stack([linears[module] for module in names.GATE_UP]), dtype, tile=tile)
+        self._down = settled(linears[names.DOWN], dtype, tile=tile)
 
     def __call__(
         self,
@@ -123,7 +130,7 @@ class DecoderLayer:
     def inner(self, normed: Rows) -> Rows:
         """What down reads: [T, intermediate]; int8 rows where it is int8."""
         gate_up = self._gate_up.forward(normed)
-        if isinstance(self._down, Int8Linear):
+        if reads_int8(self._down):
             return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
         return ops.silu_and_mul(gate_up)
 
@@ -144,13 +151,13 @@ class DecoderLayer:
     def _add_normed(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, reader: Linear) -> tuple[Rows, Tensor]:
         if delta is None:
             return self._normed(hidden, weight, reader), hidden
-        if isinstance(reader, Int8Linear):
+        if reads_int8(reader):
             values, scales, hidden = ops.add_rms_norm_int8(delta, hidden, weight, self.config.norm_eps)
             return Int8Rows(values, scales, hidden.dtype), hidden
         return ops.add_rms_norm(delta, hidden, weight, self.config.norm_eps)
 
     def _normed(self, hidden: Tensor, weight: Tensor, reader: Linear) -> Rows:
-        if isinstance(reader, Int8Linear):
+        if reads_int8(reader):
             return Int8Rows(*ops.rms_norm_int8(hidden, weight, self.config.norm_eps), hidden.dtype)
         return ops.rms_norm(hidden, weight, self.config.norm_eps)
 
@@ -159,15 +166,27 @@ class Decoder:
     """A whole model: `decoder(batch, cache)` -> logits."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        deterministic: bool = False,
     ) -> None:
-        """`weights` by canonical name, dense or quantized; read one layer at a time, so a lazy mapping stays small."""
+        """`weights` by canonical name, dense or quantized; read one layer at a time, so a lazy mapping stays small.
+
+        A `deterministic` model gives a token the same logits, to the bit, whatever else is in the batch and in however
+        many steps its context was computed; its batches are `invariant`.
+        """
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype
+        self.deterministic = deterministic
+        self._tile = invariant.tile_rows(self.device) if deterministic else 0
         self._embedding = weights[names.EMBEDDING].to(device, dtype)
         self.layers = [
-            DecoderLayer(config, _layer_weights(weights, layer), device=device, dtype=dtype)
+            DecoderLayer(config, _layer_weights(weights, layer), device=device, dtype=dtype, tile=self._tile)
             for layer in range(config.num_layers)
         ]
         self._norm = weights[names.FINAL_NORM].to(device, dtype)
@@ -214,10 +233,11 @@ class Decoder:
         module, parts = names.HEAD.removesuffix(".weight"), (names.WEIGHT_SCALE, *names.QUANTIZED)
         found = {name: weights[name] for part in parts if (name := f"{module}.{part}") in weights}
         if not found and self.config.tie_word_embeddings:
-            return DenseLinear(self._embedding)
+            return settled(DenseLinear(self._embedding), self.dtype, tile=self._tile)
         if f"{module}.qweight" not in found:
             found[names.HEAD] = weights[names.HEAD]
-        return settled(read_linear(found, module, device=self.device, dtype=self.dtype), self.dtype)
+        linear = read_linear(found, module, device=self.device, dtype=self.dtype)
+        return settled(linear, self.dtype, tile=self._tile)
 
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

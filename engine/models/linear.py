@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import ops
+from engine.kernels import invariant, ops
 from engine.models import names
 
 
@@ -107,6 +107,26 @@ class MixedLinear:
         return torch.cat([linear.forward(x) for linear in self.linears], dim=-1)
 
 
+class TiledLinear:
+    """A linear that computes `rows` rows at a time, always so many: see `engine.kernels.invariant`."""
+
+    def __init__(self, linear: Linear, rows: int) -> None:
+        self.linear, self.rows = linear, rows
+
+    def forward(self, x: Tensor | Int8Rows) -> Tensor:
+        """x [T, in]."""
+        if isinstance(x, Int8Rows):
+            values, scales = (invariant.tiles(part, self.rows) for part in (x.values, x.scales))
+            tiles = [Int8Rows(*tile, x.dtype) for tile in zip(values, scales, strict=True)]
+            return torch.cat([self.linear.forward(tile) for tile in tiles])[: len(x.values)]
+        return torch.cat([self.linear.forward(tile) for tile in invariant.tiles(x, self.rows)])[: len(x)]
+
+
+def reads_int8(linear: Linear) -> bool:
+    """Whether its rows can be quantized by what comes before it."""
+    return isinstance(linear.linear if isinstance(linear, TiledLinear) else linear, Int8Linear)
+
+
 Kind = DenseLinear | Int4Linear | Int8Linear
 
 
@@ -154,11 +174,13 @@ def stack(linears: Sequence[Kind]) -> Linear:
     return MixedLinear(linears)
 
 
-def settled(linear: Linear, dtype: torch.dtype) -> Linear:
-    """A linear as it is kept to compute in `dtype`: in the order of the kernels of its device."""
+def settled(linear: Linear, dtype: torch.dtype, *, tile: int = 0) -> Linear:
+    """A linear as it is kept to compute in `dtype`: in the order of the kernels of its device, and in tiles of so many
+    rows where `tile` is not 0."""
     if isinstance(linear, MixedLinear):
-        return MixedLinear([settled(one, dtype) for one in linear.linears])
-    return linear.packed(dtype) if isinstance(linear, Int4Linear) else linear
+        return MixedLinear([settled(one, dtype, tile=tile) for one in linear.linears])
+    linear = linear.packed(dtype) if isinstance(linear, Int4Linear) else linear
+    return TiledLinear(linear, tile) if tile else linear
 
 
 def _join_biases(linears: Sequence[Kind], sizes: Sequence[int]) -> Tensor | None:

@@ -29,12 +29,14 @@ def build_batch(
     device: torch.device,
     rows: Mapping[Sequence, int] | None = None,
     drawn: Tensor | None = None,
+    invariant: bool = False,
 ) -> Batch:
     """The batch that computes a plan. Logits are wanted for the last token of a sequence that draws, and for every
     token of one that is scored.
 
     All integers go to the device in one piece. `drawn` are the tokens of the step before, on the device, and `rows`
-    where each of its sequences stands there: what the host has not read yet is filled in from them.
+    where each of its sequences stands there: what the host has not read yet is filled in from them. `invariant` is the
+    batch's own.
     """
     sequences = plan.sequences
     scheduled = np.array([sequence.scheduled for sequence in sequences], dtype=np.int32)
@@ -42,7 +44,7 @@ def build_batch(
     starts = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(scheduled, out=starts[1:])
     total = int(starts[-1])
-    decodes = next((i for i, count in enumerate(scheduled) if count > 1), len(sequences))
+    decodes = 0 if invariant else next((i for i, count in enumerate(scheduled) if count > 1), len(sequences))
     ids: list[int] = []
     wanted: list[int] = []
     blocks: list[tuple[int, int]] = []
@@ -78,6 +80,7 @@ def build_batch(
         rope_bases=torch.tensor(bases, dtype=torch.float64).to(device) if bases else None,
         decodes=decodes,
         blocks=blocks_.view(-1, 2),
+        invariant=invariant,
     )
 
 

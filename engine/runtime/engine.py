@@ -112,7 +112,13 @@ class Engine:
         check_capability(workspace.config, recipe, config, probe_device(config.device), session_len=session_len)
         dtype = computing_dtype(workspace.config, config)
         model_config = config.applied_to(workspace.config)
-        model = Decoder(model_config, workspace.weights(), device=config.device, dtype=getattr(torch, dtype))
+        model = Decoder(
+            model_config,
+            workspace.weights(),
+            device=config.device,
+            dtype=getattr(torch, dtype),
+            deterministic=config.deterministic,
+        )
         tokenizer = Tokenizer(workspace.tokenizer_folder)
         return cls(model, tokenizer, config, session_len=session_len, kv_scales=scales)
 

@@ -62,7 +62,8 @@ class DecodeGraphs:
         )
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self._rows = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
-        self._no_blocks = torch.empty(0, 2, dtype=torch.int32, device=device)
+        # The blocks of prompts: there are none, but an invariant batch takes each token for one.
+        self._blocks = torch.stack([self._rows, torch.zeros_like(self._rows)], dim=1)
         # Two sets of what is sent: one may still be on its way while the other is filled.
         room = (FIELDS + self._width) * max_batch_size
         self._hosts = [torch.empty(room, dtype=torch.int32, pin_memory=True) for _ in range(2)]
@@ -120,7 +121,7 @@ class DecodeGraphs:
         self._graphs[size] = graph
 
     def _step(self, size: int) -> None:
-        ids = self._header[IDS, :size]
+        ids, deterministic = self._header[IDS, :size], self._model.deterministic
         batch = Batch(
             token_ids=torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)], ids.long()),
             positions=self._header[POSITIONS, :size],
@@ -130,8 +131,9 @@ class DecodeGraphs:
             slots=self._header[SLOTS, :size],
             logits_at=self._rows[:size],
             rope_bases=None if self._bases is None else self._bases[:size],
-            decodes=size,
-            blocks=self._no_blocks,
+            decodes=0 if deterministic else size,
+            blocks=self._blocks[: size if deterministic else 0],
+            invariant=deterministic,
         )
         logits = self._model.logits(batch, self._cache)
         likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, self._drawn[:size])

@@ -102,6 +102,7 @@ def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Bat
         logits_at=torch.arange(min(config.max_batch_size, total), device=device),
         rope_bases=bases if is_dynamic(model.config) else None,
         blocks=torch.tensor(blocks, dtype=torch.int32).to(device),
+        invariant=model.deterministic,
     )
 
 

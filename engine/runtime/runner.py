@@ -109,7 +109,12 @@ class Runner:
     def _logits(self, plan: Plan) -> Tensor:
         """Logits in the computing type of the rows that a plan wants."""
         batch = build_batch(
-            plan, page_len=self._cache.page_len, device=self._model.device, rows=self._rows, drawn=self._drawn
+            plan,
+            page_len=self._cache.page_len,
+            device=self._model.device,
+            rows=self._rows,
+            drawn=self._drawn,
+            invariant=self._model.deterministic,
         )
         return self._model.logits(batch, self._cache)
 

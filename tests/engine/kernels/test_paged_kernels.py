@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.kernels import reference
+from engine.kernels import invariant, reference
 from engine.kernels.ops import split_heads
 from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 
@@ -71,6 +71,36 @@ def test_prefill_attention(stored, heads, kv_heads, head_dim, page_len, window, 
         window,
     )
     assert error(out[case.decodes :], expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("attention", ["kernel", "torch"])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
+def test_a_token_attends_to_the_same_bits_however_many_come_with_it(
+    attention, stored, heads, kv_heads, head_dim, page_len, window, dtype
+):
+    """A whole sequence, a piece of it, and its last token alone, each beside another sequence."""
+    length = 70
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, lens=[length, 3], new=[0, 0])
+    dense = torch.randn(length, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def attended(new, end):
+        case.query_starts = torch.tensor([0, new, new + 1], dtype=torch.int32)
+        case.context_lens[0] = end
+        blocks = [(0, first) for first in range(0, new, reference.QUERY_BLOCK)]
+        case.blocks = torch.tensor([*blocks, (1, 0)], dtype=torch.int32)
+        there, scale = on_device(case), head_dim**-0.5
+        query = torch.cat([dense[end - new : end], dense[:1]]).to(DEVICE)
+        if attention == "torch":
+            return invariant.paged_attention(query, there.pages, there, scale, window)[:new]
+        starts = there.query_starts
+        lens, table = there.context_lens, there.page_table
+        return prefill_attention(query, there.pages, starts, lens, table, there.blocks, scale, window)[:new]
+
+    whole = attended(length, length)
+    assert not whole.isnan().any() and len(whole.unique(dim=0)) == length
+    assert torch.equal(attended(9, 44), whole[35:44])
+    assert torch.equal(attended(1, length), whole[-1:])
 
 
 @pytest.mark.parametrize("stored", STORED)
