@@ -130,6 +130,7 @@ class EngineConfig:
     - `deterministic`: the logits of a token are the same bits whatever runs beside it, at a cost in speed
       (`docs/decisions/0092-one-shape-one-order.md`).
     - `dtype`: computing type; `auto` is float32 on a CPU and the workspace's type on a GPU.
+    - `tp`: tensor-parallel ranks: so many GPUs, or processes on the CPU, compute together.
     - `end_ids`: an answer ends at these tokens too, beside those of the workspace.
     - `rope_scaling_factor`, `use_logn_attn`, `max_position_embeddings`: see `ModelConfig`; a factor of 0 is off.
     """
@@ -147,6 +148,7 @@ class EngineConfig:
     rope_scaling_factor: float | None = None
     use_logn_attn: bool | None = None
     max_position_embeddings: int | None = None
+    tp: int = 1
     end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -159,6 +161,7 @@ class EngineConfig:
             *((name, _is_whole(getattr(self, name), least=0), count) for name in COUNTS),
             ("cache_max_entry_count", size == 0 or is_cache_size(size), CACHE_SIZES),
             ("quant_policy", self.quant_policy in (None, 0, 4), "0 (KV cache as computed) or 4 (int8)"),
+            ("tp", _is_whole(self.tp, least=1), "a whole number from 1 on"),
             ("prefix_caching", isinstance(self.prefix_caching, bool), "true or false"),
             ("deterministic", isinstance(self.deterministic, bool), "true or false"),
             ("rope_scaling_factor", factor in (None, 0) or _is_number(factor, least=1), "0 (off) or at least 1"),

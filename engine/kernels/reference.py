@@ -82,15 +82,17 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate_up.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8 of every row: values [..., in] and float32 scales [...] with x = values * scale, nearly.
+
+    `maxima` float32 [...] are the largest magnitudes of whole rows, of which x may be a part; without, those of x.
 
     scale = max(absmax, 1e-7) / 127, value = clamp(round_half_even(x / scale), -127, 127), in float32 with a division
     that is rounded to nearest. A row of zeros has zeros and a usable scale. A row with NaN or Inf has a scale that is
     not finite and 0 where it is: everything computed from it is NaN, as it would be in floats.
     """
     wide = x.float()
-    scales = wide.abs().amax(-1).clamp(min=SMALLEST_ABSMAX) / INT8_MAX
+    scales = (wide.abs().amax(-1) if maxima is None else maxima).clamp(min=SMALLEST_ABSMAX) / INT8_MAX
     values = (wide / scales.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
     return values.nan_to_num_(0.0).to(torch.int8), scales
 
@@ -113,7 +115,14 @@ def int8_linear(
     The sum of products is exact (int32), so it depends on nothing but its row and column. Then, in float32 and in this
     order: sum * x_scale * weight_scale + bias, rounded once to `dtype`.
     """
-    out = int8_products(x, weight).float() * x_scales.unsqueeze(-1) * weight_scales
+    return scale_products(int8_products(x, weight), x_scales, weight_scales, bias, dtype)
+
+
+def scale_products(
+    products: Tensor, x_scales: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The second half of `int8_linear`, from `int8_products` [T, out]."""
+    out = products.float() * x_scales.unsqueeze(-1) * weight_scales
     return (out if bias is None else out + bias.float()).to(dtype)
 
 

@@ -13,7 +13,9 @@ from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
 from engine.models.linear import DenseLinear, Int8Rows, Linear, read_linear, reads_int8, settled, stack
+from engine.models.ranks import Ranks
 from engine.models.rope import Rope, rope_tables
+from engine.models.row_parallel import Int8RowParallel, row_parallel
 
 Observe = Callable[[str, Tensor], None]
 Rows = Tensor | Int8Rows
@@ -29,10 +31,11 @@ class DecoderLayer:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        ranks: Ranks | None = None,
         tile: int = 0,
     ) -> None:
-        """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight". `tile` is
-        that of `settled`."""
+        """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight". Of several
+        `ranks` they are this one's, and `config` is its shape. `tile` is that of `settled`."""
         self.config = config
         norms = [tensors[f"{module}.weight"].to(device, dtype) for module in names.NORMS]
         self._attention_norm, self._mlp_norm = norms
@@ -41,9 +44,9 @@ class DecoderLayer:
         ]
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
         self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype, tile=tile)
-        self._output = settled(linears[names.OUTPUT], dtype, tile=tile)
+        self._output = row_parallel(linears[names.OUTPUT], ranks, dtype, tile=tile)
         self._gate_up = settled(stack([linears[module] for module in names.GATE_UP]), dtype, tile=tile)
-        self._down = settled(linears[names.DOWN], dtype, tile=tile)
+        self._down = row_parallel(linears[names.DOWN], ranks, dtype, tile=tile)
 
     def __call__(
         self,
@@ -132,6 +135,8 @@ class DecoderLayer:
         gate_up = self._gate_up.forward(normed)
         if reads_int8(self._down):
             return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
+        if isinstance(self._down, Int8RowParallel):
+            return self._down.rows(ops.silu_and_mul(gate_up.float()), gate_up.dtype)
         return ops.silu_and_mul(gate_up)
 
     def after_mlp(self, hidden: Tensor, inner: Rows) -> Tensor:
@@ -172,21 +177,27 @@ class Decoder:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        ranks: Ranks | None = None,
         deterministic: bool = False,
     ) -> None:
         """`weights` by canonical name, dense or quantized; read one layer at a time, so a lazy mapping stays small.
 
+        Of several `ranks`, weights and config are this one's (`RankWeights`, `rank_config`), all compute every batch
+        together, and rank 0 alone has the logits of the whole vocabulary; the others get those of their share.
         A `deterministic` model gives a token the same logits, to the bit, whatever else is in the batch and in however
         many steps its context was computed; its batches are `invariant`.
         """
         self.config = config
+        self.ranks = ranks
         self.device = torch.device(device)
         self.dtype = dtype
         self.deterministic = deterministic
         self._tile = invariant.tile_rows(self.device) if deterministic else 0
         self._embedding = weights[names.EMBEDDING].to(device, dtype)
         self.layers = [
-            DecoderLayer(config, _layer_weights(weights, layer), device=device, dtype=dtype, tile=self._tile)
+            DecoderLayer(
+                config, _layer_weights(weights, layer), device=device, dtype=dtype, ranks=ranks, tile=self._tile
+            )
             for layer in range(config.num_layers)
         ]
         self._norm = weights[names.FINAL_NORM].to(device, dtype)
@@ -225,19 +236,30 @@ class Decoder:
         return self._project(ops.rms_norm(hidden, self._norm, self.config.norm_eps)).float()
 
     def _project(self, normed: Tensor) -> Tensor:
-        """The output matrix; a 4-bit one has whole tiles of outputs."""
-        return self._head.forward(normed)[:, : self.config.vocab_size]
+        """The output matrix; a 4-bit one has whole tiles of outputs, and the last rank's share may be filled up."""
+        logits = self._head.forward(normed)
+        if self.ranks is not None:
+            logits = self.ranks.gather(logits)
+        return logits[:, : self.config.vocab_size]
 
     def _read_head(self, weights: Mapping[str, Tensor]) -> Linear:
         """The output matrix, of the kind whose tensors are there; a tied one that is not quantized is the embedding."""
         module, parts = names.HEAD.removesuffix(".weight"), (names.WEIGHT_SCALE, *names.QUANTIZED)
         found = {name: weights[name] for part in parts if (name := f"{module}.{part}") in weights}
         if not found and self.config.tie_word_embeddings:
-            return settled(DenseLinear(self._embedding), self.dtype, tile=self._tile)
+            rows = self._embedding if self.ranks is None else _share_of(self._embedding, self.ranks)
+            return settled(DenseLinear(rows), self.dtype, tile=self._tile)
         if f"{module}.qweight" not in found:
             found[names.HEAD] = weights[names.HEAD]
         linear = read_linear(found, module, device=self.device, dtype=self.dtype)
         return settled(linear, self.dtype, tile=self._tile)
+
+
+def _share_of(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The run of rows that a rank has of a matrix, zeros at the end where there are too few."""
+    share = -(-len(rows) // ranks.size)
+    own = rows[ranks.rank * share : (ranks.rank + 1) * share]
+    return own if len(own) == share else torch.nn.functional.pad(own, (0, 0, 0, share - len(own)))
 
 
 def _layer_weights(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:

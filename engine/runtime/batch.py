@@ -1,11 +1,14 @@
-"""A plan as tensors: the one place where page numbers become cache positions."""
+"""A plan as numbers and as tensors: the one place where page numbers become cache positions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.models.batch import QUERY_BLOCK, Batch
@@ -20,6 +23,34 @@ def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
     if ids[-1] == PENDING:
         ids[-1] = -(rows[sequence] + 1)
     return ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What ranks are sent of a plan: its integers in one piece, int32 [n], of which `lengths` says the fields.
+
+    `draws` sequences draw. `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
+    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does.
+    """
+
+    integers: NDArray[np.int32]
+    lengths: list[int]
+    draws: int
+    width: int
+    decodes: int
+    bases: list[float]
+    graph: int = 0
+
+    def message(self) -> dict[str, Any]:
+        """The step as msgpack has it; `of_message` reads it."""
+        return {**asdict(replace(self, integers=_NONE)), "integers": self.integers.tobytes()}
+
+    @classmethod
+    def of_message(cls, message: Mapping[str, Any]) -> Step:
+        return cls(**{**message, "integers": np.frombuffer(message["integers"], dtype=np.int32)})
+
+
+_NONE = np.empty(0, dtype=np.int32)
 
 
 def build_batch(
@@ -38,6 +69,12 @@ def build_batch(
     where each of its sequences stands there: what the host has not read yet is filled in from them. `invariant` is the
     batch's own.
     """
+    step = step_of(plan, page_len=page_len, rows=rows or {}, invariant=invariant)
+    return batch_of(step, device=device, drawn=drawn, invariant=invariant)
+
+
+def step_of(plan: Plan, *, page_len: int, rows: Mapping[Sequence, int], invariant: bool = False) -> Step:
+    """The first half of `build_batch`."""
     sequences = plan.sequences
     scheduled = np.array([sequence.scheduled for sequence in sequences], dtype=np.int32)
     cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
@@ -49,7 +86,7 @@ def build_batch(
     wanted: list[int] = []
     blocks: list[tuple[int, int]] = []
     for number, sequence in enumerate(sequences):
-        ids += token_ids(sequence, rows or {})
+        ids += token_ids(sequence, rows)
         start, end = int(starts[number]), int(starts[number + 1])
         if sequence.scored:
             wanted += range(start, end)
@@ -64,30 +101,42 @@ def build_batch(
     row = np.repeat(np.arange(len(sequences), dtype=np.int32), scheduled)
     positions = np.arange(total, dtype=np.int32) - starts[row] + cached[row]
     slots = table[row, positions // page_len] * page_len + positions % page_len
-    fields = to_device([ids, positions, starts, cached + scheduled, slots, wanted, table, blocks], device)
-    tokens, positions_, starts_, context_lens, slots_, logits_at, page_table, blocks_ = fields
-    if drawn is not None and min(ids) < 0:
+    fields = [ids, positions, starts, cached + scheduled, slots, wanted, table, blocks]
+    arrays = [np.asarray(field, dtype=np.int32).reshape(-1) for field in fields]
+    return Step(
+        integers=np.concatenate(arrays),
+        lengths=[len(array) for array in arrays],
+        draws=len(plan.drawing),
+        width=table.shape[1],
+        decodes=decodes,
+        bases=[sequence.rope_base for sequence in sequences if sequence.rope_base is not None],
+    )
+
+
+def batch_of(step: Step, *, device: torch.device, drawn: Tensor | None, invariant: bool = False) -> Batch:
+    """The second half of `build_batch`."""
+    fields = to_device(step, device)
+    tokens, positions, starts, context_lens, slots, logits_at, page_table, blocks = fields
+    if drawn is not None and step.integers[: step.lengths[0]].min() < 0:
         tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp(min=0)], tokens)
-    bases = [sequence.rope_base for sequence in sequences if sequence.rope_base is not None]
     return Batch(
         token_ids=tokens,
-        positions=positions_,
-        query_starts=starts_,
+        positions=positions,
+        query_starts=starts,
         context_lens=context_lens,
-        page_table=page_table.view(table.shape),
-        slots=slots_,
+        page_table=page_table.view(-1, step.width),
+        slots=slots,
         logits_at=logits_at,
-        rope_bases=torch.tensor(bases, dtype=torch.float64).to(device) if bases else None,
-        decodes=decodes,
-        blocks=blocks_.view(-1, 2),
+        rope_bases=torch.tensor(step.bases, dtype=torch.float64).to(device) if step.bases else None,
+        decodes=step.decodes,
+        blocks=blocks.view(-1, 2),
         invariant=invariant,
     )
 
 
-def to_device(fields: list[object], device: torch.device) -> list[Tensor]:
-    """Integers as int32 [n] each, moved by one copy from pinned memory."""
-    arrays = [np.asarray(field, dtype=np.int32).reshape(-1) for field in fields]
-    packed = torch.from_numpy(np.concatenate(arrays))
+def to_device(step: Step, device: torch.device) -> list[Tensor]:
+    """The fields of a step as int32 [n] each, moved by one copy from pinned memory."""
+    packed = torch.from_numpy(step.integers if step.integers.flags.writeable else step.integers.copy())
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(packed, [len(array) for array in arrays]))
+    return list(torch.split(packed, step.lengths))

@@ -73,7 +73,8 @@ def computing_dtype(config: ModelConfig, engine: EngineConfig) -> Dtype:
 def check_capability(
     config: ModelConfig, recipe: Recipe, engine: EngineConfig, device: Device, *, session_len: int
 ) -> None:
-    """ValueError where the device lacks a type, or memory for the weights and one full sequence of KV.
+    """ValueError where the device lacks a type, or memory for the weights and one full sequence of KV: those of the
+    whole model, or where `engine.tp` ranks share it, of one of its shape.
 
     The message says what would run. `recipe.kv` is that of the cache as it will be, whatever the workspace says; what
     `engine` leaves open is taken from the defaults.
@@ -94,18 +95,19 @@ def check_capability(
     _check_memory(config, recipe, engine, device, dtype=getattr(torch, dtype), session_len=session_len)
 
 
-def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int4: bool = False) -> int:
+def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int4: bool = False, tp: int = 1) -> int:
     """Memory that the weights take when they run. Where the device does not multiply 4-bit weights as they are packed
-    (`int4`), linears keep what they unpack beside them."""
+    (`int4`), linears keep what they unpack beside them. `config` is the shape of one of `tp` ranks, which have an equal
+    share of the output matrix each."""
     total = 0
     for name, shape in names.model_tensors(config).items():
-        count = torch.Size(shape).numel()
+        count = torch.Size(shape).numel() // (tp if name == names.HEAD else 1)
         linear = names.split_name(name)[1].removesuffix(".weight") in names.LINEARS
         if recipe.weights == "w8a8" and linear:
             total += count + shape[0] * 4
             continue
         if name == names.HEAD and recipe.head == "int8":
-            total += count + shape[0] * 4
+            total += count + shape[0] // tp * 4
             continue
         packed = (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4")
         if packed and int4 and dtype in HALVES:
@@ -132,7 +134,7 @@ def _check_memory(
     def pages(dtype: torch.dtype, kv: str, entry: CacheSize, session_len: int) -> int:
         """Pages that there would be room for; 0 where one sequence does not fit."""
         page = size(dtype, kv)
-        left = device.free_bytes - weight_bytes(config, recipe, dtype, int4=device.int4)
+        left = device.free_bytes - weight_bytes(config, recipe, dtype, int4=device.int4, tp=engine.tp)
         try:
             count = page_count(
                 entry, page_bytes=page, free_bytes=max(left, 0), page_len=page_len, session_len=session_len
@@ -153,7 +155,7 @@ def _check_memory(
         runs.append("an artifact with kv=kv8")
     if dtype == torch.float32 and pages(torch.float16, recipe.kv, entry, session_len):
         runs.append("dtype=bfloat16" if config.dtype == "bfloat16" and device.bfloat16 else "dtype=float16")
-    weights = weight_bytes(config, recipe, dtype, int4=device.int4)
+    weights = weight_bytes(config, recipe, dtype, int4=device.int4, tp=engine.tp)
     sequence = -(-session_len // page_len) * page
     asked = num_pages(entry, page_bytes=page, free_bytes=max(device.free_bytes - weights, 0)) * page
     if asked and weights + asked > device.free_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 from typing import Any
 
 import msgpack
@@ -34,14 +35,21 @@ def content_length(header: bytes) -> int:
 
 
 class Channel:
-    """The engine's end of a socket pair: blocking when idle, never waiting when there is work."""
+    """An end of a socket pair: blocking when idle, never waiting when there is work."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = bytearray()
+        self._sending = threading.Lock()
 
     def send(self, message: Message) -> None:
-        self._connection.sendall(pack(message))
+        """Any thread may send; what two send at once arrives one after the other."""
+        content = pack(message)
+        with self._sending:
+            self._connection.sendall(content)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def receive(self, *, wait: bool) -> list[Message]:
         """All messages that have come; with `wait`, at least one. EOFError when the other end is closed."""

@@ -9,29 +9,29 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, Sampling
-from engine.models.cache import KVCache, KVScales, PerToken
+from engine.models import ranks
+from engine.models.cache import KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic, rope_base
 from engine.runtime.answer import Answer
 from engine.runtime.cache import PageTable
-from engine.runtime.capability import check_capability, computing_dtype, probe_device
 from engine.runtime.completion import Completion, completion_of
 from engine.runtime.event import Event, FinishReason, TokenLogprob
 from engine.runtime.grammar import Grammars
-from engine.runtime.memory import MemoryReport, allocated, free_memory, num_pages_for, working_memory
-from engine.runtime.runner import Launch, Runner
+from engine.runtime.prepare import prepare
+from engine.runtime.rank_processes import RankError, RankProcesses
+from engine.runtime.runner import Launch
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
+from engine.runtime.share import check_shares, share_of_workspace
 from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
 from engine.storage.config_ini import engine_config_of
-from engine.storage.ini_keys import KV_INT8
 from engine.storage.workspace import Workspace
 
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
@@ -49,8 +49,10 @@ class Engine:
         *,
         session_len: int,
         kv_scales: KVScales | PerToken | None = None,
+        others: RankProcesses | None = None,
     ) -> None:
-        """The KV cache is int8 if `kv_scales` are given. Raises ValueError if it cannot hold one session."""
+        """The KV cache is int8 if `kv_scales` are given. Of several ranks, model and scales are rank 0's, and `others`
+        are at work on theirs. Raises ValueError if the cache cannot hold one session."""
         if session_len < 2:
             raise ValueError(f"session_len is {session_len}, but must hold a prompt and an answer: at least 2 tokens.")
         self.session_len, self.vocab_size = session_len, model.config.vocab_size
@@ -59,35 +61,25 @@ class Engine:
         ends = (*model.config.eos_token_ids, *tokenizer.eos_token_ids, *config.end_ids)
         # -1 stands for none, and what the model has no logit for is never drawn.
         self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if 0 <= end < self.vocab_size))
-        page_len = config.cache_block_seq_len
-        on_gpu = model.device.type == "cuda"
-        reserved = working_memory(model, config, session_len=session_len, scales=kv_scales) if on_gpu else 0
-        loaded = allocated(model.device)
-        num_pages = num_pages_for(model, config, session_len=session_len, scales=kv_scales, reserved=reserved)
-        pages = PageTable(num_pages, page_len)
-        cache = KVCache(
-            model.config,
-            num_pages=num_pages + on_gpu,  # padded rows of a graph write to a page of their own
-            page_len=page_len,
-            device=model.device,
-            dtype=model.dtype,
-            scales=kv_scales,
-        )
-        held = allocated(model.device) - loaded
-        self._runner = Runner(
+        self._others = others
+        if others is not None:
+            others.wait_for("loaded")
+            with others.together():
+                ranks.join(others.store, 0, others.size, model.device)
+        self._runner, num_pages, self.memory = prepare(
             model,
-            cache,
-            eos_token_ids=self.eos_token_ids,
-            max_batch_size=config.max_batch_size,
+            config,
             session_len=session_len,
+            kv_scales=kv_scales,
+            eos_token_ids=self.eos_token_ids,
+            others=others,
         )
-        self.memory = MemoryReport(weights=loaded, pages=held, workspace=reserved, free=free_memory(model.device))
         self._scheduler = Scheduler(
-            pages,
+            PageTable(num_pages, config.cache_block_seq_len),
             max_batch_size=config.max_batch_size,
             num_tokens_per_iter=config.num_tokens_per_iter,
             prefix_caching=config.prefix_caching,
-            prefill_interval=PREFILL_INTERVAL if on_gpu else 1,
+            prefill_interval=PREFILL_INTERVAL if model.device.type == "cuda" else 1,
         )
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}
@@ -96,31 +88,35 @@ class Engine:
 
     @classmethod
     def from_workspace(cls, folder: Path, config: EngineConfig) -> Engine:
-        """The engine of a workspace; what `config` leaves open config.ini says."""
+        """The engine of a workspace; what `config` leaves open config.ini says. With `tp` above 1 it starts the other
+        ranks, which read their shares themselves, and which `close` ends."""
         workspace = Workspace(folder)
         config = config.over(engine_config_of(workspace.ini))
-        scales = workspace.kv_scales(unused=True) if config.quant_policy == KV_INT8 else None
-        if config.quant_policy == KV_INT8 and scales is None:
-            raise ValueError(
-                f"quant_policy is 4 (int8 KV cache), but {folder} has no KV scales (layers.*.past_kv_scale.*.weight). "
-                "Set quant_policy to 0, or build the artifact with kv=kv8."
-            )
-        session_len = config.session_len
-        recipe = replace(workspace.recipe, kv="kv16", kv_granularity="tensor")
-        if scales is not None:
-            recipe = replace(recipe, kv="kv8", kv_granularity=workspace.ini.ingot.kv_granularity)
-        check_capability(workspace.config, recipe, config, probe_device(config.device), session_len=session_len)
-        dtype = computing_dtype(workspace.config, config)
-        model_config = config.applied_to(workspace.config)
-        model = Decoder(
-            model_config,
-            workspace.weights(),
-            device=config.device,
-            dtype=getattr(torch, dtype),
-            deterministic=config.deterministic,
-        )
+        check_shares(workspace, config)
         tokenizer = Tokenizer(workspace.tokenizer_folder)
-        return cls(model, tokenizer, config, session_len=session_len, kv_scales=scales)
+        others = None
+        if config.tp > 1:
+            others = RankProcesses(config.tp, {"folder": str(folder.absolute()), "config": asdict(config)})
+        share = share_of_workspace(workspace, config, 0)
+        return cls(
+            share.model,
+            tokenizer,
+            config,
+            session_len=config.session_len,
+            kv_scales=share.kv_scales,
+            others=others,
+        )
+
+    def close(self) -> None:
+        """End the processes of the other ranks. The engine cannot be used afterwards; with one rank there is nothing to
+        end, and memory goes with the object."""
+        if self._others is not None:
+            self._others.close()
+
+    def on_rank_death(self, call: Callable[[RankError], None]) -> None:
+        """What is called at once, in a thread of its own, when another rank dies, whatever this one does."""
+        if self._others is not None:
+            self._others.on_death(call)
 
     def step(self) -> list[Event]:
         """Launch one step of all requests that fit into it, and tell what came of the last one.

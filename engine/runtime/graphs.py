@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
-from engine.runtime.batch import token_ids
+from engine.runtime.batch import Step, token_ids
 from engine.runtime.sampler import likeliest
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
@@ -78,21 +79,36 @@ class DecodeGraphs:
         sequences = plan.sequences
         return len(sequences) <= self._sizes[-1] and all(one.scheduled == 1 and one.draws for one in sequences)
 
-    def replay(self, plan: Plan, rows: Mapping[Sequence, int], step: int, *, padded: bool = False) -> None:
-        """Compute a plan that fits. `rows` is that of `build_batch`, `step` the number of this step. With `padded` the
-        largest graph runs whatever the plan holds."""
-        number = len(plan.sequences)
-        size = self._sizes[-1] if padded else next(size for size in self._sizes if size >= number)
-        self._send(plan.sequences, rows, self._hosts[step % 2], size)
-        self._graphs[size].replay()
+    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, *, padded: bool = False) -> Step:
+        """What a plan that fits is computed from. `rows` is that of `build_batch`, `number` that of this step. With
+        `padded` the largest graph runs whatever the plan holds."""
+        sequences = plan.sequences
+        count = len(sequences)
+        size = self._sizes[-1] if padded else next(size for size in self._sizes if size >= count)
+        width = max(len(sequence.pages) for sequence in sequences)
+        integers = self._hosts[number % 2].numpy()[: FIELDS * size + count * width]
+        self._fill(sequences, rows, integers, size)
+        bases = [sequence.rope_base for sequence in sequences if sequence.rope_base is not None]
+        lengths = [FIELDS * size, count * width]
+        return Step(
+            integers=integers, lengths=lengths, draws=count, width=width, decodes=count, bases=bases, graph=size
+        )
 
-    def _send(self, sequences: Items[Sequence], rows: Mapping[Sequence, int], host: Tensor, size: int) -> None:
-        """The integers of a step, in one copy, to where the graph of `size` sequences reads them."""
-        number, width = len(sequences), max(len(sequence.pages) for sequence in sequences)
-        sent = FIELDS * size + number * width
-        array = host.numpy()[:sent]
+    def replay(self, step: Step, number: int) -> None:
+        """Compute a step, of this rank's `step_of` or of rank 0's, which has the same `number`."""
+        host = self._hosts[number % 2][: len(step.integers)]
+        if not np.shares_memory(step.integers, host.numpy()):
+            host.numpy()[:] = step.integers
+        self._send(step, host)
+        self._graphs[step.graph].replay()
+
+    def _fill(
+        self, sequences: Items[Sequence], rows: Mapping[Sequence, int], array: NDArray[np.int32], size: int
+    ) -> None:
+        """The integers of a step as the graph of `size` sequences reads them."""
+        number = len(sequences)
         header = array[: FIELDS * size].reshape(FIELDS, size)
-        table = array[FIELDS * size :].reshape(number, width)
+        table = array[FIELDS * size :].reshape(number, -1)
         header[IDS, :number] = [token_ids(sequence, rows)[0] for sequence in sequences]
         cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
         header[POSITIONS, :number] = cached
@@ -104,19 +120,26 @@ class DecodeGraphs:
         header[SLOTS, :number] = table[np.arange(number), cached // page_len] * page_len + cached % page_len
         header[:SLOTS, number:] = 0
         header[SLOTS, number:] = self._spare_slot
-        self._staging[:sent].copy_(host[:sent], non_blocking=True)
-        self._header[:, :size].copy_(self._staging[: FIELDS * size].view(FIELDS, size))
-        self._table[:number, :width].copy_(self._staging[FIELDS * size : sent].view(number, width))
+
+    def _send(self, step: Step, host: Tensor) -> None:
+        """The integers of a step, in one copy, to where its graph reads them."""
+        size, width = step.graph, step.width
+        self._staging[: len(host)].copy_(host, non_blocking=True)
+        header, table = torch.split(self._staging[: len(host)], step.lengths)
+        self._header[:, :size].copy_(header.view(FIELDS, size))
+        self._table[: step.draws, :width].copy_(table.view(step.draws, width))
         if self._bases is not None:
-            bases = torch.tensor([sequence.rope_base for sequence in sequences], dtype=torch.float64).pin_memory()
-            self._bases[:number].copy_(bases, non_blocking=True)
+            bases = torch.tensor(step.bases, dtype=torch.float64).pin_memory()
+            self._bases[: step.draws].copy_(bases, non_blocking=True)
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> None:
         self._step(size)  # compiles, and lets libraries take the memory that they keep
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # NCCL has threads of its own, which must not break off the capture.
+        mode = "global" if self._model.ranks is None else "thread_local"
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
             self._step(size)
         self._graphs[size] = graph
 
@@ -136,4 +159,8 @@ class DecodeGraphs:
             invariant=deterministic,
         )
         logits = self._model.logits(batch, self._cache)
-        likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, self._drawn[:size])
+        ranks, drawn = self._model.ranks, self._drawn[:size]
+        if ranks is None or ranks.rank == 0:
+            likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, drawn)
+        if ranks is not None:
+            ranks.share(drawn)

@@ -107,10 +107,10 @@ def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Bat
 
 
 def num_pages_for(
-    model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None, reserved: int
+    model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None, room: int
 ) -> int:
-    """Pages for the engine, from the memory that is free beside `reserved` bytes. On a CPU a share of the memory ends
-    where max_batch_size full sessions fit: the rest serves better as the system's page cache."""
+    """Pages for the engine, from `room` bytes that are free for them. On a CPU a share of the memory ends where
+    max_batch_size full sessions fit: the rest serves better as the system's page cache."""
     page_len = config.cache_block_seq_len
     full = config.max_batch_size * -(-session_len // page_len)
     return page_count(
@@ -122,11 +122,21 @@ def num_pages_for(
             quantized=scales is not None,
             per_token=isinstance(scales, PerToken),
         ),
-        free_bytes=max(free_memory(model.device) - reserved, 0),
+        free_bytes=room,
         page_len=page_len,
         session_len=session_len,
         most=full if model.device.type == "cpu" else None,
     )
+
+
+def room_for_pages(model: Decoder, *, reserved: int) -> int:
+    """Bytes that are free beside `reserved` ones: with several ranks the least that one of them has, so that all have
+    equally many pages. Ranks on a CPU share it."""
+    free, ranks = free_memory(model.device), model.ranks
+    if ranks is not None and model.device.type == "cpu":
+        free //= ranks.size
+    room = max(free - reserved, 0)
+    return room if ranks is None else ranks.least(room, model.device)
 
 
 def free_memory(device: torch.device) -> int:

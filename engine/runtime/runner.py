@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
-from engine.runtime.batch import build_batch
+from engine.runtime.batch import Step, batch_of, step_of
 from engine.runtime.event import TokenLogprob
 from engine.runtime.graphs import DecodeGraphs, batch_sizes
 from engine.runtime.logprobs import token_logprobs
+from engine.runtime.rank_processes import RankProcesses
 from engine.runtime.sampler import collect_draws, likeliest, sample
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
@@ -46,9 +50,12 @@ class Runner:
         max_batch_size: int = 64,
         session_len: int = 0,
         graphs: bool = True,
+        others: RankProcesses | None = None,
     ) -> None:
-        """On a GPU, with `graphs`, captures the decode steps of sessions of up to `session_len` tokens."""
+        """On a GPU, with `graphs`, captures the decode steps of sessions of up to `session_len` tokens. Rank 0 of
+        several has the `others`, which `follow` what it launches."""
         self._model = model
+        self._others = others
         self._cache = cache
         self._eos_token_ids = eos_token_ids
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=model.device)
@@ -75,21 +82,28 @@ class Runner:
     def logits(self, plan: Plan) -> Tensor:
         """Compute a plan: K and V of its tokens are in the cache afterwards. Returns float32 [R, vocab] for the rows
         that the plan wants, in its order."""
-        return self._logits(plan).float()
+        with self._together():
+            return self._logits(self._step_of(plan), share=False).float()
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launch:
         """Start to compute a plan and to draw the new tokens of `plan.drawing`. At most `depth` more steps are launched
-        before this one is asked what it drew."""
+        before this one is asked what it drew. RankError where another rank cannot go on."""
+        with self._together():
+            return self._launch(plan)
+
+    def _launch(self, plan: Plan) -> Launch:
         drawing = plan.drawing
         number = len(drawing)
         self._step += 1
         greedy = all(_is_greedy(sequence) for sequence in drawing)
         logprobs: list[TokenLogprob | None] = [None] * number
         if self._graphs is not None and greedy and drawing and self._graphs.fits(plan):
-            self._graphs.replay(plan, self._rows, self._step)
+            step = self._graphs.step_of(plan, self._rows, self._step)
+            self._tell(step)
+            self._graphs.replay(step, self._step)
         else:
-            logits = self._logits(plan)
+            logits = self._logits(self._step_of(plan), share=True)
             if drawing and greedy:
                 ignoring = torch.tensor([sequence.sampling.ignore_eos for sequence in drawing], device=logits.device)
                 likeliest(logits, ignoring, self._eos, self._drawn[:number])
@@ -98,6 +112,7 @@ class Runner:
                 tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
                 logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])
                 self._drawn[:number] = tokens
+            self._share(number)
         self._rows = {sequence: row for row, sequence in enumerate(drawing)}
         read = self._read(number)
         return lambda: Drawn(read(), logprobs)
@@ -106,17 +121,41 @@ class Runner:
         """Compute a plan and draw the new tokens of `plan.drawing`."""
         return self.launch(plan)()
 
-    def _logits(self, plan: Plan) -> Tensor:
-        """Logits in the computing type of the rows that a plan wants."""
-        batch = build_batch(
-            plan,
-            page_len=self._cache.page_len,
-            device=self._model.device,
-            rows=self._rows,
-            drawn=self._drawn,
-            invariant=self._model.deterministic,
-        )
+    @torch.inference_mode()
+    def follow(self, step: Step) -> None:
+        """Compute, as another rank, a step that rank 0 launches, and take over what it drew."""
+        self._step += 1
+        if self._graphs is not None and step.graph:
+            self._graphs.replay(step, self._step)
+        else:
+            self._model.logits(self._batch_of(step), self._cache)
+            self._share(step.draws)
+
+    def _step_of(self, plan: Plan) -> Step:
+        return step_of(plan, page_len=self._cache.page_len, rows=self._rows, invariant=self._model.deterministic)
+
+    def _batch_of(self, step: Step) -> Batch:
+        return batch_of(step, device=self._model.device, drawn=self._drawn, invariant=self._model.deterministic)
+
+    def _logits(self, step: Step, *, share: bool) -> Tensor:
+        """Logits in the computing type of the rows that a step wants. With `share` the other ranks wait afterwards for
+        what is drawn from them."""
+        self._tell(step if share else replace(step, draws=0))
+        batch = self._batch_of(step)
         return self._model.logits(batch, self._cache)
+
+    def _tell(self, step: Step) -> None:
+        if self._others is not None:
+            self._others.tell({"type": "step", **step.message()})
+
+    def _share(self, number: int) -> None:
+        """The first `number` drawn tokens go from rank 0 to all ranks."""
+        if number and self._model.ranks is not None:
+            self._model.ranks.share(self._drawn[:number])
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Around what all ranks do together."""
+        return nullcontext() if self._others is None else self._others.together()
 
     def _read(self, number: int) -> Callable[[], list[int]]:
         """The first `number` drawn tokens, on their way to the host."""
@@ -129,7 +168,8 @@ class Runner:
         done.record()
 
         def wait() -> list[int]:
-            done.synchronize()
+            with self._together():
+                done.synchronize()
             read: list[int] = host.tolist()
             return read
 

@@ -20,7 +20,8 @@ class RankWeights(Mapping[str, Tensor]):
 
     Heads and FFN features are dealt in contiguous runs; the FFN is filled up with zeros so that all ranks have equal
     shapes. The head has the rank's share of the vocabulary, zeros at its end. A bias of a linear that
-    is cut along its inputs is added once: rank 0 has it, the others do not. Norms and the embedding are whole.
+    is cut along its inputs is added once: rank 0 has it, the others do not; all have it where the linear is int8, whose
+    sums are added up before they are scaled. Norms and the embedding are whole.
     """
 
     def __init__(self, whole: Mapping[str, Tensor], config: ModelConfig, recipe: Recipe, *, rank: int, tp: int) -> None:
@@ -29,7 +30,7 @@ class RankWeights(Mapping[str, Tensor]):
             raise ValueError(f"rank {rank} is not one of {tp} ranks: the first is 0 and the last {tp - 1}")
         self._whole, self._config, self._recipe = whole, config, recipe
         self._rank, self._tp = rank, tp
-        self._names = dict.fromkeys(name for name in whole if rank == 0 or not _added_once(name))
+        self._names = dict.fromkeys(name for name in whole if rank_has(name, recipe, rank))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -39,7 +40,7 @@ class RankWeights(Mapping[str, Tensor]):
         if module == head_files.MODULE:
             return head_files.head_of_rank(tensor, kind, self._config, rank=self._rank, tp=self._tp)
         shard = names.LAYER_SHARDS.get(module, names.Shard.REPLICATED)
-        if shard is names.Shard.REPLICATED or _added_once(name):
+        if shard is names.Shard.REPLICATED or _is_row_bias(name):
             return tensor
         cut = rank_cut(self._config, self._recipe, (module,), self._tp)
         if shard is names.Shard.COLUMN:
@@ -79,6 +80,11 @@ def rank_scales(scales: KVScales, rank: int, tp: int) -> KVScales:
     return KVScales(key=key, value=value)
 
 
-def _added_once(name: str) -> bool:
+def rank_has(name: str, recipe: Recipe, rank: int) -> bool:
+    """Whether a rank computes with a tensor at all, see `RankWeights`."""
+    return rank == 0 or recipe.weights == "w8a8" or not _is_row_bias(name)
+
+
+def _is_row_bias(name: str) -> bool:
     module, _, kind = names.split_name(name)[1].rpartition(".")
     return kind == "bias" and names.LAYER_SHARDS.get(module) is names.Shard.ROW

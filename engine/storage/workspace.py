@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import read_scales
 from engine.storage.lazy_tensors import LazyTensors
 from engine.storage.parts import cast, join_part, split_part
+from engine.storage.rank_cuts import rank_config, rank_cut
 from engine.storage.rank_weights import RankWeights, rank_scales
 from engine.storage.turbomind_files import Part
 
@@ -124,7 +126,7 @@ class Workspace:
             raise ValueError(f"{self._weights / CONFIG_INI}: {error}") from error
         for name, size in files.each_file(self.config, self.recipe, self.tp):
             _check_size(self._weights / name, size)
-        self._last: tuple[int, Part, dict[str, Tensor]] | None = None
+        self._last: tuple[tuple[int, Part, int | None], dict[str, Tensor]] | None = None
 
     def names(self) -> list[str]:
         """The canonical names of all tensors, in the order in which reading them touches every file once."""
@@ -155,11 +157,11 @@ class Workspace:
                 if file in files.HEAD_NORM_FILES:
                     norm = layout.separate_rotary(norm[None], self.config.head_dim)[0]
                 return norm
-        for part in files.parts_of(self.recipe):
-            if layer is not None and within.rpartition(".")[0] in part.modules:
-                tensors = self._part(layer, part)
-                if within in tensors:
-                    return tensors[within]
+        part = self._part_of(within)
+        if layer is not None and part is not None:
+            tensors = self._part(layer, part)
+            if within in tensors:
+                return tensors[within]
         raise ValueError(f"{self.folder} has no tensor {name!r}")
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -183,7 +185,18 @@ class Workspace:
         ValueError when the model cannot be dealt to so many ranks; `rank_cuts.rank_config` says a rank's shape.
         """
         files.check_fits(self.config, self.recipe, tp)
-        return RankWeights(self.weights(), self.config, self.recipe, rank=rank, tp=tp)
+        cut = RankWeights(self.weights(), self.config, self.recipe, rank=rank, tp=tp)
+        if tp != self.tp:
+            return cut
+
+        def read(name: str) -> Tensor:
+            layer, within = names.split_name(name)
+            part = self._part_of(within)
+            if layer is None or part is None:
+                return cut[name]
+            return self._part(layer, part, rank)[within]  # its files are there: nothing is joined to be cut again
+
+        return LazyTensors(cut, read)
 
     def rank_kv_scales(self, rank: int, tp: int) -> KVScales | PerToken | None:
         """`kv_scales` of the KV heads that one of `tp` ranks keeps."""
@@ -202,22 +215,33 @@ class Workspace:
         except ValueError as error:
             raise ValueError(f"{self._weights / 'output.*'}: {error}") from error
 
-    def _part(self, layer: int, part: Part) -> dict[str, Tensor]:
+    def _part_of(self, within: str) -> Part | None:
+        module = within.rpartition(".")[0]
+        return next((part for part in files.parts_of(self.recipe) if module in part.modules), None)
+
+    def _part(self, layer: int, part: Part, rank: int | None = None) -> dict[str, Tensor]:
+        """The tensors of a part, of one rank or of all joined."""
         # The last part is kept, because its q, k and v (or codes, zeros and scales) are asked for one after the other.
-        if self._last is None or self._last[:2] != (layer, part):
+        key = (layer, part, rank)
+        if self._last is None or self._last[0] != key:
             self._last = None
             try:
-                self._last = (layer, part, self._read_part(layer, part))
+                self._last = (key, self._read_part(layer, part, rank))
             except ValueError as error:
                 raise ValueError(f"{self._weights / files.layer_file(layer, part.stem)}.*: {error}") from error
-        return self._last[2]
+        return self._last[1]
 
-    def _read_part(self, layer: int, part: Part) -> dict[str, Tensor]:
+    def _read_part(self, layer: int, part: Part, own: int | None) -> dict[str, Tensor]:
         def read(kind: str, rank: int) -> Tensor:
             dtype = files.element_type(self.config, self.recipe, kind)
-            return self._map(files.rank_file(layer, part, rank, kind), dtype)
+            return self._map(files.rank_file(layer, part, rank if own is None else own, kind), dtype)
 
-        return join_part(self.config, self.recipe, part, read, tp=self.tp)
+        if own is None:
+            return join_part(self.config, self.recipe, part, read, tp=self.tp)
+        # The files of a rank are those of a model of its shape, with the groups that its cut has.
+        shape = rank_config(self.config, self.recipe, self.tp)
+        groups = rank_cut(self.config, self.recipe, part.modules, self.tp).group_size
+        return join_part(shape, replace(self.recipe, group_size=groups), part, read, tp=1)
 
 
 def load_workspace(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Decoder:

@@ -6,7 +6,7 @@ import torch
 from engine.config import EngineConfig, ModelConfig, Recipe
 from engine.models.cache import page_bytes
 from engine.models.decoder import Decoder
-from engine.runtime import capability, engine
+from engine.runtime import capability, share
 from engine.runtime.capability import Device, check_capability, computing_dtype, probe_device, weight_bytes
 from engine.runtime.engine import Engine
 from engine.storage.workspace import Workspace
@@ -163,8 +163,8 @@ def test_the_engine_asks_before_it_reads_a_weight(tmp_path, monkeypatch):
         held += [linear.weight for linear in (layer._qkv, layer._output, layer._gate_up, layer._down)]
     assert sum(tensor.nbytes for tensor in held) == weight_bytes(config, FP16, torch.float32)
 
-    monkeypatch.setattr(engine, "probe_device", lambda text: device(1000))
-    monkeypatch.setattr(engine, "Decoder", lambda *args, **options: pytest.fail("weights were read"))
+    monkeypatch.setattr(share, "probe_device", lambda text: device(1000))
+    monkeypatch.setattr(share, "Decoder", lambda *args, **options: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=rf"session_len {SESSION_LEN}"):
         Engine.from_workspace(tmp_path, EngineConfig())
     assert capability.MIB == 2**20

@@ -125,6 +125,8 @@ def test_ranks_side_by_side_are_the_whole_model(tmp_path, case, tp, stored):
                 for weights, share in zip(ranks, padded.chunk(tp, dim=1), strict=True)
             ]
             whole = products(of_layer + module, tensors, full)
+            if recipe == W8A8 and f"{of_layer}{module}.bias" in tensors:  # all ranks add it, to the sum of all
+                whole = whole + (tp - 1) * tensors[f"{of_layer}{module}.bias"].double()
             torch.testing.assert_close(sum(partial), whole, rtol=1e-12, atol=1e-9)
     for weights in ranks:
         assert torch.equal(weights[names.EMBEDDING], tensors[names.EMBEDDING])
@@ -288,3 +290,22 @@ def test_an_artifact_gets_a_new_id_and_keeps_its_provenance(tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == content
     back = reshard_artifact(tmp_path / "b", tmp_path / "c", 1)
     assert back == old
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_the_files_of_a_rank_are_read_without_the_others_and_are_what_is_cut_from_all(tmp_path, case, tp):
+    config, recipe = CASES[case]
+    config = replace(config, qkv_bias=True, o_bias=True)
+    tensors = random_tensors(config, recipe)
+    cut = Workspace(make_workspace(tmp_path / "one", config, recipe, 1, tensors))
+    straight = Workspace(make_workspace(tmp_path / "ranks", config, recipe, tp, tensors))
+    for rank in range(tp):
+        expected, weights = cut.rank_weights(rank, tp), straight.rank_weights(rank, tp)
+        assert list(weights) == list(expected)
+        for name in expected:
+            assert torch.equal(weights[name], expected[name]), name
+    for path in (tmp_path / "ranks" / WEIGHTS).glob("layers.*.0.*"):
+        path.write_bytes(b"")
+    weights = straight.rank_weights(1, tp)
+    assert all(len(weights[name]) for name in weights)

@@ -1,0 +1,56 @@
+"""Linears that are cut along their inputs: every rank multiplies its own, and the products are added up over all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels import ops
+from engine.models.linear import Int8Linear, Int8Rows, Kind, Linear, settled
+from engine.models.ranks import Ranks
+
+
+class RowParallel:
+    """A linear of floats or of 4-bit groups. Its bias, if any, is with one rank alone."""
+
+    def __init__(self, linear: Linear, ranks: Ranks) -> None:
+        self._linear, self._ranks = linear, ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._ranks.sum(self._linear.forward(x))
+
+
+class Int8RowParallel:
+    """An int8 linear, with its bias on every rank. A row has one scale over all ranks, so the int8 inputs are those of
+    one rank alone. Without kernels the whole sums are exact too, and so is the result."""
+
+    def __init__(self, linear: Int8Linear, ranks: Ranks) -> None:
+        self._linear, self._ranks = linear, ranks
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Int8Rows:
+        """x [..., in of this rank] by the largest magnitudes of whole rows; it stands for values of `dtype`."""
+        # Not every backend hands a NaN on as the largest number; an infinite one spoils the row as well.
+        maxima = self._ranks.max(x.float().abs().amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf))
+        return Int8Rows(*ops.quantize_rows(x, maxima), dtype)
+
+    def forward(self, x: Tensor | Int8Rows) -> Tensor:
+        rows = x if isinstance(x, Int8Rows) else self.rows(x, x.dtype)
+        values, scales = rows.values.reshape(-1, rows.values.shape[-1]), rows.scales.reshape(-1)
+        weight, weight_scales, bias = self._linear.weight, self._linear.scales, self._linear.bias
+        if ops.on_kernels(values) and rows.dtype in ops.HALVES:
+            # One kernel multiplies and scales: what is added up is in the computing type.
+            bias = bias if self._ranks.rank == 0 else None
+            out = self._ranks.sum(ops.int8_linear(values, scales, weight, weight_scales, bias, rows.dtype))
+        else:
+            products = self._ranks.sum(ops.int8_products(values, weight))
+            out = ops.scale_products(products, scales, weight_scales, bias, rows.dtype)
+        return out.view(*rows.values.shape[:-1], len(weight))
+
+
+def row_parallel(linear: Kind, ranks: Ranks | None, dtype: torch.dtype, *, tile: int = 0) -> Linear:
+    """A `settled` linear, its inputs cut over `ranks` where there are several."""
+    if ranks is None:
+        return settled(linear, dtype, tile=tile)
+    if isinstance(linear, Int8Linear):
+        return Int8RowParallel(linear, ranks)  # its sums are exact whatever the shape
+    return RowParallel(settled(linear, dtype, tile=tile), ranks)
