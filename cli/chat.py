@@ -203,7 +203,7 @@ class RemotePartner(Partner):
 class LocalPartner(Partner):
     """An engine in this process."""
 
-    def __init__(self, target: Target, params: Params) -> None:
+    def __init__(self, target: Target, params: Params, *, tp: int = 1) -> None:
         from engine.config import EngineConfig
         from engine.runtime.engine import Engine
         from engine.storage.artifacts import verify
@@ -211,7 +211,7 @@ class LocalPartner(Partner):
         if target.model.artifact_id:
             verify(target.folder, target.model.artifact_id)
         self._tokenizer = open_tokenizer(target)
-        config = EngineConfig(max_batch_size=1, end_ids=self._tokenizer.eos_token_ids)
+        config = EngineConfig(max_batch_size=1, tp=tp, end_ids=self._tokenizer.eos_token_ids)
         self._engine = Engine.from_workspace(target.folder, config)
         self.params: Params = params
 

@@ -15,6 +15,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs, or processes on the CPU, together (1)")
     parser.add_argument("--waiver", metavar="REASON", help="run an artifact that has not passed its evaluation")
     parser.add_argument("--store", metavar="PATH", help="another store than this checkout's")
     options = parser.parse_args(argv)
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
     else:
         prompt_ids = tokenizer.encode(options.prompt)
     engine = Engine.from_workspace(
-        target.folder, EngineConfig(max_batch_size=SHORT_BATCH, end_ids=tokenizer.eos_token_ids)
+        target.folder,
+        EngineConfig(max_batch_size=SHORT_BATCH, tp=options.tp, end_ids=tokenizer.eos_token_ids),
     )
     sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     [answer] = engine.generate([prompt_ids], sampling)

@@ -28,7 +28,7 @@ from cli.target import CONFIG_INI, find_target
 from server.client import Client, Message, Params
 
 WORDS = {"exit": "/exit", "end": "/reset"}
-TP = "accepted: a workspace of any tp runs on the devices there are"
+TP = "GPUs, or processes on the CPU, that compute together, whatever tp FOLDER is of (1)"
 SAMPLING = Params(temperature=0.8, top_p=0.8, top_k=40, max_tokens=512)
 
 
@@ -56,6 +56,7 @@ def api_server(argv: list[str]) -> int:
         "cache_max_entry_count": options.cache_max_entry_count,
         "quant_policy": options.quant_policy,
         "rope_scaling_factor": options.rope_scaling_factor,
+        "tp": options.tp,
     }
     with workspace_of(options.folder) as folder:
         given = [f"serve.{name}={value}" for name, value in said.items() if value is not None]
@@ -91,7 +92,7 @@ def gradio(argv: list[str]) -> int:
     with (
         terminated_as_exit(),
         workspace_of(Path(options.source)) as folder,
-        background_server(folder, options.batch_size) as url,
+        background_server(folder, options.batch_size, options.tp) as url,
     ):
         return serve_page(url, options.server_name, options.server_port)
 
@@ -110,7 +111,7 @@ def chat_turbomind(argv: list[str]) -> int:
         raise ValueError(
             f"--cap {options.cap}: only chat is a dialogue; `ingot generate folder=F PROMPT` completes text."
         )
-    return _chat(options.folder, dataclasses.replace(SAMPLING, max_tokens=options.request_output_len))
+    return _chat(options.folder, dataclasses.replace(SAMPLING, max_tokens=options.request_output_len), tp=options.tp)
 
 
 def chat_torch(argv: list[str]) -> int:
@@ -128,9 +129,9 @@ def chat_torch(argv: list[str]) -> int:
     return _chat(options.folder, params, tokenizer=options.tokenizer_path)
 
 
-def _chat(source: Path, params: Params, *, tokenizer: Path | None = None) -> int:
+def _chat(source: Path, params: Params, *, tokenizer: Path | None = None, tp: int = 1) -> int:
     with workspace_of(source, tokenizer=tokenizer) as folder:
-        partner = LocalPartner(find_target(artifact=None, folder=str(folder), waiver=None, store=None), params)
+        partner = LocalPartner(find_target(artifact=None, folder=str(folder), waiver=None, store=None), params, tp=tp)
         print("double enter to end input; `end` ends the session, `exit` the program", flush=True)
         converse(partner, words=WORDS)
     return 0
@@ -187,10 +188,11 @@ def terminated_as_exit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def background_server(folder: Path, batch_size: int) -> Iterator[str]:
+def background_server(folder: Path, batch_size: int, tp: int) -> Iterator[str]:
     """A server on a free port of loopback, for as long as this lasts: its URL. A key comes from INGOT_API_KEY."""
     command = [sys.executable, "-m", "cli.main", "serve", f"folder={folder}", "serve.port=0"]
-    process = subprocess.Popen([*command, f"serve.max_batch_size={batch_size}"], stdout=subprocess.PIPE, text=True)
+    command += [f"serve.max_batch_size={batch_size}", f"serve.tp={tp}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")

@@ -19,8 +19,7 @@ _ATTRIBUTE = "it is an attribute of the model"
 IMMUTABLE = {
     "weight_type": "how weights are stored is part of the recipe that was measured",
     "group_size": "how weights are quantized is part of the recipe that was measured",
-    "tp": "an artifact of any tensor-parallel degree runs on the devices there are",
-    "tensor_para_size": "an artifact of any tensor-parallel degree runs on the devices there are",
+    "tensor_para_size": "an artifact of any tensor-parallel degree runs with any, which is serve.tp",
     **dict.fromkeys(("head_num", "kv_head_num", "vocab_size", "num_layer", "inter_size", "norm_eps"), _ATTRIBUTE),
     **dict.fromkeys(("attn_bias", "rotary_embedding", "rope_theta", "size_per_head"), _ATTRIBUTE),
     **dict.fromkeys(("start_id", "end_id"), "it is a token of the model's tokenizer"),
@@ -63,6 +62,7 @@ class ServeConfig:
     max_sessions: int = 1024
     device: str = "cpu"
     dtype: str = "auto"
+    tp: int = 1
     session_len: int | None = None
     max_batch_size: int | None = None
     num_tokens_per_iter: int | None = None
@@ -118,6 +118,7 @@ class ServeConfig:
         return EngineConfig(
             device=self.device,
             dtype=self.dtype,  # type: ignore[arg-type]  # EngineConfig checks it
+            tp=self.tp,
             session_len=self.session_len or 0,
             max_batch_size=self.max_batch_size or 0,
             num_tokens_per_iter=self.num_tokens_per_iter or 0,

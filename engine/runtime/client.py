@@ -70,6 +70,7 @@ class EngineClient:
         self._states: list[asyncio.Future[int]] = []
         self._figures: list[asyncio.Future[dict[str, float]]] = []
         self._error: EngineError | None = EngineError("the engine was not started")
+        self._said_last: str | None = None
         self._ended = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -239,6 +240,8 @@ class EngineClient:
                     figures.set_result(message["figures"])
             case "state":
                 self._states.pop(0).set_result(message["unfinished"])
+            case "ended":
+                self._said_last = message["message"]
 
     def _settle(self, request_id: str, error: Exception | None) -> None:
         future = self._accepted.get(request_id)
@@ -267,6 +270,8 @@ class EngineClient:
         self._ended.set()
 
     def _last_words(self) -> str:
+        if self._said_last is not None:
+            return self._said_last
         code = self._process.poll() if self._process else None
         how = (
             "ended" if code is None else f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

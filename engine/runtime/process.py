@@ -1,19 +1,21 @@
 """The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
 
 In come `load` (first), `add`, `grammar`, `warm_grammars`, `abort`, `state` and `figures`; out go `ready` or `failed`,
-then `accepted`, `refused`, `events`, `state` and `figures`. The loop sleeps in the socket while nothing is to be
-computed; messages come in between steps.
+then `accepted`, `refused`, `events`, `state` and `figures`, and `ended` where another tensor-parallel rank has died. The
+loop sleeps in the socket while nothing is to be computed; messages come in between steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from engine.storage import artifacts
 if TYPE_CHECKING:
     from engine.runtime.engine import Engine
 
+SECONDS_TO_TELL = 1.0
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -56,6 +59,20 @@ def load(message: Message) -> tuple[Engine, Message]:
             engine, Path(message["goldens"]), artifact_id=message["artifact_id"], waived=message.get("waived", False)
         )
     return engine, {"type": "ready", **known, "eos_token_ids": list(engine.eos_token_ids)}
+
+
+def ender(channel: Channel) -> Callable[[OSError], None]:
+    """What ends this process and says why: in the thread that sees a rank die, since a step may be stuck in it."""
+    once = threading.Lock()
+
+    def end(error: OSError) -> None:
+        once.acquire()  # never released: whoever comes second waits for the end
+        threading.Timer(SECONDS_TO_TELL, os._exit, (1,)).start()
+        with contextlib.suppress(OSError):
+            channel.send({"type": "ended", "message": str(error)})
+        os._exit(1)
+
+    return end
 
 
 class Service:
@@ -122,6 +139,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # these reach the whole group; the client decides when the engine ends
     die_with_parent(options.parent)
     channel = Channel(socket.socket(fileno=options.fd))
+    end = ender(channel)
     try:
         [message] = channel.receive(wait=True)
         try:
@@ -130,9 +148,12 @@ def main() -> int:
             channel.send({"type": "failed", "message": str(error)})
             return 1
         channel.send(ready)
+        engine.on_rank_death(end)
         Service(engine, channel).run()
     except (EOFError, ConnectionError):
         pass  # the client is gone: nobody is left to work for
+    except ChildProcessError as error:
+        end(error)
     return 0
 
 
