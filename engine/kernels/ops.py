@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import invariant, reference
-from engine.kernels.reference import (
-    PagedQueries,
-    Pages,
-    causal_attention,
-    int8_products,
-    scale_products,
-    unpack_int4,
-)
+from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpack_int4
 
 __all__ = [
     "add_rms_norm",
@@ -31,14 +24,12 @@ __all__ = [
     "dense_linear",
     "int4_linear",
     "int8_linear",
-    "int8_products",
     "pack_int4",
     "paged_attention",
     "quantize_rows",
     "rms_norm",
     "rms_norm_int8",
     "rope_write_kv",
-    "scale_products",
     "silu_and_mul",
     "silu_and_mul_int8",
     "unpack_int4",
@@ -145,11 +136,9 @@ def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return reference.silu_and_mul_int8(gate_up)
 
 
-def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rows`; with `maxima` in plain torch everywhere."""
-    if on_kernels(x) and x.dim() == 2 and maxima is None:
-        return _kernels("activation").quantize_rows(x)
-    return reference.quantize_rows(x, maxima)
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`."""
+    return _kernels("activation").quantize_rows(x) if on_kernels(x) and x.dim() == 2 else reference.quantize_rows(x)
 
 
 def rope_write_kv(

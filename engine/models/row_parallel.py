@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels import ops
+from engine.kernels import ops, reference
 from engine.models.linear import Int8Linear, Int8Rows, Kind, Linear, settled
 from engine.models.ranks import Ranks
 
@@ -31,7 +31,7 @@ class Int8RowParallel:
         """x [..., in of this rank] by the largest magnitudes of whole rows; it stands for values of `dtype`."""
         # Not every backend hands a NaN on as the largest number; an infinite one spoils the row as well.
         maxima = self._ranks.max(x.float().abs().amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf))
-        return Int8Rows(*ops.quantize_rows(x, maxima), dtype)
+        return Int8Rows(*reference.quantize_rows(x, maxima), dtype)
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         rows = x if isinstance(x, Int8Rows) else self.rows(x, x.dtype)
@@ -42,8 +42,8 @@ class Int8RowParallel:
             bias = bias if self._ranks.rank == 0 else None
             out = self._ranks.sum(ops.int8_linear(values, scales, weight, weight_scales, bias, rows.dtype))
         else:
-            products = self._ranks.sum(ops.int8_products(values, weight))
-            out = ops.scale_products(products, scales, weight_scales, bias, rows.dtype)
+            products = self._ranks.sum(reference.int8_products(values, weight))
+            out = reference.scale_products(products, scales, weight_scales, bias, rows.dtype)
         return out.view(*rows.values.shape[:-1], len(weight))
 
 

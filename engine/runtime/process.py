@@ -1,8 +1,8 @@
 """The engine in a process of its own: `python -m engine.runtime.process --fd N --parent PID`, started by client.py.
 
 In come `load` (first), `add`, `grammar`, `warm_grammars`, `abort`, `state` and `figures`; out go `ready` or `failed`,
-then `accepted`, `refused`, `events`, `state` and `figures`, and `ended` where another tensor-parallel rank has died. The
-loop sleeps in the socket while nothing is to be computed; messages come in between steps.
+then `accepted`, `refused`, `events`, `state` and `figures`, and `ended` where another tensor-parallel rank has died.
+The loop sleeps in the socket while nothing is to be computed; messages come in between steps.
 """
 
 from __future__ import annotations
