@@ -30,7 +30,8 @@ class Scheduler:
     waiting ones, of which the last may get only a part of its prompt. A sequence is admitted when pages for all its
     tokens are there, with one more for each that already runs to grow into. If pages run out all the same, the one
     admitted last gives its own back and waits again. So does one of the owner that has the most running, where there is
-    no room for one of an owner that has fewer.
+    no room for one of an owner that has fewer. The first sequence of an owner that has none running while others do is
+    computed in a step of its own, so that its first token waits for nobody's batch; the step after is for all.
 
     With `prefill_interval` n above 1, waiting sequences are admitted in every n-th step only, while more than a quarter
     of max_batch_size run: a step that mixes prompts in costs more than one that only decodes (on a GPU it is not a
@@ -65,6 +66,7 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._prefill_interval = prefill_interval
         self._steps_since_admission = 0
+        self._newcomers_were_alone = False
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn. Raises ValueError if the whole cache could not hold it."""
@@ -84,6 +86,31 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Choose the next step. A step that could not be run is simply scheduled anew."""
+        newcomers = [] if self._newcomers_were_alone else self._admit_newcomers()
+        self._newcomers_were_alone = bool(newcomers)
+        planned = newcomers or self._schedule_all()
+        # Sequences with one token first, as the kernels take them.
+        return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
+
+    def _admit_newcomers(self) -> list[Sequence]:
+        """Admits and schedules one sequence of each waiting owner that has none running, where others have."""
+        owners = {sequence.owner for sequence in self.running}
+        admitted: list[Sequence] = []
+        budget = self._num_tokens_per_iter
+        while owners and budget > 0 and self.waiting:
+            sequence = self.waiting.first(self.running)
+            if sequence.owner in owners or self._admit_by_force(sequence) is None:
+                break
+            owners.add(sequence.owner)
+            admitted.append(sequence)
+            budget -= self._give(sequence, budget, {})
+        if admitted:
+            for sequence in self.running:
+                if sequence not in admitted:
+                    sequence.scheduled = 0  # of a step that could not be run
+        return admitted
+
+    def _schedule_all(self) -> list[Sequence]:
         budget = self._num_tokens_per_iter
         limits = self._prompt_limits()
         admitting = self._admits()
@@ -101,20 +128,12 @@ class Scheduler:
             index += 1
         while admitting and budget > 0 and self.waiting:
             sequence = self.waiting.first(self.running)
-            if len(self.running) == self._max_batch_size or not self._admit(sequence):
-                victim = unfair(self.running, sequence.owner)
-                if victim is None or sequence.pending:
-                    break
-                budget += victim.scheduled
-                self._preempt(victim)
-                continue
-            self.waiting.admit(sequence)
-            self.running.append(sequence)
-            self._steps_since_admission = 0
+            given_back = self._admit_by_force(sequence)
+            if given_back is None:
+                break
+            budget += given_back
             budget -= self._give(sequence, budget, limits)
-        planned = [sequence for sequence in self.running if sequence.scheduled]
-        # Sequences with one token first, as the kernels take them.
-        return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
+        return [sequence for sequence in self.running if sequence.scheduled]
 
     def _admits(self) -> bool:
         """Whether this is a step that lets waiting sequences in."""
@@ -185,6 +204,21 @@ class Scheduler:
         if sequence.prefix_hit is None:
             sequence.prefix_hit = sequence.cached
         return True
+
+    def _admit_by_force(self, sequence: Sequence) -> int | None:
+        """Let a waiting sequence run, and others of an owner that has more running give way where there is no room.
+        Returns how many tokens of this step they give back; None where there is no room all the same."""
+        given_back = 0
+        while len(self.running) == self._max_batch_size or not self._admit(sequence):
+            victim = unfair(self.running, sequence.owner)
+            if victim is None or sequence.pending:
+                return None
+            given_back += victim.scheduled
+            self._preempt(victim)
+        self.waiting.admit(sequence)
+        self.running.append(sequence)
+        self._steps_since_admission = 0
+        return given_back
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence pages for all its tokens, if there are so many."""

@@ -143,3 +143,55 @@ def test_all_owners_come_to_an_end_and_share_equally_on_the_way():
     assert not left
     assert shared > 10
     assert made.pages.num_available == 400
+
+
+def scheduled(made):
+    plan = made.schedule()
+    made.check()
+    made.commit(plan, [7] * len(plan.drawing))
+    return {each.request_id: each.scheduled or 1 for each in plan.sequences}
+
+
+def test_a_newcomer_has_a_step_of_its_own_and_the_next_is_for_all():
+    made = Scheduler(PageTable(400, 4), max_batch_size=4, num_tokens_per_iter=32, prefill_interval=8)
+    for number in range(6):
+        made.add(sequence(f"a{number}", "a", new=50, start=number))
+    assert set(scheduled(made)) == {"a0", "a1", "a2", "a3"}
+    made.add(sequence("b0", "b", new=50, start=7))
+    made.add(sequence("b1", "b", new=50, start=8))
+    made.add(sequence("c0", "c", new=50, start=9))
+    assert set(scheduled(made)) == {"b0", "c0"}, "one of each, at once, whatever prefill_interval says"
+    made.add(sequence("d0", "d", new=50, start=10))
+    assert set(scheduled(made)) == {"a0", "a1", "b0", "c0"}, "newcomers do not hold up the others twice in a row"
+    assert set(scheduled(made)) == {"d0"}
+    assert set(scheduled(made)) == {"a0", "b0", "c0", "d0"}
+
+
+def test_newcomers_without_end_take_every_other_step():
+    made = Scheduler(PageTable(400, 4), max_batch_size=4, num_tokens_per_iter=32)
+    steady = sequence("steady", "steady", new=20)
+    made.add(steady)
+    steps = 0
+    while len(steady) < steady.limit:
+        name = f"n{steps}"
+        made.add(sequence(name, name, new=1, start=steps + 1))
+        plan = made.schedule()
+        made.commit(plan, [7] * len(plan.drawing))
+        for each in plan.sequences:
+            if len(each) == each.limit and each is not steady:
+                made.finish(each)
+        steps += 1
+    assert steps <= 2 * 20 + 1
+
+
+def test_a_step_of_newcomers_that_failed_can_be_scheduled_anew():
+    made = Scheduler(PageTable(400, 4), max_batch_size=4, num_tokens_per_iter=32)
+    made.add(sequence("a", "a"))
+    scheduled(made)
+    made.schedule()
+    made.add(sequence("b", "b", start=1))
+    assert [each.request_id for each in made.schedule().sequences] == ["b"]
+    plan = made.schedule()
+    assert sorted((each.request_id, each.scheduled) for each in plan.sequences) == [("a", 1), ("b", 8)]
+    made.commit(plan, [7, 7])
+    made.check()
