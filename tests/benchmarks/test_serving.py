@@ -28,6 +28,9 @@ def test_rates_and_the_engine_alone(tmp_path: Path) -> None:
         assert float(row["tokens_per_piece"]) >= 1
     offline, through = float(together["offline_tokens_per_second"]), float(together["tokens_per_second"])
     assert float(together["http_overhead"]) == pytest.approx(1 - through / offline, abs=0.01)
+    overheads = [float(each) for each in together["overheads"].split()]
+    assert (len(overheads), overheads[1]) == (3, float(together["http_overhead"]))
+    assert overheads == sorted(overheads)
 
 
 def test_a_running_server_and_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,11 @@ import openai
 import pytest
 
 from engine.config import EngineConfig
+from pipelines.convert import Conversion, convert
 from tests.server.running import KEY, Served, serving
 from tests.tiny_artifact import write_tiny_artifact
 
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
 CONFIG = EngineConfig(max_batch_size=8, num_tokens_per_iter=64, cache_max_entry_count=300, cache_block_seq_len=16)
 ROOMY = EngineConfig(max_batch_size=16, num_tokens_per_iter=256, cache_max_entry_count=600, cache_block_seq_len=64)
 
@@ -27,6 +29,14 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("roomy")
     with serving(folder, write_tiny_artifact(folder, session_len=2048), ROOMY) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace of the demo's own model."""
+    folder = tmp_path_factory.mktemp("demo") / "workspace"
+    convert(Conversion(name="demo", source=DEMO, target=folder))
+    return folder
 
 
 @pytest.fixture

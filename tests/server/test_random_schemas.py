@@ -10,19 +10,15 @@ import openai
 import pytest
 
 from engine.config import EngineConfig
-from pipelines.convert import Conversion, convert
 from tests.server.random_schemas import random_schema
 from tests.server.running import KEY, Served, serving
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
 CONFIG = EngineConfig(max_batch_size=32, num_tokens_per_iter=512, cache_max_entry_count=600, cache_block_seq_len=32)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("demo") / "workspace"
-    convert(Conversion(name="demo", source=DEMO, target=folder))
-    with serving(folder, None, CONFIG) as found:
+def demo(demo_folder: Path) -> Iterator[Served]:
+    with serving(demo_folder, None, CONFIG) as found:
         yield found
 
 
