@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import invariant, reference
+from engine.kernels import draw_reference, invariant, reference
 from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpack_int4
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "add_rms_norm_int8",
     "causal_attention",
     "dense_linear",
+    "draw_tokens",
     "int4_linear",
     "int8_linear",
     "pack_int4",
@@ -201,3 +202,9 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
             query, pages, batch.query_starts, batch.context_lens, batch.page_table, batch.blocks, scale, window, out=out
         )
     return out
+
+
+def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:
+    """`draw_reference.draw_tokens`."""
+    kernels = _kernels("draw") if on_kernels(logits) else draw_reference
+    return kernels.draw_tokens(logits, numbers)

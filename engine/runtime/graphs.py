@@ -69,6 +69,9 @@ class DecodeGraphs:
         room = (FIELDS + self._width) * max_batch_size
         self._hosts = [torch.empty(room, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._staging = torch.empty(room, dtype=torch.int32, device=device)
+        self._draws = model.ranks is None or model.ranks.rank == 0
+        rows = max_batch_size if self._draws else 0
+        self.logits = torch.empty(rows, model.config.vocab_size, dtype=model.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         self._header[SLOTS] = self._spare_slot
@@ -160,7 +163,8 @@ class DecodeGraphs:
         )
         logits = self._model.logits(batch, self._cache)
         ranks, drawn = self._model.ranks, self._drawn[:size]
-        if ranks is None or ranks.rank == 0:
+        if self._draws:
+            self.logits[:size] = logits  # before `likeliest`, which changes them
             likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, drawn)
         if ranks is not None:
             ranks.share(drawn)

@@ -18,7 +18,7 @@ from engine.runtime.event import TokenLogprob
 from engine.runtime.graphs import DecodeGraphs, batch_sizes
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.rank_processes import RankProcesses
-from engine.runtime.sampler import collect_draws, likeliest, sample
+from engine.runtime.sampler import collect_draws, likeliest, moved, sample
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 
@@ -98,20 +98,22 @@ class Runner:
         self._step += 1
         greedy = all(_is_greedy(sequence) for sequence in drawing)
         logprobs: list[TokenLogprob | None] = [None] * number
-        if self._graphs is not None and greedy and drawing and self._graphs.fits(plan):
-            step = self._graphs.step_of(plan, self._rows, self._step)
+        if replayed := self._graphs is not None and self._graphs.fits(plan):
+            step = replace(self._graphs.step_of(plan, self._rows, self._step), sampled=not greedy)
             self._tell(step)
             self._graphs.replay(step, self._step)
+            logits = self._graphs.logits[:number]
         else:
             logits = self._logits(self._step_of(plan), share=True)
-            if drawing and greedy:
-                ignoring = torch.tensor([sequence.sampling.ignore_eos for sequence in drawing], device=logits.device)
-                likeliest(logits, ignoring, self._eos, self._drawn[:number])
-            elif drawing:
-                wide = logits.float()
-                tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
-                logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])
-                self._drawn[:number] = tokens
+        if drawing and not greedy:
+            wide = logits.float()
+            tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
+            logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])
+            self._drawn[:number] = tokens
+        elif drawing and not replayed:  # a graph takes the likeliest tokens itself
+            ignoring = moved([sequence.sampling.ignore_eos for sequence in drawing], torch.bool, logits.device)
+            likeliest(logits, ignoring, self._eos, self._drawn[:number])
+        if not (replayed and greedy):
             self._share(number)
         self._rows = {sequence: row for row, sequence in enumerate(drawing)}
         read = self._read(number)
@@ -129,6 +131,7 @@ class Runner:
             self._graphs.replay(step, self._step)
         else:
             self._model.logits(self._batch_of(step), self._cache)
+        if step.sampled or not step.graph:
             self._share(step.draws)
 
     def _step_of(self, plan: Plan) -> Step:

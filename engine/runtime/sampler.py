@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Sampling
+from engine.kernels import ops
 from engine.runtime.sequence import Sequence
-
-# How many of the likeliest tokens are ranked at first.
-RANKED = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,32 +88,31 @@ def likeliest(logits: Tensor, ignoring: Tensor, eos_token_ids: Tensor, out: Tens
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
-    """Token ids int64 [R] for logits float32 [R, vocab], which stay as they are."""
+    """Token ids int64 [R] for logits float32 [R, vocab], which stay as they are. A GPU is not waited for."""
+    device = logits.device
     if draws.seen[0] or draws.shifted[0] or draws.banned[0] or draws.masks:
         logits = logits.clone()
     if draws.seen[0]:
         _penalize(logits, draws)
     if draws.shifted[0]:
-        rows, tokens, amounts = (torch.tensor(values, device=logits.device) for values in draws.shifted)
-        logits[rows, tokens] += amounts
+        rows, tokens = (moved(values, torch.int64, device) for values in draws.shifted[:2])
+        logits[rows, tokens] += moved(draws.shifted[2], torch.float32, device)
     if draws.banned[0]:
-        rows, tokens = (torch.tensor(index, device=logits.device) for index in draws.banned)
+        rows, tokens = (moved(values, torch.int64, device) for values in draws.banned)
         logits[rows, tokens] = -torch.inf
     if draws.masks:
         _mask(logits, draws.masks)
-    token_ids = logits.argmax(-1)
-    warm = [row for row, option in enumerate(draws.options) if option.temperature > 0]
-    if warm:
-        options = [draws.options[row] for row in warm]
-        probabilities = _softmax(logits[warm], [option.temperature for option in options])
-        narrow = [row for row, option in enumerate(options) if option.top_k or option.top_p < 1]
-        if narrow:
-            probabilities[narrow] = _narrow(probabilities[narrow], [options[row] for row in narrow])
-        if any(option.min_p for option in options):
-            share = torch.tensor([option.min_p for option in options], device=logits.device)[:, None]
-            probabilities = probabilities.where(probabilities >= share * probabilities.amax(-1, keepdim=True), 0)
-        token_ids[warm] = _invert(probabilities, [draws.uniforms[row] for row in warm])
-    return token_ids
+    numbers = [
+        (option.temperature, option.top_k, option.top_p, option.min_p, uniform)
+        for option, uniform in zip(draws.options, draws.uniforms, strict=True)
+    ]
+    return ops.draw_tokens(logits, moved(numbers, torch.float64, device))
+
+
+def moved(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers on a device; on its way to a GPU, when this returns."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _shifts(sequence: Sequence) -> dict[int, float]:
@@ -130,51 +127,19 @@ def _shifts(sequence: Sequence) -> dict[int, float]:
 
 
 def _mask(logits: Tensor, masks: Mapping[int, array[int]]) -> None:
-    rows = torch.tensor(list(masks), device=logits.device)
-    words = torch.stack([torch.frombuffer(mask, dtype=torch.int32) for mask in masks.values()]).to(logits.device)
-    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    device = logits.device
+    rows = moved(list(masks), torch.int64, device)
+    words = torch.stack([torch.frombuffer(mask, dtype=torch.int32) for mask in masks.values()])
+    words = words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1
     allowed = bits.flatten(1)[:, : logits.shape[-1]] == 1
     logits[rows] = logits[rows].where(allowed, -torch.inf)
 
 
 def _penalize(logits: Tensor, draws: Draws) -> None:
-    rows, tokens = (torch.tensor(index, device=logits.device) for index in draws.seen)
-    penalty = torch.tensor([option.repetition_penalty for option in draws.options], device=logits.device)[rows]
+    rows, tokens = (moved(index, torch.int64, logits.device) for index in draws.seen)
+    penalties = [option.repetition_penalty for option in draws.options]
+    penalty = moved(penalties, torch.float32, logits.device)[rows]
     seen = logits[rows, tokens]
     # A token seen twice is written twice with the same value: the penalty counts once.
     logits[rows, tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
-
-
-def _softmax(logits: Tensor, temperatures: list[float]) -> Tensor:
-    """With the maximum taken off first any temperature above 0 is harmless: what overflows is a probability of 0."""
-    temperature = torch.tensor(temperatures, device=logits.device).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
-
-
-def _narrow(probabilities: Tensor, options: list[Sampling]) -> Tensor:
-    """Set to 0 what is not among the k likeliest, then what is outside the smallest set of the rest that has at least
-    the share top_p. Tokens as likely as the last one kept are kept too."""
-    device, vocabulary = probabilities.device, probabilities.shape[-1]
-    ranks = torch.tensor([min(option.top_k, vocabulary) for option in options], device=device)[:, None]
-    top_p = torch.tensor([option.top_p for option in options], dtype=torch.float64, device=device)[:, None]
-    # Ranking a whole vocabulary costs ten times what finding its first thousand does, and those nearly always suffice.
-    for width in (min(max(RANKED, *(option.top_k for option in options)), vocabulary), vocabulary):
-        ranked = probabilities.topk(width).values
-        least_likely = ranked.gather(-1, (ranks - 1).clamp_min(0)).where(ranks > 0, 0)
-        share = top_p * probabilities.where(probabilities >= least_likely, 0).sum(-1, keepdim=True, dtype=torch.float64)
-        likely = ranked.where(ranked >= least_likely, 0)
-        cumulated = likely.cumsum(-1, dtype=torch.float64)
-        inside = cumulated - likely < share
-        if width == vocabulary or not bool((inside[:, -1] & (ranks == 0)[:, 0]).any()):
-            break
-    inside[:, 0] = True
-    least = likely.where(inside & (likely > 0), torch.inf).amin(-1, keepdim=True)
-    return probabilities.where(probabilities >= least, 0)
-
-
-def _invert(probabilities: Tensor, uniforms: list[float]) -> Tensor:
-    """The first token whose cumulated probability exceeds the uniform's share of the sum; its own is above 0."""
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    share = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulated[:, -1:]
-    # Logits that are no numbers have no such token: then it is the last, and the engine lives.
-    return torch.searchsorted(cumulated, share, right=True)[:, 0].clamp_max(cumulated.shape[-1] - 1)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engine.config import Sampling
-from engine.runtime.sampler import Draws, _narrow, collect_draws, likeliest, sample, uniform
+from engine.kernels.draw_reference import narrowed
+from engine.runtime.sampler import Draws, collect_draws, likeliest, sample, uniform
 from engine.runtime.sequence import Sequence
 
 COUNT = 4000
@@ -87,11 +88,11 @@ def test_a_large_vocabulary_is_narrowed_as_a_full_ranking_says(options, flatness
     kept = probabilities[order].double()
     size = int((kept.cumsum(0) - kept < options.get("top_p", 1.0) * kept.sum()).sum())
     allowed = set(order[:size].tolist())
-    steep = [Sampling(), Sampling(**options)]
-    found = _narrow(torch.stack([probabilities, probabilities]), steep)
+    top_k, top_p = (torch.tensor([all_, options.get(name, all_)]) for name, all_ in (("top_k", 0), ("top_p", 1.0)))
+    found = narrowed(torch.stack([probabilities, probabilities]), top_k, top_p)
     assert set(found[1].nonzero()[:, 0].tolist()) == allowed
     assert torch.equal(found[0], probabilities)
-    assert torch.equal(_narrow(probabilities[None], steep[1:]), found[1:])
+    assert torch.equal(narrowed(probabilities[None], top_k[1:], top_p[1:]), found[1:])
 
 
 def test_tokens_as_likely_as_the_last_one_kept_are_kept():
