@@ -20,16 +20,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.recipe_quality import ANSWERS, MODELS, Item, answers, decoder, one_page, stories
+from benchmarks.recipe_quality import ANSWERS, MODELS, Item, answers, decoder, one_page, scales_of, stories
 from benchmarks.rows import append, commit
-from engine.config import KVGranularity, ModelConfig
+from engine.config import KVGranularity
 from engine.models.batch import packed
 from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.runtime.tokenizer import Tokenizer
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
-from pipelines.quant.kv import fine_scales, layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.toolchain import toolchain
 
@@ -94,19 +93,6 @@ def joined(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tenso
         return right
     take: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": torch.minimum}
     return {key: take.get(key.split("/")[1], torch.maximum)(left[key], right[key]) for key in left}
-
-
-def scales_of(ranges: dict[str, Tensor], config: ModelConfig, granularity: KVGranularity) -> KVScales:
-    """The scales that `export` writes for one rank."""
-    layers = []
-    for layer in range(config.num_layers):
-        if granularity == "tensor":
-            row = torch.tensor(layer_scales(ranges, layer, tp=1)[0])
-            layers.append(row.expand(config.num_kv_heads, config.head_dim, 4))
-        else:
-            layers.append(fine_scales(ranges, layer, granularity))
-    scales = torch.stack(layers)
-    return KVScales(key=scales[..., :2].contiguous(), value=scales[..., 2:].contiguous())
 
 
 def compare(model: Decoder, items: Sequence[Item], caches: dict[Any, Scales]) -> dict[Any, dict[str, float]]:

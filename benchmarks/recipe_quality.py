@@ -15,29 +15,30 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.calibration_memory import append, commit
+from engine.config import KVGranularity, ModelConfig
 from engine.models.batch import Batch, packed
-from engine.models.cache import KVCache, KVScales
+from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.runtime.tokenizer import Tokenizer
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
 from pipelines.data.blocks import token_blocks
 from pipelines.quant import w4a16, w8a8
-from pipelines.quant.kv import layer_scales
+from pipelines.quant.kv import fine_scales, layer_scales
 from pipelines.quant.stream import side_by_side
 from pipelines.quant.tensor_file import tensors_over
 from pipelines.quant.w4a16.head import HEAD_FILE
 from pipelines.recipe_fields import weights_part
-from pipelines.schema import Weights
+from pipelines.schema import KV, Weights
 from pipelines.toolchain import toolchain
 
 RESULTS = Path(__file__).parent / "results" / "recipe_quality.csv"
@@ -114,13 +115,15 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
             package.quantize(weights, checkpoint.folder, calibration, out, device=device)
         seconds = time.perf_counter() - begun
         model = decoder(checkpoint, out / "weights.safetensors", device)
-        scales = kv_scales(checkpoint, calibration, out) if kv == "kv8" else None
+        granularity = cast(KVGranularity, KV().granularity) if kv == "kv8" else ""
+        scales = kv_scales(checkpoint, calibration, out, granularity) if granularity else None
         value = perplexity(model, items, scales)
         baseline = value if baseline is None else baseline
         nearest = value if method == "rtn" else nearest
         closed = (nearest - value) / (nearest - baseline) if nearest and method not in ("", "rtn") else None
         change = value / baseline - 1
-        record(run, device, name, recipe, group_size, method, value, change, closed, items, len(blocks), seconds)
+        about = (name, recipe, group_size, method, granularity)
+        record(run, device, about, value, change, closed, items, len(blocks), seconds)
 
     measure("fp16", 0, "")
     measure("fp16-kv8", 0, "", kv="kv8")
@@ -172,20 +175,38 @@ def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu") -> Dec
     return Decoder(checkpoint.config, weights, device=device, dtype=torch.float32)
 
 
-def kv_scales(checkpoint: Checkpoint, calibration: Path, quantized: Path) -> KVScales:
-    """The scales that `export` writes for one rank, per KV head."""
-    statistics = load_file(calibration / "stats.safetensors")
+def kv_scales(
+    checkpoint: Checkpoint, calibration: Path, quantized: Path, granularity: KVGranularity
+) -> KVScales | PerToken:
+    """The scales that `export` writes for one rank, by `kv.granularity`."""
+    if granularity == "token":
+        return PerToken()
+    statistics, config = load_file(calibration / "stats.safetensors"), checkpoint.config
     smoothed = quantized / "smoothing.safetensors"
     smoothing = load_file(smoothed) if smoothed.exists() else {}
-    rows = [
-        layer_scales(statistics, layer, tp=1, smoothing=smoothing.get(f"model.layers.{layer}.self_attn.v_proj"))[0]
-        for layer in range(checkpoint.config.num_layers)
-    ]
-    heads = torch.tensor(rows).view(-1, 1, 2, 2).expand(-1, checkpoint.config.num_kv_heads, -1, -1)
-    return KVScales.of_heads(key=heads[:, :, 0], value=heads[:, :, 1], head_dim=checkpoint.config.head_dim)
+    return scales_of(statistics, config, granularity, smoothing)
 
 
-def perplexity(model: Decoder, items: Sequence[Item], scales: KVScales | None) -> float:
+def scales_of(
+    ranges: Mapping[str, Tensor],
+    config: ModelConfig,
+    granularity: KVGranularity,
+    smoothing: Mapping[str, Tensor] | None = None,
+) -> KVScales:
+    """The static scales of a model whose recorded ranges are `ranges`; V's are divided by v_proj's `smoothing`."""
+    layers = []
+    for layer in range(config.num_layers):
+        divisor = (smoothing or {}).get(f"model.layers.{layer}.self_attn.v_proj")
+        if granularity == "tensor":
+            row = torch.tensor(layer_scales(ranges, layer, tp=1, smoothing=divisor)[0])
+            layers.append(row.expand(config.num_kv_heads, config.head_dim, 4))
+        else:
+            layers.append(fine_scales(ranges, layer, granularity, smoothing=divisor))
+    scales = torch.stack(layers)
+    return KVScales(key=scales[..., :2].contiguous(), value=scales[..., 2:].contiguous())
+
+
+def perplexity(model: Decoder, items: Sequence[Item], scales: KVScales | PerToken | None) -> float:
     """exp of the mean negative log-likelihood of all scored tokens; through an int8 cache where scales are given."""
 
     def one(index: int) -> float:
@@ -221,10 +242,7 @@ def one_page(batch: Batch) -> Batch:
 def record(
     run: str,
     device: str,
-    model: str,
-    recipe: str,
-    group_size: int,
-    method: str,
+    about: tuple[str, str, int, str, str],
     value: float,
     change: float,
     closed: float | None,
@@ -233,6 +251,7 @@ def record(
     seconds: float,
 ) -> None:
     """Append the row, and print it as one of the table in docs/recipes.md."""
+    model, recipe, group_size, method, granularity = about
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": run,
@@ -246,6 +265,7 @@ def record(
         "gap_closed": "" if closed is None else round(closed, 4),
         "quantize_seconds": round(seconds, 1),
         "calibration_blocks": blocks,
+        "kv_granularity": granularity,
     }
     if device != "cpu":
         row["device"] = torch.cuda.get_device_name()

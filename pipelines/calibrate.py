@@ -21,6 +21,7 @@ from tqdm import tqdm
 from engine.storage.checkpoint import Checkpoint
 from pipelines.chat_templates import open_tokenizer
 from pipelines.data.calibration_set import calibration_set
+from pipelines.devices import check_device
 from pipelines.forecast import forecast, load_of
 from pipelines.quant.cost import calibration_cost
 from pipelines.quant.observers import KEY, VALUE, Observer, channel_statistics, head_statistics, with_means
@@ -32,6 +33,7 @@ from pipelines.unfinished import unfinished_work
 
 
 def work(call: Call) -> None:
+    check_device(call.device)
     record = call.slice["model"]
     checkpoint = Checkpoint(locate(record), allow_bin=pickled(record), allow_quantized=True)
     calibration, config = call.slice["calibration"], checkpoint.config
@@ -104,4 +106,4 @@ def _observer() -> Observer:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_stage(work))
+    raise SystemExit(run_stage(work, on_gpus=True))

@@ -31,6 +31,7 @@ from engine.storage.hf_export import export_checkpoint
 from engine.storage.turbomind_files import check_fits, float_type
 from pipelines import sources
 from pipelines.calibrate import calibrate, calibration_blocks
+from pipelines.devices import check_device
 from pipelines.quant import w4a16, w8a8
 from pipelines.quant.stream import side_by_side
 from pipelines.recipe_fields import weights_part
@@ -85,7 +86,7 @@ def calibrate_folder(
     ValueError or FileNotFoundError where something does not fit, before anything is written.
     """
     _check_folders(model, work)
-    _check_device(device)
+    check_device(device)
     checkpoint = Checkpoint(model, allow_bin=allow_bin)
     slice_part, place = _calibration(data)
     blocks, about = calibration_blocks(slice_part, checkpoint, locate=lambda _: place)
@@ -115,7 +116,7 @@ def auto_awq(
     `method` is one of `weights.method`, or `reference` for LMDeploy's formula.
     """
     _check_folders(model, work)
-    _check_device(device)
+    check_device(device)
     if method not in LITE_METHODS:
         raise ValueError(f"--method {method} is not known; there are {', '.join(LITE_METHODS)}")
     if method == REFERENCE and symmetric:
@@ -269,14 +270,6 @@ def _check_folders(model: Path, work: Path) -> None:
         raise ValueError(f"--work-dir {work} is the model's own folder: name another, the model is not overwritten")
     if work.exists() and (not work.is_dir() or ((work / "config.json").exists() and not (work / ABOUT).exists())):
         raise ValueError(f"--work-dir {work} holds something else, a checkpoint or a file: name another folder")
-
-
-def _check_device(device: str) -> None:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} is not known: give cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: there is no GPU here that torch can use; give cpu")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import importlib
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+from pipelines.devices import check_device
 from pipelines.quantized_source import check_weights
 from pipelines.slices import Call, locate, output, run_stage, write_json
 from pipelines.sources import identity, model_files, pickled, sha256_file
@@ -21,6 +22,7 @@ TAKEN = ("fp16", "as_is")  # from the checkpoint, with nothing computed
 
 
 def work(call: Call) -> None:
+    check_device(call.device)
     record, weights = call.slice["model"], call.slice["weights"]
     if weights["name"] not in RECIPES:
         raise ValueError(f"weights={weights['name']} is no recipe; there are {', '.join(RECIPES)}.")
@@ -65,4 +67,4 @@ def _forecast(call: Call, source: Path) -> AbstractContextManager[None]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_stage(work))
+    raise SystemExit(run_stage(work, on_gpus=True))

@@ -44,18 +44,23 @@ class Call:
     device: str = "cpu"
 
 
-def run_stage(work: Callable[[Call], None], argv: Sequence[str] | None = None) -> int:
-    """Parse the stage's command line and do its work. A ValueError or OSError becomes one paragraph and exit code 1."""
-    parser = argparse.ArgumentParser(prog=f"python -m {work.__module__}", allow_abbrev=False)
+def run_stage(work: Callable[[Call], None], argv: Sequence[str] | None = None, *, on_gpus: bool = False) -> int:
+    """Parse the stage's command line and do its work. A ValueError or OSError becomes one paragraph and exit code 1.
+
+    `on_gpus`: the stage computes on a GPU as well, where it is asked to; any other refuses to be asked.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {_module(work)}", allow_abbrev=False)
     parser.add_argument("--slice", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--in", dest="inputs", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the stages that can use it")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N" if on_gpus else "cpu alone")
     arguments = parser.parse_args(argv)
     die_with_parent()
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when a data set or a model is fetched
     try:
         inputs = dict(_named_input(text) for text in arguments.inputs)
+        if arguments.device != "cpu" and not on_gpus:
+            raise ValueError(f"--device {arguments.device}: this stage computes on the CPU alone. Leave --device out.")
         content = read_slice(arguments.slice)
         if "toolchain" in content:
             declared = dict(content["toolchain"])
@@ -162,6 +167,12 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+def _module(work: Callable[[Call], None]) -> str:
+    """The name that a stage was started by: run with `python -m` its module calls itself __main__."""
+    spec = getattr(sys.modules.get(work.__module__), "__spec__", None)
+    return spec.name if spec is not None else work.__module__
 
 
 def _named_input(text: str) -> tuple[str, Path]:

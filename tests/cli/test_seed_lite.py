@@ -238,7 +238,11 @@ def test_conversations_of_ones_own(places, tmp_path, capsys):
         ("calibrate", ["--calib-samples", "100000", "--calib-seqlen", "32"], "Lower --calib-samples to"),
         ("calibrate", ["--calib-dataset", "mmlu"], "--calib-dataset mmlu is not known; there are wikitext2, ptb, c4"),
         ("calibrate", ["--calib-dataset", "ptb", "--calib-path", "nowhere"], "--calib-path nowhere does not exist"),
-        ("calibrate", ["--device", "tpu"], "--device tpu is not known: give cpu or cuda"),
+        (
+            "calibrate",
+            ["--device", "tpu"],
+            "--device tpu is not known: give cpu, cuda, or cuda:N",
+        ),
         ("calibrate", ["--model", "x"], "give the folder of the checkpoint once"),
         ("calibrate", ["--work-dir", "{model}"], "is the model's own folder: name another"),
         ("calibrate", ["--work-dir", "{other}"], "holds something else, a checkpoint or a file"),

@@ -70,7 +70,7 @@ def work(request):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         torch.set_num_threads(threads)
     try:
-        return slices.run_stage(importlib.import_module(request["stage"]).work, request["argv"])
+        return slices.run_stage(importlib.import_module(request["stage"]).work, request["argv"], on_gpus=True)
     finally:
         sys.stderr.flush()
 
