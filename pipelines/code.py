@@ -16,6 +16,7 @@ PACKAGES = ("engine", "pipelines")
 RECIPES = "pipelines.quant"
 # Folders of files that a module reads and does not import.
 READ = {
+    "engine/kernels/c_library.py": "engine/kernels/c",
     "engine/storage/triton_repository.py": "engine/storage/triton_models",
     "pipelines/template_files.py": "pipelines/templates",
 }

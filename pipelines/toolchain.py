@@ -38,7 +38,9 @@ def device_class(cpuinfo: str | None = None) -> str:
 
 
 def fix_instruction_set(device: str) -> None:
-    """Make this process compute as its class does. The libraries read these names at their first operation."""
+    """Make this process compute as its class does, whether a C compiler is there or not (`engine.kernels.cpu_linear`).
+    The libraries read these names at their first operation."""
+    os.environ["INGOT_C_KERNELS"] = "exact"
     for name, value in INSTRUCTION_SETS.get(device.split("-")[1], {}).items():
         os.environ[name] = value
 

@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-any-return"
-"""The operations of the decoder: Triton's kernels for tensors on a GPU, plain torch for all others.
+"""The operations of the decoder: Triton's kernels for tensors on a GPU; for all others plain torch, and compiled C for
+the products of quantized linears.
 
 Names and contracts are those of `reference.py`, where the single operations are, and of the fused ones below, which say
 of which operations they are made. Triton is imported when the first tensor on a GPU arrives.
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import draw_reference, invariant, reference
+from engine.kernels import cpu_linear, draw_reference, invariant, reference
 from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpack_int4
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "int4_linear",
     "int8_linear",
     "pack_int4",
+    "packs_int4",
     "paged_attention",
     "quantize_rows",
     "rms_norm",
@@ -84,17 +86,30 @@ def int8_linear(
     """`reference.int8_linear`."""
     if on_kernels(x) and dtype in HALVES:
         return _kernels("int8_linear").int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
+    if cpu_linear.multiplies_int8(x, weight):
+        return cpu_linear.int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
     return reference.int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
 
 
+def packs_int4(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `int4_linear` computes in `dtype` on the device of these weights, which are in the AWQ layout."""
+    if qweight.is_cuda:
+        return on_kernels(qweight) and dtype in HALVES
+    return cpu_linear.packs_int4(qweight, scales)
+
+
 def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Any:
-    """The AWQ layout (see `reference.unpack_int4`) in the order of `int4_linear`: for tensors on a GPU."""
-    return _kernels("int4_weights").Int4Weights.pack(qweight, qzeros, scales)
+    """The AWQ layout (see `reference.unpack_int4`) in the order of `int4_linear`, where `packs_int4` says so."""
+    if qweight.is_cuda:
+        return _kernels("int4_weights").Int4Weights.pack(qweight, qzeros, scales)
+    return cpu_linear.CpuInt4Weights.pack(qweight, qzeros, scales)
 
 
 def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias for x [..., in] in float16 or bfloat16 and weights of `pack_int4`; [..., out]."""
-    return _kernels("int4_linear").int4_linear(x, weights, bias)
+    """x W^T + bias for x [..., in] in a type of `packs_int4` and weights of `pack_int4`; [..., out]."""
+    if x.is_cuda:
+        return _kernels("int4_linear").int4_linear(x, weights, bias)
+    return cpu_linear.int4_linear(x, weights, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

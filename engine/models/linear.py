@@ -48,8 +48,8 @@ class DenseLinear:
 class Int4Linear:
     """A weight of 4-bit groups in the AWQ layout (see `unpack_int4`), with a bias [out] in the computing type or none.
 
-    `packed` takes the order of a GPU's kernels in place of it. Without, the packed tensors stay, and the first forward
-    unpacks them once to x's type and keeps the dense weight as well.
+    `packed` takes the order of the device's kernels in place of it. Without, the packed tensors stay, and the first
+    forward unpacks them once to x's type and keeps the dense weight as well.
     """
 
     def __init__(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
@@ -61,9 +61,7 @@ class Int4Linear:
 
     def packed(self, dtype: torch.dtype) -> Linear:
         """The linear that computes in `dtype` on the device of its tensors."""
-        if ops.on_kernels(self.qweight) and dtype in ops.HALVES:
-            return PackedInt4Linear(self)
-        return self
+        return PackedInt4Linear(self) if ops.packs_int4(self.qweight, self.scales, dtype) else self
 
     def forward(self, x: Tensor) -> Tensor:
         if self._weight is None or self._weight.dtype != x.dtype:
@@ -72,7 +70,7 @@ class Int4Linear:
 
 
 class PackedInt4Linear:
-    """The same in the order that the GPU's kernels read, in float16 or bfloat16."""
+    """The same in the order that the kernels of its device read."""
 
     def __init__(self, linear: Int4Linear) -> None:
         self._weights, self._bias = ops.pack_int4(linear.qweight, linear.qzeros, linear.scales), linear.bias

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from engine.cache_size import CacheSize, num_pages
 from engine.config import Dtype, EngineConfig, ModelConfig, Recipe
+from engine.kernels.cpu_linear import has_int4
 from engine.kernels.ops import HALVES, has_triton
 from engine.models import names
 from engine.models.cache import page_bytes
@@ -18,7 +20,8 @@ from engine.runtime.memory import free_memory
 MIB = 2**20
 # The largest share of the free memory that is proposed for the cache.
 MOST = 0.9
-# Inputs of a tile of packed 4-bit weights, which keep a word for each group: see `engine.kernels.int4_weights`.
+# Inputs of a tile of packed 4-bit weights, which keep a word for each group (a CPU's three bytes): see
+# `engine.kernels.int4_weights`.
 INT4_TILE = 128
 # First compute capability with the type in its matrix units.
 BFLOAT16_FROM = (8, 0)
@@ -27,14 +30,14 @@ INT8_FROM = (7, 5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a device is and can do: types that its matrix units know, whether it multiplies 4-bit weights as they are
-    packed (in float16 and bfloat16), and bytes that are free now."""
+    """What a device is and can do: types that its matrix units know, those in which it multiplies 4-bit weights as they
+    are packed, and bytes that are free now."""
 
     name: str
     bfloat16: bool
     int8: bool
     free_bytes: int
-    int4: bool = False
+    int4: tuple[torch.dtype, ...] = ()
 
 
 def probe_device(text: str) -> Device:
@@ -44,7 +47,8 @@ def probe_device(text: str) -> Device:
     except RuntimeError as error:
         raise ValueError(f"device={text} is no device: write cpu, cuda or cuda:N.") from error
     if device.type == "cpu":
-        return Device(name="cpu", bfloat16=True, int8=True, free_bytes=free_memory(device))
+        int4 = (torch.float32, *HALVES) if has_int4() else ()
+        return Device(name="cpu", bfloat16=True, int8=True, free_bytes=free_memory(device), int4=int4)
     if device.type != "cuda":
         raise ValueError(f"device={text} is not supported; cpu and cuda are.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -59,7 +63,7 @@ def probe_device(text: str) -> Device:
         bfloat16=capability >= BFLOAT16_FROM,
         int8=capability >= INT8_FROM,
         free_bytes=free_memory(device),
-        int4=has_triton(),
+        int4=HALVES if has_triton() else (),
     )
 
 
@@ -95,10 +99,12 @@ def check_capability(
     _check_memory(config, recipe, engine, device, dtype=getattr(torch, dtype), session_len=session_len)
 
 
-def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int4: bool = False, tp: int = 1) -> int:
-    """Memory that the weights take when they run. Where the device does not multiply 4-bit weights as they are packed
-    (`int4`), linears keep what they unpack beside them. `config` is the shape of one of `tp` ranks, which have an equal
-    share of the output matrix each."""
+def weight_bytes(
+    config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int4: Collection[torch.dtype] = (), tp: int = 1
+) -> int:
+    """Memory that the weights take when they run in `dtype`. Where that is none of `int4`, in which the device
+    multiplies 4-bit weights as they are packed, linears keep what they unpack beside them. `config` is the shape of one
+    of `tp` ranks, which have an equal share of the output matrix each."""
     total = 0
     for name, shape in names.model_tensors(config).items():
         count = torch.Size(shape).numel() // (tp if name == names.HEAD else 1)
@@ -110,7 +116,7 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, int
             total += count + shape[0] // tp * 4
             continue
         packed = (recipe.weights == "w4a16" and linear) or (name == names.HEAD and recipe.head == "int4")
-        if packed and int4 and dtype in HALVES:
+        if packed and dtype in int4:
             total += count // 2 + count // math.gcd(recipe.group_size, INT4_TILE) * 4
             continue
         total += count * dtype.itemsize

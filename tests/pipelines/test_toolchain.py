@@ -43,8 +43,10 @@ def test_the_instruction_set_is_fixed_even_after_torch_was_imported():
 
 def test_an_unknown_class_fixes_nothing(monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setenv("INGOT_C_KERNELS", "")
     toolchain.fix_instruction_set("cpu-arm64")
     assert "ATEN_CPU_CAPABILITY" not in os.environ
+    assert os.environ["INGOT_C_KERNELS"] == "exact"  # no class says whether there is a compiler
 
 
 def test_a_difference_is_named(monkeypatch):

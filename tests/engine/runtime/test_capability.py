@@ -172,6 +172,8 @@ def test_the_engine_asks_before_it_reads_a_weight(tmp_path, monkeypatch):
 
 def test_packed_weights_count_once_where_the_device_multiplies_them_as_they_are():
     recipe = Recipe(weights="w4a16", group_size=8)
-    packed = weight_bytes(MODEL, recipe, torch.float16, int4=True)
+    packed = weight_bytes(MODEL, recipe, torch.float16, int4=(torch.float16,))
     assert packed < weight_bytes(MODEL, FP16, torch.float16) < weight_bytes(MODEL, recipe, torch.float16)
-    assert weight_bytes(MODEL, recipe, torch.float32, int4=True) == weight_bytes(MODEL, recipe, torch.float32)
+    assert weight_bytes(MODEL, recipe, torch.float32, int4=(torch.float16,)) == weight_bytes(
+        MODEL, recipe, torch.float32
+    )
