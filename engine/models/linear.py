@@ -74,6 +74,7 @@ class PackedInt4Linear:
 
     def __init__(self, linear: Int4Linear) -> None:
         self._weights, self._bias = ops.pack_int4(linear.qweight, linear.qzeros, linear.scales), linear.bias
+        self.on_cpu = not linear.qweight.is_cuda
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.int4_linear(x, self._weights, self._bias)
@@ -174,11 +175,12 @@ def stack(linears: Sequence[Kind]) -> Linear:
 
 def settled(linear: Linear, dtype: torch.dtype, *, tile: int = 0) -> Linear:
     """A linear as it is kept to compute in `dtype`: in the order of the kernels of its device, and in tiles of so many
-    rows where `tile` is not 0."""
+    rows where `tile` is not 0 and rows are not computed one by one anyway."""
     if isinstance(linear, MixedLinear):
         return MixedLinear([settled(one, dtype, tile=tile) for one in linear.linears])
     linear = linear.packed(dtype) if isinstance(linear, Int4Linear) else linear
-    return TiledLinear(linear, tile) if tile else linear
+    alone = isinstance(linear, PackedInt4Linear) and linear.on_cpu
+    return TiledLinear(linear, tile) if tile and not alone else linear
 
 
 def _join_biases(linears: Sequence[Kind], sizes: Sequence[int]) -> Tensor | None:

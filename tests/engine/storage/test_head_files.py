@@ -6,7 +6,7 @@ import torch
 from engine.config import Recipe
 from engine.kernels.reference import unpack_int4
 from engine.models.batch import packed
-from engine.models.linear import DenseLinear, Int4Linear, Int8Linear
+from engine.models.linear import DenseLinear, Int4Linear, Int8Linear, PackedInt4Linear
 from engine.storage.head_files import head_of_rank, head_problem, head_tensors
 from engine.storage.reshard import reshard
 from engine.storage.turbomind_files import file_bytes
@@ -45,7 +45,9 @@ def test_another_tp_changes_no_bit_of_it(tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "kind"), [(INT4, Int4Linear), (INT8, Int8Linear), (replace(INT4, head="fp16"), DenseLinear)], ids=str
+    ("recipe", "kind"),
+    [(INT4, (Int4Linear, PackedInt4Linear)), (INT8, Int8Linear), (replace(INT4, head="fp16"), DenseLinear)],
+    ids=str,
 )
 def test_the_engine_computes_with_it(tmp_path, recipe, kind):
     tensors = random_tensors(SMALL, recipe)
