@@ -27,6 +27,7 @@ from server.admission import Admission
 from server.app import create_app
 from server.config import AppConfig, ServeConfig, check_exposure
 from server.keys import Keys, read_key_lines
+from server.traces import Traces
 
 HELP = """usage: ingot serve artifact=ID [KEY=VALUE ...] [--cfg job]
 
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     keys = read_keys(command.serve)
     check_exposure(command.serve.host, keys)
     tls = tls_options(command.serve)
+    traces = Traces.to(command.serve.traces) if command.serve.traces is not None else None
     target = find_target(
         artifact=command.artifact,
         folder=command.folder,
@@ -74,7 +76,7 @@ def main(argv: list[str]) -> int:
         model_name=command.serve.model_name,
     )
     with listening_socket(command.serve.host, command.serve.port) as listener:
-        return asyncio.run(serve(target, command.serve, keys, tls, listener))
+        return asyncio.run(serve(target, command.serve, keys, tls, listener, traces))
 
 
 def options_text() -> str:
@@ -153,7 +155,12 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    target: Target, config: ServeConfig, keys: Keys, tls: Mapping[str, Any], listener: socket.socket
+    target: Target,
+    config: ServeConfig,
+    keys: Keys,
+    tls: Mapping[str, Any],
+    listener: socket.socket,
+    traces: Traces | None,
 ) -> int:
     """Load the engine and serve until a signal comes or the engine ends."""
     stop = asyncio.Event()
@@ -193,6 +200,7 @@ async def serve(
             session_timeout=config.session_timeout,
             max_sessions=config.max_sessions,
             access_log=sys.stderr if config.access_log == "json" else None,
+            traces=traces,
         )
         app = create_app(client, tokenizer, app_config)
         options = {"log_config": LOG, "access_log": config.access_log == "text", **tls}
@@ -215,6 +223,8 @@ async def serve(
         return fail(str(error))
     finally:
         await client.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
 
 async def drain(admission: Admission, stop: asyncio.Event, ending: asyncio.Task[None], *, seconds: float) -> None:

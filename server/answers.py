@@ -16,6 +16,7 @@ from server import shapes
 from server.admission import Visit
 from server.errors import DeadlineExceeded
 from server.metrics import Metrics, Track
+from server.traces import RequestTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,10 @@ class Job:
 class Answers:
     """Engine requests for `jobs`, numbered as they are. `close` aborts what is unfinished and may be called twice."""
 
-    def __init__(self, jobs: Sequence[Job], visit: Visit, track: Track) -> None:
+    def __init__(self, jobs: Sequence[Job], visit: Visit, track: Track, trace: RequestTrace | None) -> None:
         self._jobs = jobs
         self._track = track
+        self._trace = trace
         self._visit = visit
         self._timer: asyncio.TimerHandle | None = None
         self._late: DeadlineExceeded | None = None
@@ -47,6 +49,7 @@ class Answers:
         *,
         visit: Visit,
         metrics: Metrics,
+        trace: RequestTrace | None = None,
         owner: str = "",
         priority: int = 0,
         seconds: float | None = None,
@@ -54,7 +57,9 @@ class Answers:
     ) -> Answers:
         """Submit all jobs, whose place in line is `visit`. ValueError, in the engine's words, when it refuses one; then
         none runs. When the loop's clock says `until`, which is after `seconds`, they end with DeadlineExceeded."""
-        answers = cls(jobs, visit, metrics.track(len(jobs)))
+        answers = cls(jobs, visit, metrics.track(len(jobs)), trace)
+        if trace is not None:
+            trace.begin(len(jobs))
         try:
             if seconds is not None and until is not None:
                 answers._timer = asyncio.get_running_loop().call_at(until, answers._expire, seconds)
@@ -118,6 +123,8 @@ class Answers:
                     for event in events:
                         self._latest[index] = event
                         self._track.take(index, event)
+                        if self._trace is not None:
+                            self._trace.take(index, event)
                         if event.finish_reason is not None:
                             unfinished -= 1
                             self._visit.leave()

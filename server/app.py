@@ -24,6 +24,7 @@ from server.guard import KeyGuard
 from server.interactive import Interactive
 from server.metrics import Metrics
 from server.tokenization import Tokenization
+from server.traces import TraceRequests
 
 
 def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) -> FastAPI:
@@ -94,5 +95,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     if config.cors_origins:
         # Outside of the guard: browsers ask what is allowed without a key.
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    if config.traces is not None:
+        app.add_middleware(TraceRequests, traces=config.traces, model=config.model.name)
     app.add_middleware(AccessLog, log=config.access_log)
     return app

@@ -7,13 +7,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from engine.cache_size import CACHE_SIZES
 from engine.config import COUNTS, EngineConfig
 from server.keys import Keys
 
+if TYPE_CHECKING:
+    from server.traces import Traces
+
 ACCESS_LOGS = ("text", "json", "none")
+FROM_ENVIRONMENT = "env"
+COLLECTOR = re.compile(r"https?://[^\s@]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 _ATTRIBUTE = "it is an attribute of the model"
 IMMUTABLE = {
@@ -58,6 +63,7 @@ class ServeConfig:
     drain_timeout: float = 60.0
     self_test: bool = True
     access_log: str = "text"
+    traces: str | None = None
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     device: str = "cpu"
@@ -94,6 +100,11 @@ class ServeConfig:
             ),
             ("drain_timeout", 0 <= self.drain_timeout < math.inf, "a number of seconds"),
             ("access_log", self.access_log in ACCESS_LOGS, ", ".join(ACCESS_LOGS[:-1]) + f" or {ACCESS_LOGS[-1]}"),
+            (
+                "traces",
+                self.traces in (None, FROM_ENVIRONMENT) or bool(COLLECTOR.fullmatch(self.traces or "")),
+                f"null, the URL of a collector (http://127.0.0.1:4318), or {FROM_ENVIRONMENT}",
+            ),
             ("session_timeout", 0 < self.session_timeout < math.inf, "a number of seconds above 0"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             *(
@@ -171,7 +182,7 @@ class AppConfig:
     origins but `cors_origins` can read answers. A key may have `max_requests` answers waiting or running, and none may
     take more than `request_timeout` seconds. Sessions that the server keeps are forgotten after `session_timeout`
     idle seconds, and beyond `max_sessions` of one key. A line of JSON about every request goes to
-    `access_log`."""
+    `access_log`, and spans about those that generate to `traces`."""
 
     model: ServedModel
     keys: Keys = field(default_factory=dict)
@@ -182,6 +193,7 @@ class AppConfig:
     session_timeout: float = 3600.0
     max_sessions: int = 1024
     access_log: TextIO | None = None
+    traces: Traces | None = None
 
 
 def check_exposure(host: str, keys: Keys) -> None:

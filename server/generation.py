@@ -29,6 +29,7 @@ from server.fair_threads import FairThreads
 from server.grammars import PreparedGrammars
 from server.guard import owner_of
 from server.metrics import Metrics
+from server.traces import trace_of
 
 Made = TypeVar("Made")
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -203,6 +204,7 @@ class Generation:
             jobs,
             visit=visit,
             metrics=self._metrics,
+            trace=trace_of(arrival.request),
             owner=arrival.owner,
             priority=priority,
             seconds=arrival.seconds,

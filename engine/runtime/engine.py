@@ -308,4 +308,5 @@ def _event(
         cached_tokens=sequence.prefix_hit or 0,
         completion_tokens=sequence.known - sequence.prompt_length,
         logprobs=logprobs,
+        admitted=sequence.admitted,
     )

@@ -23,7 +23,8 @@ class Event:
 
     `finish_reason` is None while more is to come: "stop" is an end token or a stop string, "length" is
     max_new_tokens or session_len. `cached_tokens` of the prompt came from the prefix cache. `logprobs` has an entry for
-    each token where they were asked for.
+    each token where they were asked for. `admitted` is when the engine began with the request, by the clock of
+    `time.monotonic`, which all processes of a machine share; 0 where it never did.
     """
 
     request_id: str
@@ -34,3 +35,4 @@ class Event:
     cached_tokens: int
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    admitted: float = 0.0

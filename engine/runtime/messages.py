@@ -36,11 +36,12 @@ def pack_event(event: Event) -> list[Any]:
     """A list, by hand: dataclasses.astuple would copy deeply, for every token of every request."""
     counts = [event.prompt_tokens, event.cached_tokens, event.completion_tokens]
     logprobs = [[each.token_id, each.logprob, each.top] for each in event.logprobs]
-    return [event.request_id, event.token_ids, event.text, event.finish_reason, *counts, logprobs]
+    return [event.request_id, event.token_ids, event.text, event.finish_reason, *counts, event.admitted, logprobs]
 
 
 def unpack_event(packed: list[Any]) -> Event:
-    request_id, token_ids, text, finish_reason, prompt_tokens, cached_tokens, completion_tokens, logprobs = packed
+    request_id, token_ids, text, finish_reason, *counts, admitted, logprobs = packed
+    prompt_tokens, cached_tokens, completion_tokens = counts
     return Event(
         request_id=request_id,
         token_ids=tuple(token_ids),
@@ -49,6 +50,7 @@ def unpack_event(packed: list[Any]) -> Event:
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
         completion_tokens=completion_tokens,
+        admitted=admitted,
         logprobs=tuple(
             TokenLogprob(token_id=token, logprob=logprob, top=tuple((other, value) for other, value in top))
             for token, logprob, top in logprobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ class Scheduler:
         sequence.published = len(found)
         if sequence.prefix_hit is None:
             sequence.prefix_hit = sequence.cached
+            sequence.admitted = time.monotonic()
         return True
 
     def _admit_by_force(self, sequence: Sequence) -> int | None:

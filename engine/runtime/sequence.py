@@ -39,6 +39,7 @@ class Sequence:
     the logits of every position are wanted, so it takes no page from the prefix index and puts none there.
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
     token, since K in the cache is turned by it. `constraint` is the grammar that the answer follows.
+    `admitted` is when the engine first began with it, by the machine's monotonic clock; 0 before.
     Engines are shared fairly between owners; among one owner's, lower `priority` comes first, then `arrival`.
     """
 
@@ -63,6 +64,7 @@ class Sequence:
     prompt_length: int = 0
     prefix_hit: int | None = None
     arrival: int = 0
+    admitted: float = 0.0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

@@ -118,4 +118,5 @@ def _one(run: list[Event]) -> Event:
         prompt_tokens=last.prompt_tokens,
         cached_tokens=last.cached_tokens,
         completion_tokens=last.completion_tokens,
+        admitted=last.admitted,
     )

@@ -113,7 +113,7 @@ def test_the_service_answers_in_order(ends: tuple[socket.socket, socket.socket])
     assert [answer["type"] for answer in answers] == ["accepted", "refused", "accepted", "state", "events"]
     assert answers[1]["message"] == "no prompt"
     assert answers[3]["unfinished"] == 1
-    assert answers[4]["events"] == [["r1", [7], "x", "length", 2, 1, 1, []]]
+    assert answers[4]["events"] == [["r1", [7], "x", "length", 2, 1, 1, 0.0, []]]
     assert ("add", [1, 2], Sampling(max_new_tokens=3, stop=("a", "b")), "me", 3) in engine.calls
     assert ("abort", "r3") in engine.calls
 
