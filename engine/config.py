@@ -171,6 +171,11 @@ class EngineConfig:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be {allowed}.")
 
+    @property
+    def streams_weights(self) -> bool:
+        """Whether weights are sent to the device, hashed on the way; for a CPU the files are mapped where they lie."""
+        return self.device.startswith("cuda")
+
     def over(self, said: EngineConfig) -> EngineConfig:
         """These options, and where they leave something open, those of `said`."""
         taken = [name for name in (*COUNTS, "cache_max_entry_count") if getattr(self, name) == 0]

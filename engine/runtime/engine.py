@@ -87,9 +87,9 @@ class Engine:
         self._flying: deque[tuple[list[Sequence], Launch]] = deque()
 
     @classmethod
-    def from_workspace(cls, folder: Path, config: EngineConfig) -> Engine:
+    def from_workspace(cls, folder: Path, config: EngineConfig, *, digests: dict[str, str] | None = None) -> Engine:
         """The engine of a workspace; what `config` leaves open config.ini says. With `tp` above 1 it starts the other
-        ranks, which read their shares themselves, and which `close` ends."""
+        ranks, which read their shares themselves, and which `close` ends. `digests` is that of `share_of_workspace`."""
         workspace = Workspace(folder)
         config = config.over(engine_config_of(workspace.ini))
         check_shares(workspace, config)
@@ -97,7 +97,7 @@ class Engine:
         others = None
         if config.tp > 1:
             others = RankProcesses(config.tp, {"folder": str(folder.absolute()), "config": asdict(config)})
-        share = share_of_workspace(workspace, config, 0)
+        share = share_of_workspace(workspace, config, 0, digests)
         return cls(
             share.model,
             tokenizer,

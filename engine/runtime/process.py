@@ -45,12 +45,11 @@ def load(message: Message) -> tuple[Engine, Message]:
     With `verify` every byte is checked against the manifest, whose id must be `artifact_id` if that is given. With
     `goldens` (a file) the engine must compute what they hold, unless that is `waived`; the answer says how it went.
     """
-    folder = Path(message["folder"])
+    folder, config = Path(message["folder"]), EngineConfig(**message["config"])
     if message["verify"]:
-        artifacts.verify(folder, message["artifact_id"])
-    from engine.runtime.engine import Engine  # torch takes seconds to import: a damaged artifact is said before
-
-    engine = Engine.from_workspace(folder, EngineConfig(**message["config"]))
+        engine = _load_verified(folder, config, message["artifact_id"])
+    else:
+        engine = _engine(folder, config)
     known: Message = {"session_len": engine.session_len, "vocab_size": engine.vocab_size}
     if message.get("goldens") is not None:
         from engine.runtime.selftest import check_goldens
@@ -59,6 +58,29 @@ def load(message: Message) -> tuple[Engine, Message]:
             engine, Path(message["goldens"]), artifact_id=message["artifact_id"], waived=message.get("waived", False)
         )
     return engine, {"type": "ready", **known, "eos_token_ids": list(engine.eos_token_ids)}
+
+
+def _load_verified(folder: Path, config: EngineConfig, artifact_id: str | None) -> Engine:
+    """The engine of an artifact all of whose bytes are checked. Weights that are streamed to a device are read once:
+    they are hashed on the way, and judged when all are there."""
+    if not config.streams_weights:
+        artifacts.verify(folder, artifact_id)  # before torch, which takes seconds to import
+        return _engine(folder, config)
+    from engine.storage.workspace import weight_paths
+
+    streamed = weight_paths(folder)
+    manifest = artifacts.verify(folder, artifact_id, later=streamed)
+    digests: dict[str, str] = {}
+    try:
+        return _engine(folder, config, digests)
+    finally:  # also where loading failed: by damage, perhaps, of which this is the better message
+        artifacts.verify_digests(folder, manifest, streamed, digests)
+
+
+def _engine(folder: Path, config: EngineConfig, digests: dict[str, str] | None = None) -> Engine:
+    from engine.runtime.engine import Engine
+
+    return Engine.from_workspace(folder, config, digests=digests)
 
 
 def ender(channel: Channel) -> Callable[[OSError], None]:

@@ -72,8 +72,24 @@ def rank_device(device: str, rank: int, tp: int) -> str:
     return device if tp == 1 or torch.device(device).type == "cpu" else f"{device}:{rank}"
 
 
-def share_of_workspace(workspace: Workspace, config: EngineConfig, rank: int) -> Share:
-    """The share of one of `config.tp` ranks, read and cut from a workspace of whatever tp; see `check_shares`."""
+def share_of_workspace(
+    workspace: Workspace, config: EngineConfig, rank: int, digests: dict[str, str] | None = None
+) -> Share:
+    """The share of one of `config.tp` ranks, read and cut from a workspace of whatever tp; see `check_shares`.
+
+    `digests` takes the SHA-256 of the files that were streamed, by path within the folder.
+    """
+    if not config.streams_weights:
+        return _share(workspace, config, rank)
+    device = torch.device(rank_device(config.device, rank, config.tp))
+    with workspace.stream(device, rank=rank, tp=config.tp) as read:
+        share = _share(workspace, config, rank)
+    if digests is not None:
+        digests |= read
+    return share
+
+
+def _share(workspace: Workspace, config: EngineConfig, rank: int) -> Share:
     dtype = getattr(torch, computing_dtype(workspace.config, config))
     scales = workspace.kv_scales(unused=True) if config.quant_policy == KV_INT8 else None
     if config.tp == 1:

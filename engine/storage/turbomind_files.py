@@ -153,6 +153,24 @@ def each_file(config: ModelConfig, recipe: Recipe, tp: int) -> Iterator[tuple[st
                 yield from ((rank_file(layer, part, rank, kind), of_kind[kind]) for rank in range(tp))
 
 
+def load_order(config: ModelConfig, recipe: Recipe, tp: int, *, rank: int | None = None) -> list[tuple[str, int]]:
+    """Names and sizes in the order in which a model is loaded: the embedding, the layers, what follows them. With a
+    `rank` its share alone: the files of the layers that other ranks do not have to themselves."""
+    sizes = file_bytes(config, recipe, tp)
+    outer = [name for name in sizes if not name.startswith("layers.")]
+    others = [r for r in range(tp) if rank not in (None, r)]
+    layers = range(config.num_layers)
+    foreign = {
+        rank_file(layer, part, other, kind)
+        for layer in layers
+        for part in parts_of(recipe)
+        for kind in kinds_of(config, recipe, part)
+        for other in others
+    }
+    inner = [name for name in sizes if name.startswith("layers.") and name not in foreign]
+    return [(name, sizes[name]) for name in (outer[0], *inner, *outer[1:])]
+
+
 def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
     """ValueError naming linear, dimension and what would fit, when a model cannot be laid out for `tp` ranks."""
     parts_of(recipe)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.storage import turbomind_files as files
 from engine.storage import turbomind_layout as layout
 from engine.storage.artifacts import FileEntry
 from engine.storage.config_ini import RECIPE_OF, model_config_of, read_config_ini
+from engine.storage.file_stream import FileStream
 from engine.storage.file_writer import BLOCK_BYTES, FileWriter
 from engine.storage.ini_keys import KV_INT8
 from engine.storage.kv_scale_files import read_scales
@@ -30,6 +32,15 @@ from engine.storage.turbomind_files import Part
 WEIGHTS = Path("triton_models/weights")
 TOKENIZER = Path("triton_models/tokenizer")
 CONFIG_INI = "config.ini"
+
+
+def weight_paths(folder: Path) -> list[str]:
+    """The paths within the folder of what `Workspace.stream` streams: weights, and neither config.ini nor KV scales."""
+    return [
+        str(WEIGHTS / path.name)
+        for path in sorted((folder / WEIGHTS).glob("*"))
+        if path.name != CONFIG_INI and ".past_kv_scale." not in path.name
+    ]
 
 
 def write_weights(
@@ -100,8 +111,8 @@ def weight_bytes(config: ModelConfig, recipe: Recipe, tp: int) -> int:
 class Workspace:
     """A TurboMind workspace opened for reading, its ranks merged into canonical tensors.
 
-    Files are mapped, not loaded. Opening checks that every file is there with its right size: ValueError or
-    FileNotFoundError names the file, the bytes expected and the bytes found.
+    Files are mapped, not loaded, or streamed to a device (`stream`). Opening checks that every file is there with its
+    right size: ValueError or FileNotFoundError names the file, the bytes expected and the bytes found.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,6 +138,22 @@ class Workspace:
         for name, size in files.each_file(self.config, self.recipe, self.tp):
             _check_size(self._weights / name, size)
         self._last: tuple[tuple[int, Part, int | None], dict[str, Tensor]] | None = None
+        self._stream: FileStream | None = None
+
+    @contextmanager
+    def stream(self, device: torch.device, *, rank: int = 0, tp: int = 1) -> Iterator[dict[str, str]]:
+        """Tensors asked for meanwhile lie on the device, where they are also joined and turned. Files are read ahead in
+        the order in which a model is loaded, or the share of a `rank` of `tp`. Gives a mapping that has, afterwards,
+        the SHA-256 of what was read, by path within the folder."""
+        order = files.load_order(self.config, self.recipe, self.tp, rank=rank if tp == self.tp else None)
+        digests: dict[str, str] = {}
+        self._stream = FileStream(self._weights, order, device)
+        try:
+            yield digests
+        finally:
+            read = self._stream.close()
+            self._stream = self._last = None
+            digests |= {str(WEIGHTS / name): digest for name, digest in read.items()}
 
     def names(self) -> list[str]:
         """The canonical names of all tensors, in the order in which reading them touches every file once."""
@@ -206,6 +233,8 @@ class Workspace:
     def _map(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         path = self._weights / name
         dtype = dtype or files.float_type(self.config, self.recipe)
+        if self._stream is not None:
+            return self._stream.take(name, dtype)
         # Private: the pages come from the file, and a write to the tensor could not reach it.
         return torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype)
 

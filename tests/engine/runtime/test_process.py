@@ -3,13 +3,17 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import pytest
 
-from engine.config import Sampling
+from engine.config import EngineConfig, Sampling
 from engine.runtime.channel import HEADER, LARGEST, Channel, content_length, pack, unpack
 from engine.runtime.event import Event
-from engine.runtime.process import Service
+from engine.runtime.process import Service, load
+from engine.storage import artifacts
+from engine.storage.workspace import WEIGHTS
+from tests.tiny_artifact import write_tiny_artifact
 
 
 @pytest.fixture
@@ -125,3 +129,52 @@ def test_it_ends_at_once_when_its_parent_is_not_the_one_that_it_was_told(
     command = [sys.executable, "-m", "engine.runtime.process", "--fd", str(theirs.fileno()), "--parent", "1"]
     assert os.getpid() != 1
     assert subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30).returncode == 1
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """A CPU that is sent weights as a GPU is."""
+    monkeypatch.setattr(EngineConfig, "streams_weights", True)
+
+
+def load_message(folder, artifact_id):
+    config = asdict(EngineConfig(max_batch_size=2, cache_max_entry_count=20))
+    return {"folder": str(folder), "config": config, "verify": True, "artifact_id": artifact_id}
+
+
+def test_weights_that_are_streamed_are_hashed_once_and_compute_the_same(tmp_path, monkeypatch):
+    artifact_id = write_tiny_artifact(tmp_path)
+    answers, hashed = [], []
+    hash_file = artifacts.hash_file
+    monkeypatch.setattr(
+        artifacts, "hash_file", lambda path, **options: hashed.append(path) or hash_file(path, **options)
+    )
+    for streams in (False, True):
+        monkeypatch.setattr(EngineConfig, "streams_weights", streams)
+        hashed.clear()
+        engine, _ = load(load_message(tmp_path, artifact_id))
+        assert any(path.suffix == ".weight" for path in hashed) is not streams
+        [answer] = engine.generate([[5, 9, 11]], Sampling(temperature=0, max_new_tokens=6))
+        answers.append(answer.token_ids)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.1.feed_forward.w2.0.weight", "config.ini"])
+def test_streamed_weights_that_have_changed_are_refused(tmp_path, streaming, name):
+    artifact_id = write_tiny_artifact(tmp_path)
+    path = tmp_path / WEIGHTS / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(artifacts.ArtifactError, match=f"is damaged: .*{name} has changed"):
+        load(load_message(tmp_path, artifact_id))
+
+
+def test_of_an_error_and_damage_the_damage_is_told(tmp_path, streaming):
+    artifact_id = write_tiny_artifact(tmp_path)
+    (path,) = (tmp_path / WEIGHTS).glob("norm.weight")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    message = load_message(tmp_path, artifact_id)
+    message["config"]["session_len"] = 1
+    with pytest.raises(artifacts.ArtifactError, match=r"norm\.weight has changed"):
+        load(message)
