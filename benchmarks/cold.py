@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
             dtype=str(subject.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # one of Dtype
             session_len=PROMPT_AND_ANSWER if subject.device == "cpu" else 0,
             max_batch_size=options.max_batch_size,
+            tp=subject.tp,
         )
         phases = []
         for _ in range(options.repeats):

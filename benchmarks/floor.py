@@ -30,8 +30,9 @@ class Cost:
     kv_bytes: int
 
 
-def cost(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> Cost:
-    """The cost of a model; the embedding counts as the output matrix alone."""
+def cost(config: ModelConfig, recipe: Recipe, dtype: torch.dtype, *, devices: int = 1) -> Cost:
+    """The cost of a model, of which each of `devices` has an equal part; the embedding counts as the output matrix
+    alone."""
     shapes = names.model_tensors(config)
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != names.EMBEDDING}
     linears = sum(count for name, count in matrices.items() if name != names.HEAD)
@@ -47,15 +48,16 @@ def cost(config: ModelConfig, recipe: Recipe, dtype: torch.dtype) -> Cost:
         "int4": head // 2 + head // max(recipe.group_size, 1) * 4,
     }
     return Cost(
-        weight_bytes=bytes_of[recipe.weights] + head_bytes[recipe.head],
-        parameters=linears + head,
+        weight_bytes=(bytes_of[recipe.weights] + head_bytes[recipe.head]) // devices,
+        parameters=(linears + head) // devices,
         kv_bytes=page_bytes(
             config,
             page_len=1,
             dtype=dtype,
             quantized=recipe.kv == "kv8",
             per_token=recipe.kv_granularity == "token",
-        ),
+        )
+        // devices,
     )
 
 

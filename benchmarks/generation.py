@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     from benchmarks.floor import cost
 
     ceilings = measure_ceilings(subject.device, subject.dtype)
-    of = cost(subject.config, subject.recipe, subject.dtype)
+    of = cost(subject.config, subject.recipe, subject.dtype, devices=subject.devices)
     lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
     cases = [workload.fixed(batch, options.input, options.output, **lengths) for batch in options.batch]
     for batch, done in zip(options.batch, answered(options, subject, cases), strict=True):
@@ -78,10 +78,12 @@ def row_of(
     subject: Subject, done: Run, ceilings: Ceilings, of: Cost, *, batch: int, inputs: int, outputs: int
 ) -> dict[str, object]:
     """The row of one case: what came out, and the floor of the run beside it."""
-    from benchmarks.floor import generation_seconds, prefill_operations
+    from benchmarks.floor import cost, generation_seconds, prefill_operations
 
     timeline = done.timeline
     least = generation_seconds(of, ceilings, batch=batch, inputs=inputs, outputs=outputs)
+    whole = cost(subject.config, subject.recipe, subject.dtype)
+    products = prefill_operations(subject.config, whole, batch=batch, inputs=inputs)
     return {
         **provenance(subject.device),
         "engine": done.engine,
@@ -93,7 +95,7 @@ def row_of(
         "tokens_per_second": round(timeline.tokens_per_second, 2),
         "first_token_ms": milliseconds(timeline.time_to_first),
         "step_ms": milliseconds(timeline.step),
-        **prefill_columns(timeline, prefill_operations(subject.config, of, batch=batch, inputs=inputs), batch * inputs),
+        **prefill_columns(timeline, products, batch * inputs),
         **ceilings.columns,
         "floor_tokens_per_second": round(batch * outputs / least, 1),
         "share_of_floor": round(least / timeline.seconds, 4),

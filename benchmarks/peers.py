@@ -42,6 +42,8 @@ def check_peer(options: PeerOptions, subject: Subject) -> None:
     assert options.peer is not None
     if options.deterministic:
         raise ValueError("deterministic=true goes with our engine: leave it out, or peer=.")
+    if subject.tp > 1:
+        raise ValueError(f"tp={subject.tp} goes with our engine: leave it out, or peer=.")
     if subject.folder is not None:
         raise ValueError(f"peer={options.peer} goes with shape=NAME: it reads checkpoints, not workspaces.")
     weights, caches = TAKES[options.peer]

@@ -234,7 +234,7 @@ def started(subject: Subject, folder: Path, batch: int) -> Iterator[Address]:
         "serve.prefix_caching=false",
     ]
     command += [f"serve.device={subject.device}", f"serve.max_batch_size={batch}"]
-    command += [f"serve.dtype={str(subject.dtype).removeprefix('torch.')}"]
+    command += [f"serve.tp={subject.tp}", f"serve.dtype={str(subject.dtype).removeprefix('torch.')}"]
     if budget := tokens_per_step(subject.device, 0):
         command.append(f"serve.num_tokens_per_iter={budget}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

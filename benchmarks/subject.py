@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -37,7 +37,6 @@ class RecipeOptions:
     head: str = option("fp16", "output matrix of a shape's w4a16", choices=HEADS)
     group_size: int = option(128, "inputs that share an int4 scale", least=1)
     granularity: str = option("channel", "what has a scale of its own in an int8 cache", choices=GRANULARITIES)
-    tp: int = option(1, "tensor-parallel ranks", least=1)
 
     def recipe(self, kv: str) -> Recipe:
         """The recipe that these options say, with this KV cache."""
@@ -59,6 +58,7 @@ class ModelOptions(RecipeOptions):
     shape: str | None = option(None, "instead: random weights of a model's shape", choices=tuple(SHAPES))
     seed: int = option(0, "of the random weights and of the requests", least=0)
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    tp: int = option(1, "tensor-parallel ranks: so many GPUs, or processes on the CPU", least=1)
     dtype: str = option("auto", "computing type", choices=("auto", "float16", "bfloat16", "float32"))
     store: str | None = option(None, "another store than this checkout's")
 
@@ -95,6 +95,11 @@ class Subject:
         return "ingot-deterministic" if self.deterministic else "ingot"
 
     @property
+    def devices(self) -> int:
+        """How many devices compute and read at once: ranks on a CPU share it."""
+        return self.tp if self.device.startswith("cuda") else 1
+
+    @property
     def columns(self) -> dict[str, object]:
         """What a row says about the model."""
         return {
@@ -121,6 +126,7 @@ class Subject:
             session_len=session_len,
             max_batch_size=max_batch_size,
             prefix_caching=False,
+            tp=self.tp,
             deterministic=self.deterministic,
             **options,  # type: ignore[arg-type]  # EngineConfig checks them
         )
@@ -133,21 +139,37 @@ class Subject:
             ) from error
 
     def _engine(self, config: EngineConfig, session_len: int) -> Engine:
-        from benchmarks.random_weights import RandomWeights, random_kv_scales
-        from engine.models.decoder import Decoder
+        from benchmarks.random_rank import random_share
         from engine.runtime.capability import check_capability, probe_device
         from engine.runtime.engine import Engine
+        from engine.runtime.rank_processes import RankProcesses
+        from engine.runtime.share import check_ranks
+        from engine.storage.rank_cuts import rank_config
+        from engine.storage.turbomind_files import check_fits
 
         if self.folder is not None:
             return Engine.from_workspace(self.folder, config)
-        if self.tp != 1:
-            raise ValueError(f"tp={self.tp}: random weights run on one device here. Leave tp out, or measure a folder.")
+        if self.tp > 1:
+            check_ranks(config)
+            check_fits(self.config, self.recipe, self.tp)
         if self.device == "cpu":  # which would swap, or end the process; a GPU says that it is full
-            check_capability(self.config, self.recipe, config, probe_device(self.device), session_len=session_len)
-        weights = RandomWeights(self.config, self.recipe, device=self.device, seed=self.seed)
-        model = Decoder(self.config, weights, device=self.device, dtype=self.dtype, deterministic=self.deterministic)
-        scales = random_kv_scales(self.config, self.recipe)
-        return Engine(model, self.tokenizer(), config, session_len=session_len, kv_scales=scales)
+            probed = probe_device(self.device)
+            free = replace(probed, free_bytes=probed.free_bytes // self.tp)
+            part = rank_config(self.config, self.recipe, self.tp)
+            check_capability(part, self.recipe, config, free, session_len=session_len)
+        others = None
+        if self.tp > 1:
+            task = {"shape": self.name, "recipe": self.recipe.fields(), "config": asdict(config), "seed": self.seed}
+            others = RankProcesses(self.tp, task, module="benchmarks.random_rank")
+        share = random_share(self.config, self.recipe, config, 0, seed=self.seed)
+        return Engine(
+            share.model,
+            self.tokenizer(),
+            config,
+            session_len=session_len,
+            kv_scales=share.kv_scales,
+            others=others,
+        )
 
     def tokenizer(self) -> Tokenizer:
         from benchmarks.random_workspace import write_tokenizer
@@ -230,7 +252,7 @@ def _stored(options: ModelOptions, device: str, engine: object) -> Subject:
         name=workspace.ini.model_name or name,
         config=workspace.config,
         recipe=workspace.recipe,
-        tp=workspace.tp,
+        tp=options.tp,
         device=device,
         dtype=getattr(torch, computing_dtype(workspace.config, engine)),  # type: ignore[arg-type]
         seed=options.seed,

@@ -48,7 +48,7 @@ def measure(options: Options) -> None:
 
     subject = find_subject(options)
     ceilings = measure_ceilings(subject.device, subject.dtype)
-    of = cost(subject.config, subject.recipe, subject.dtype)
+    of = cost(subject.config, subject.recipe, subject.dtype, devices=subject.devices)
     cases = [tuple(int(part) for part in case.split("x")) for case in options.cases.split(",") if case]
     lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
     requests = workload.log_normal(options.requests, **lengths) if options.requests else []

@@ -76,7 +76,7 @@ def row_of(
 
     timeline = done.timeline
     lengths = [(len(request.prompt_ids), request.new_tokens) for request in requests]
-    floor = cost(subject.config, subject.recipe, subject.dtype)
+    floor = cost(subject.config, subject.recipe, subject.dtype, devices=subject.devices)
     least = throughput_seconds(floor, ceilings, lengths, at_once=min(at_once, len(requests)))
     return {
         **provenance(subject.device),

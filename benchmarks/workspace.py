@@ -19,6 +19,7 @@ its artifact id. `ingot serve folder=...` serves it; `ingot bench cold folder=..
 class Options(RecipeOptions):
     shape: str = option("tiny", "the model", choices=tuple(SHAPES))
     kv: str = option("kv16", "KV cache: as computed, or int8", choices=("kv16", "kv8"))
+    tp: int = option(1, "tensor-parallel ranks that the folder is written for", least=1)
     seed: int = option(0, "of the random weights", least=0)
     session_len: int = option(0, "longest sequence; 0 is the model's own", least=0)
     out: Path | None = option(None, "the folder, which must not exist")

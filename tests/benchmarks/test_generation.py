@@ -37,6 +37,17 @@ def test_a_row_a_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "batch=5" in capsys.readouterr().out
 
 
+def test_two_ranks_make_their_own_random_weights(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    asked = ("shape=tiny", "weights=w8a8", "kv=kv8", "tp=2", "batch=1,2")
+    assert main([*CPU, *asked, f"out={out}"]) == 0
+    found = rows.read(out)
+    assert [(row["tp"], row["batch"], row["recipe"]) for row in found] == [
+        ("2", batch, "w8a8-kv8-channel") for batch in ("1", "2")
+    ]
+    assert all(float(row["tokens_per_second"]) > 0 for row in found)
+
+
 def test_a_folder_is_measured_as_it_is(tmp_path: Path) -> None:
     artifact_id = write_workspace(tmp_path / "w", "small", shape("tiny"), Recipe(kv="kv8"), session_len=64)
     assert main([*CPU, f"folder={tmp_path / 'w'}", "batch=2", f"out={tmp_path / 'rows.csv'}"]) == 0
@@ -54,7 +65,8 @@ def test_a_folder_is_measured_as_it_is(tmp_path: Path) -> None:
         (["folder=/tmp", "kv=kv8"], "kv=kv8 goes with shape=NAME: folder has its own"),
         (["shape=tiny", "weights=w4a16", "group_size=96"], "group_size 96 does not divide"),
         (["shape=tiny", "device=cuda:99"], "is not on this machine"),
-        (["shape=tiny", "tp=2"], "random weights run on one device"),
+        (["shape=tiny", "tp=4"], "its 2 key/value heads cannot be dealt to 4 ranks; tp that fits: 1, 2"),
+        (["shape=tiny", "tp=2", "peer=hf"], "tp=2 goes with our engine"),
         (["artifact=abcdef", "store=/nowhere/at/all"], "no artifact 'abcdef'"),
         (["shape=tiny", "btach=1"], "Did you mean batch?"),
     ],
