@@ -92,8 +92,9 @@ def work(task: Message, channel: Channel) -> None:
     channel.send({"type": "loaded"})
     meet(task, device)
     measure(task, Ranks(task["rank"], task["size"]), device)
-    channel.receive(wait=True)  # `end`
-    leave()
+    [end] = channel.receive(wait=True)
+    if end["leave"]:
+        leave()
 
 
 if __name__ == "__main__":

@@ -97,10 +97,15 @@ def joined() -> bool:
     return dist.is_initialized()
 
 
-def leave(*, broken: bool = False) -> None:
-    """End the group of this process, as all its ranks do. With GPUs one that is `broken` stays: its end would wait for
-    a rank that is gone."""
-    if joined() and not (broken and dist.get_backend() == "nccl"):
+def on_gpus() -> bool:
+    """Whether it is one of GPUs."""
+    return joined() and dist.get_backend() == "nccl"
+
+
+def leave() -> None:
+    """End the group of this process. One of GPUs must be whole: its end waits for ranks that are gone, and for CUDA
+    graphs with its sums in them."""
+    if joined():
         dist.destroy_process_group()
 
 

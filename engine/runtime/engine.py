@@ -29,7 +29,7 @@ from engine.runtime.rank_processes import RankError, RankProcesses
 from engine.runtime.runner import Launch
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
-from engine.runtime.share import check_shares, share_of_workspace
+from engine.runtime.share import check_share, share_of_workspace
 from engine.runtime.tokenizer import IncrementalDecoder, Tokenizer
 from engine.storage.config_ini import engine_config_of
 from engine.storage.workspace import Workspace
@@ -92,7 +92,7 @@ class Engine:
         ranks, which read their shares themselves, and which `close` ends. `digests` is that of `share_of_workspace`."""
         workspace = Workspace(folder)
         config = config.over(engine_config_of(workspace.ini))
-        check_shares(workspace, config)
+        check_share(workspace, config, 0)
         tokenizer = Tokenizer(workspace.tokenizer_folder)
         others = None
         if config.tp > 1:
@@ -111,6 +111,7 @@ class Engine:
         """End the processes of the other ranks. The engine cannot be used afterwards; with one rank there is nothing to
         end, and memory goes with the object."""
         if self._others is not None:
+            self._runner.release()
             self._others.close()
 
     def on_rank_death(self, call: Callable[[RankError], None]) -> None:

@@ -25,7 +25,7 @@ from engine.models import ranks
 from engine.runtime.batch import Step
 from engine.runtime.channel import Channel, Message
 from engine.runtime.prepare import prepare
-from engine.runtime.share import Share, share_of_workspace
+from engine.runtime.share import Share, check_share, share_of_workspace
 from engine.storage.workspace import Workspace
 
 Work = Callable[[Message, Channel], None]
@@ -79,14 +79,17 @@ def follow(task: Message, channel: Channel, share: Share, config: EngineConfig) 
     while True:
         for message in channel.receive(wait=True):
             if message.pop("type") == "end":
-                ranks.leave()
+                made.runner.release()
+                if message["leave"]:
+                    ranks.leave()
                 return
             made.runner.follow(Step.of_message(message))
 
 
 def work_on_workspace(task: Message, channel: Channel) -> None:
-    config = EngineConfig(**task["config"])
-    follow(task, channel, share_of_workspace(Workspace(Path(task["folder"])), config, task["rank"]), config)
+    config, workspace, rank = EngineConfig(**task["config"]), Workspace(Path(task["folder"])), task["rank"]
+    check_share(workspace, config, rank)
+    follow(task, channel, share_of_workspace(workspace, config, rank), config)
 
 
 def _leave_with(connection: socket.socket) -> None:

@@ -62,8 +62,13 @@ class RankProcesses:
             about = {"rank": rank, "size": size, "port": self.store.port, "threads": threads}
             with contextlib.suppress(OSError):  # one that is gone already is told of by its watch
                 channel.send({**task, **about})
-        self.close = weakref.finalize(self, _end, self._watch, torch.get_num_threads())
+        self._end = weakref.finalize(self, _end, self._watch, torch.get_num_threads())
         torch.set_num_threads(threads)
+
+    def close(self) -> None:
+        """End them; CUDA graphs of this rank must be gone."""
+        self._watch.released = True
+        self._end()
 
     @property
     def process_ids(self) -> list[int]:
@@ -119,7 +124,7 @@ class _Watch:
         self.said: queue.Queue[Message | None] = queue.Queue()
         self.error: RankError | None = None
         self.on_death: Callable[[RankError], None] | None = None
-        self.closing = False
+        self.closing = self.released = False
         self.inside = 0
         self._failures: dict[int, Message] = {}
         self._lock = threading.Lock()
@@ -212,17 +217,19 @@ class _Watch:
 
 
 def _end(watch: _Watch, threads: int) -> None:
-    """End all ranks, which leave the group together with this one."""
+    """End all ranks, which leave the group together with this one where it can be left: else it ends with them."""
     watch.closing = True
     torch.set_num_threads(threads)
-    met = watch.error is None and ranks.joined()
+    whole = watch.error is None and ranks.joined()
+    leaving = not ranks.on_gpus() or (whole and watch.released)
     for rank, channel in watch.channels.items():
-        if met:
+        if whole:
             with contextlib.suppress(OSError):
-                channel.send({"type": "end"})
+                channel.send({"type": "end", "leave": leaving})
         else:
             watch.processes[rank].kill()
-    ranks.leave(broken=not met)
+    if leaving:
+        ranks.leave()
     if watch.error is None:
         watch.error = RankError("the engine was closed")
     before = time.monotonic()

@@ -134,6 +134,10 @@ class Runner:
         if step.sampled or not step.graph:
             self._share(step.draws)
 
+    def release(self) -> None:
+        """Give up the graphs. A group of GPUs cannot end while there are graphs with its sums in them."""
+        self._graphs = None
+
     def _step_of(self, plan: Plan) -> Step:
         return step_of(plan, page_len=self._cache.page_len, rows=self._rows, invariant=self._model.deterministic)
 

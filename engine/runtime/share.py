@@ -26,9 +26,9 @@ class Share:
     kv_scales: KVScales | PerToken | None
 
 
-def check_shares(workspace: Workspace, config: EngineConfig) -> None:
-    """ValueError where the workspace cannot be run as `config`, with nothing left open, says: on its devices, by so
-    many ranks, with this KV cache. No weight is read."""
+def check_share(workspace: Workspace, config: EngineConfig, rank: int) -> None:
+    """ValueError where the workspace cannot be run as `config`, with nothing left open, says: by so many ranks, with
+    this KV cache, on the device of this rank. No weight is read."""
     recipe = replace(workspace.recipe, kv="kv16", kv_granularity="tensor")
     if config.quant_policy == KV_INT8:
         if workspace.kv_scales(unused=True) is None:
@@ -40,11 +40,10 @@ def check_shares(workspace: Workspace, config: EngineConfig) -> None:
     check_ranks(config)
     check_fits(workspace.config, workspace.recipe, config.tp)
     shape = rank_config(workspace.config, workspace.recipe, config.tp)
-    for rank in range(1 if torch.device(config.device).type == "cpu" else config.tp):
-        device = probe_device(rank_device(config.device, rank, config.tp))
-        if device.name == "cpu":  # which the ranks share
-            device = replace(device, free_bytes=device.free_bytes // config.tp)
-        check_capability(shape, recipe, config, device, session_len=config.session_len)
+    device = probe_device(rank_device(config.device, rank, config.tp))
+    if device.name == "cpu":  # which the ranks share
+        device = replace(device, free_bytes=device.free_bytes // config.tp)
+    check_capability(shape, recipe, config, device, session_len=config.session_len)
 
 
 def check_ranks(config: EngineConfig) -> None:
@@ -75,7 +74,8 @@ def rank_device(device: str, rank: int, tp: int) -> str:
 def share_of_workspace(
     workspace: Workspace, config: EngineConfig, rank: int, digests: dict[str, str] | None = None
 ) -> Share:
-    """The share of one of `config.tp` ranks, read and cut from a workspace of whatever tp; see `check_shares`.
+    """The share of one of `config.tp` ranks, read and cut from a workspace of whatever tp; see `check_share`, which
+    makes the rank's device the current one.
 
     `digests` takes the SHA-256 of the files that were streamed, by path within the folder.
     """
@@ -101,12 +101,10 @@ def _share(workspace: Workspace, config: EngineConfig, rank: int) -> Share:
             deterministic=config.deterministic,
         )
         return Share(model=model, kv_scales=scales)
-    device = rank_device(config.device, rank, config.tp)
-    probe_device(device)  # which makes it the current one
     model = Decoder(
         config.applied_to(rank_config(workspace.config, workspace.recipe, config.tp)),
         workspace.rank_weights(rank, config.tp),
-        device=device,
+        device=rank_device(config.device, rank, config.tp),
         dtype=dtype,
         ranks=Ranks(rank, config.tp),
         deterministic=config.deterministic,
