@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Attention of one new token a sequence over its pages, in Triton.
 
-A program takes one part ("split") of one sequence's context for one KV head and all query heads that read it; a second
-kernel joins the parts. Scales of channels stay outside the loop over tokens: those of K go into the query, those of V
-into the result, and a zero point of K moves all scores alike, which changes no softmax.
+A program takes one part ("split") of one sequence's context for one KV head and all query heads that read it; the last
+program of a head to end joins the parts, from first to last, so that the result does not depend on who that is. Scales
+of channels stay outside the loop over tokens: those of K go into the query, those of V into the result, and a zero
+point of K moves all scores alike, which changes no softmax.
 (Above 300 lines: both kernels are here, since they are two forms of one computation.)
 """
 
@@ -18,6 +19,7 @@ from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import INTERPRETER, facts
 from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, dequantized, places, pointers, read_rows, storage_of
 from engine.kernels.reference import Pages
+from engine.kernels.splits import TILES, buffers
 
 LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
@@ -54,8 +56,10 @@ def decode_attention(
     if not batch:
         return out
     splits = splits or splits_for(batch, kv_heads, query.device)
-    partial, sums = out, out
+    splits = splits if batch * kv_heads <= TILES else 1
+    partial, sums, arrivals = out, out, out
     if splits > 1:
+        _, arrivals = buffers(query.device)
         partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
     padded = triton.next_power_of_2(head_dim)
@@ -72,6 +76,7 @@ def decode_attention(
         out,
         partial,
         sums,
+        arrivals,
         page_table.stride(0),
         scale * LOG2E,
         window=window or 0,
@@ -88,18 +93,6 @@ def decode_attention(
         **rows,
         **options(facts(query.device)),
     )
-    if splits > 1:
-        _join[(heads, batch)](
-            partial,
-            sums,
-            out,
-            heads=heads,
-            splits=splits,
-            head_dim=head_dim,
-            padded=padded,
-            num_warps=4,
-            **options(facts(query.device)),
-        )
     return out
 
 
@@ -131,6 +124,7 @@ def _decode_one(
     out,
     partial,
     sums,
+    arrivals,
     table_stride,
     factor,
     window: tl.constexpr,
@@ -207,8 +201,11 @@ def _decode_one(
     if splits == 1:
         tl.store(out + row * head_dim + column, o.to(out.dtype.element_ty), mask=here)
     else:
-        tl.store(partial + (row * splits + split) * head_dim + column, o, mask=here)
-        tl.store(sums + row * splits + split, tl.where(weights > 0, highest + tl.log2(sure), float("-inf")))
+        logs = tl.where(weights > 0, highest + tl.log2(sure), float("-inf"))
+        one = tl.arange(0, 1)
+        mask = (one == 0)[:, None] & here[None, :]
+        at = row.to(tl.int32)
+        _join(partial, sums, out, arrivals, at, split, o[None, :], logs + one, at + one, mask, column, head_dim, splits)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -227,6 +224,7 @@ def _decode_group(
     out,
     partial,
     sums,
+    arrivals,
     table_stride,
     factor,
     window: tl.constexpr,
@@ -300,10 +298,9 @@ def _decode_group(
     if splits == 1:
         tl.store(out + head_row[:, None] * head_dim + column[None, :], o.to(kind), mask=mask)
     else:
-        part = head_row * splits + split
-        tl.store(partial + part[:, None] * head_dim + column[None, :], o, mask=mask)
         logs = tl.where(weight > 0, best + tl.log2(sure), float("-inf"))
-        tl.store(sums + part, logs, mask=row < group)
+        at = (sequence * kv_heads + head).to(tl.int32)
+        _join(partial, sums, out, arrivals, at, split, o, logs, head_row, mask, column, head_dim, splits)
 
 
 @triton.jit
@@ -311,24 +308,41 @@ def _join(
     partial,
     sums,
     out,
-    heads: tl.constexpr,
-    splits: tl.constexpr,
+    arrivals,
+    tile,
+    split,
+    o,
+    logs,
+    head_row,
+    mask,
+    column,
     head_dim: tl.constexpr,
-    padded: tl.constexpr,
-    PDL: tl.constexpr,
+    splits: tl.constexpr,
 ):
-    """The parts of a head's result, each with the logarithm of its weight."""
-    row = tl.program_id(1).to(tl.int64) * heads + tl.program_id(0)
-    column = tl.arange(0, padded)
-    part = tl.arange(0, splits)
-    mask = (part < splits)[:, None] & (column < head_dim)[None, :]
-    if PDL:
-        depend()
-    logs = tl.load(sums + row * splits + part)
-    highest = tl.max(logs, axis=0)
-    weight = tl.exp2(logs - tl.where(highest == float("-inf"), 0.0, highest))
-    whole = tl.sum(weight, axis=0)
-    weight = weight / tl.where(whole > 0, whole, 1.0)
-    rows = tl.load(partial + (row * splits + part)[:, None] * head_dim + column[None, :], mask=mask, other=0.0)
-    o = tl.sum(rows * weight[:, None], axis=0)
-    tl.store(out + row * head_dim + column, o.to(out.dtype.element_ty), mask=column < head_dim)
+    """Stores a part o [rows, padded] with the logarithm of its weight [rows]; in the last program of a tile to arrive,
+    also the whole result."""
+    part = head_row.to(tl.int64) * splits + split
+    here = tl.max(mask.to(tl.int32), axis=1) > 0
+    tl.store(partial + part[:, None] * head_dim + column[None, :], o, mask=mask)
+    tl.store(sums + part, logs, mask=here)
+    tl.debug_barrier()  # every thread's values are written before one thread counts the program in
+    last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == splits - 1
+    if last:
+        first = head_row.to(tl.int64) * splits
+        highest = tl.full(logs.shape, float("-inf"), tl.float32)
+        for other in range(splits):
+            one = tl.load(sums + first + other, mask=here, other=float("-inf"), cache_modifier=".cg")
+            highest = tl.maximum(highest, one)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        whole = tl.zeros(logs.shape, tl.float32)
+        total = tl.zeros(o.shape, tl.float32)
+        for other in range(splits):
+            one = tl.load(sums + first + other, mask=here, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.exp2(one - shift)
+            at = (first + other)[:, None] * head_dim + column[None, :]
+            total += weight[:, None] * tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
+            whole += weight
+        total = total / tl.where(whole > 0, whole, 1.0)[:, None]
+        at = head_row.to(tl.int64)[:, None] * head_dim + column[None, :]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+        tl.store(arrivals + tile, 0)
