@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cli.arguments import Parser
 from cli.target import Target, find_target, open_tokenizer
+from engine.config import EngineConfig
 from server.client import Client, Message, Params
 
 # A terminal obeys these: an answer must not move its cursor, name its window or write its clipboard.
@@ -203,15 +204,16 @@ class RemotePartner(Partner):
 class LocalPartner(Partner):
     """An engine in this process."""
 
-    def __init__(self, target: Target, params: Params, *, tp: int = 1) -> None:
-        from engine.config import EngineConfig
+    def __init__(self, target: Target, params: Params, engine: EngineConfig | None = None) -> None:
+        """`engine` says how it runs; by default as the folder does."""
         from engine.runtime.engine import Engine
         from engine.storage.artifacts import verify
 
         if target.model.artifact_id:
             verify(target.folder, target.model.artifact_id)
         self._tokenizer = open_tokenizer(target)
-        config = EngineConfig(max_batch_size=1, tp=tp, end_ids=self._tokenizer.eos_token_ids)
+        ends = self._tokenizer.eos_token_ids
+        config = dataclasses.replace(engine or EngineConfig(), max_batch_size=1, end_ids=ends)
         self._engine = Engine.from_workspace(target.folder, config)
         self.params: Params = params
 

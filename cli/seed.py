@@ -208,9 +208,9 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+def switch(parser: argparse.ArgumentParser, flag: str, text: str, *, default: bool = False) -> None:
     """A flag that is given alone or, as LMDeploy took it, with True or False."""
-    parser.add_argument(flag, nargs="?", const=True, default=False, type=_truth, metavar="True", help=text)
+    parser.add_argument(flag, nargs="?", const=True, default=default, type=_truth, metavar="True", help=text)
 
 
 def _truth(text: str) -> bool:

@@ -3,7 +3,7 @@
     ingot serve api_server FOLDER [--server-name 127.0.0.1 --server-port 23333 --instance-num 64 --tp 1]
     ingot serve api_client URL [SESSION_ID]
     ingot serve gradio URL|FOLDER [--server-name 127.0.0.1 --server-port 6006]
-    ingot chat turbomind FOLDER [--request-output-len 512]
+    ingot chat turbomind FOLDER [--request-output-len 512 --stream-output True --meta-instruction TEXT]
     ingot chat torch FOLDER [--max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 0]
 
 FOLDER is a workspace, or a checkpoint, which is converted into a temporary one. Flags are written with hyphens or
@@ -13,7 +13,6 @@ underscores; one that is not known is an error.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import subprocess
 import sys
@@ -24,11 +23,17 @@ from pathlib import Path
 from cli.arguments import Parser
 from cli.chat import LocalPartner, Partner, converse, read_api_key
 from cli.seed import parse_flags, switch
+from cli.seed_flags import log_level, origins, refuse
 from cli.target import CONFIG_INI, find_target
+from engine.config import EngineConfig
 from server.client import Client, Message, Params
 
 WORDS = {"exit": "/exit", "end": "/reset"}
 TP = "GPUs, or processes on the CPU, that compute together, whatever tp FOLDER is of (1)"
+ENGINE_KEYS = (
+    *("session-len", "cache-max-entry-count", "cache-block-seq-len", "num-tokens-per-iter"),
+    *("quant-policy", "rope-scaling-factor", "use-logn-attn", "max-position-embeddings"),
+)
 SAMPLING = Params(temperature=0.8, top_p=0.8, top_k=40, max_tokens=512)
 
 
@@ -41,8 +46,11 @@ def api_server(argv: list[str]) -> int:
     parser.add_argument("--instance-num", type=int, metavar="N", help="most answers at once: serve.max_batch_size")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help=TP)
     parser.add_argument("--api-key-file", metavar="FILE", help="a file with the key; or INGOT_API_KEY")
-    for name in ("session-len", "cache-max-entry-count", "quant-policy", "rope-scaling-factor"):
+    parser.add_argument("--allow-origins", type=origins, metavar="URLS", help="serve.cors_origins: * or https://a,...")
+    parser.add_argument("--log-level", type=log_level, metavar="LEVEL", help="above INFO, no line for every request")
+    for name in ENGINE_KEYS:
         parser.add_argument(f"--{name}", metavar="X", help=f"serve.{name.replace('-', '_')}")
+    refuse(parser, "allow-credentials", "allow-methods", "allow-headers")
     options = parse_flags(parser, argv)
     from cli import serve
 
@@ -52,13 +60,12 @@ def api_server(argv: list[str]) -> int:
         "model_name": options.model_name,
         "max_batch_size": options.instance_num,
         "api_key_file": options.api_key_file,
-        "session_len": options.session_len,
-        "cache_max_entry_count": options.cache_max_entry_count,
-        "quant_policy": options.quant_policy,
-        "rope_scaling_factor": options.rope_scaling_factor,
+        "cors_origins": options.allow_origins,
+        "access_log": options.log_level,
+        **{name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in ENGINE_KEYS},
         "tp": options.tp,
     }
-    with workspace_of(options.folder) as folder:
+    with terminated_as_exit(), workspace_of(options.folder) as folder:
         given = [f"serve.{name}={value}" for name, value in said.items() if value is not None]
         return serve.main([f"folder={folder}", *given])
 
@@ -79,6 +86,7 @@ def api_client(argv: list[str]) -> int:
 def gradio(argv: list[str]) -> int:
     parser = Parser(prog="ingot serve gradio", description="a page to chat in the browser", allow_abbrev=False)
     parser.add_argument("source", metavar="URL|FOLDER", help="a server, or a folder, for which one is started")
+    parser.add_argument("model_name", nargs="?", metavar="NAME", help="what the model of a FOLDER is called")
     parser.add_argument("--server-name", default="127.0.0.1", metavar="HOST", help="of the page (127.0.0.1)")
     parser.add_argument("--server-port", type=int, default=6006, metavar="N", help="of the page (6006)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most answers at once of a FOLDER (32)")
@@ -88,11 +96,13 @@ def gradio(argv: list[str]) -> int:
     from cli.web import serve_page
 
     if options.source.startswith(("http://", "https://")):
+        if options.model_name is not None:
+            raise ValueError(f"NAME goes with a FOLDER; {options.source} is a server, whose models have names.")
         return serve_page(options.source, options.server_name, options.server_port)
     with (
         terminated_as_exit(),
         workspace_of(Path(options.source)) as folder,
-        background_server(folder, options.batch_size, options.tp) as url,
+        background_server(folder, options.batch_size, options.tp, options.model_name) as url,
     ):
         return serve_page(url, options.server_name, options.server_port)
 
@@ -106,12 +116,27 @@ def chat_turbomind(argv: list[str]) -> int:
     parser.add_argument("--cap", default="chat", metavar="chat", help="the rest is `ingot generate`")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help=TP)
     parser.add_argument("--request-output-len", type=int, default=512, metavar="N", help="most tokens (512)")
+    switch(parser, "--stream-output", "False: an answer is shown when it is whole", default=True)
+    parser.add_argument("--meta-instruction", "--system", default="", metavar="TEXT", help="the system prompt")
+    for name, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("repetition-penalty", float)):
+        default = getattr(SAMPLING, name.replace("-", "_"))
+        shown = "off" if default is None else default
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"({shown})")
+    parser.add_argument("--session-len", type=int, metavar="N", help="most tokens of a conversation")
     options = parse_flags(parser, argv)
     if options.cap != "chat":
         raise ValueError(
             f"--cap {options.cap}: only chat is a dialogue; `ingot generate folder=F PROMPT` completes text."
         )
-    return _chat(options.folder, dataclasses.replace(SAMPLING, max_tokens=options.request_output_len), tp=options.tp)
+    params = Params(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        max_tokens=options.request_output_len,
+    )
+    engine = EngineConfig(tp=options.tp, session_len=options.session_len or 0)
+    return _chat(options.folder, params, engine, system=options.meta_instruction, stream=options.stream_output)
 
 
 def chat_torch(argv: list[str]) -> int:
@@ -122,19 +147,48 @@ def chat_torch(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="(0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(0.95)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    parser.add_argument("--max-session-len", type=int, metavar="N", help="most tokens of a conversation")
+    switch(parser, "--use-fast-tokenizer", "accepted: both kinds give the same ids, and what the folder has is read")
+    refuse(parser, "accel", "adapter", "debug", "log-file", "max-alloc")
     options = parse_flags(parser, argv)
     params = Params(
         temperature=options.temperature, top_p=options.top_p, seed=options.seed, max_tokens=options.max_new_tokens
     )
-    return _chat(options.folder, params, tokenizer=options.tokenizer_path)
+    engine = EngineConfig(session_len=options.max_session_len or 0)
+    return _chat(options.folder, params, engine, tokenizer=options.tokenizer_path)
 
 
-def _chat(source: Path, params: Params, *, tokenizer: Path | None = None, tp: int = 1) -> int:
-    with workspace_of(source, tokenizer=tokenizer) as folder:
-        partner = LocalPartner(find_target(artifact=None, folder=str(folder), waiver=None, store=None), params, tp=tp)
+def _chat(
+    source: Path,
+    params: Params,
+    engine: EngineConfig,
+    *,
+    tokenizer: Path | None = None,
+    system: str = "",
+    stream: bool = True,
+) -> int:
+    with terminated_as_exit(), workspace_of(source, tokenizer=tokenizer) as folder:
+        target = find_target(artifact=None, folder=str(folder), waiver=None, store=None)
+        partner: Partner = LocalPartner(target, params, engine)
         print("double enter to end input; `end` ends the session, `exit` the program", flush=True)
-        converse(partner, words=WORDS)
+        converse(partner if stream else WholePartner(partner), system=system, words=WORDS)
     return 0
+
+
+class WholePartner(Partner):
+    """Says what another says, when that is whole."""
+
+    def __init__(self, partner: Partner) -> None:
+        self._partner = partner
+        self.params = partner.params
+
+    def answer(self, messages: list[Message]) -> Generator[str, None, None]:
+        self._partner.params = self.params
+        with contextlib.closing(self._partner.answer(messages)) as pieces:
+            yield "".join(pieces)
+
+    def forget(self) -> None:
+        self._partner.forget()
 
 
 class SessionPartner(Partner):
@@ -179,19 +233,24 @@ def workspace_of(source: Path, *, tokenizer: Path | None = None) -> Iterator[Pat
 
 @contextlib.contextmanager
 def terminated_as_exit() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that what was started is ended too. uvicorn raises it again when it has ended."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    """SIGTERM, and SIGHUP of a terminal that closes, unwind the stack, so that what was started or written for the run
+    is ended and removed too. uvicorn raises SIGTERM again when it has ended."""
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def background_server(folder: Path, batch_size: int, tp: int) -> Iterator[str]:
+def background_server(folder: Path, batch_size: int, tp: int, name: str | None) -> Iterator[str]:
     """A server on a free port of loopback, for as long as this lasts: its URL. A key comes from INGOT_API_KEY."""
     command = [sys.executable, "-m", "cli.main", "serve", f"folder={folder}", "serve.port=0"]
     command += [f"serve.max_batch_size={batch_size}", f"serve.tp={tp}"]
+    command += [] if name is None else [f"serve.model_name={name}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -67,6 +67,25 @@ def test_manifests_follow_the_schema_of_kubernetes(manifest: dict[str, Any]) -> 
         kubernetes_validate.validate(broken, "1.33", strict=True)
 
 
+def follows_compose_spec(file: Path) -> tuple[bool, str]:
+    """Whether the schema of the Compose specification, which the package check-jsonschema holds, accepts a file."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
+    holds, said = follows_compose_spec(DEPLOY / "compose.yaml")
+    assert holds, said
+    content = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    for field, value in (("no_such_field", 1), ("healthcheck", {"interval": 15}), ("ports", "23333")):
+        broken = {**content, "services": {"ingot": {**COMPOSE, field: value}}}
+        (tmp_path / "compose.yaml").write_text(yaml.safe_dump(broken))
+        holds, said = follows_compose_spec(tmp_path / "compose.yaml")
+        assert not holds
+        assert "ingot" in said
+
+
 def test_the_pod_serves_probes_and_drains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [container] = pod()["containers"]
     command = served(container["args"])
