@@ -127,11 +127,24 @@ def int8_linear(
 ) -> Tensor:
     """`reference.int8_linear`, the same bits, for what `multiplies_int8` says."""
     out = torch.empty(len(x), len(weight))
-    scratch = torch.empty(2 * len(x) * (x.shape[1] + INT8_PADDING), dtype=torch.int8)
-    source = (x.contiguous(), x_scales.contiguous(), weight, weight_scales.contiguous())
     bias = None if bias is None else bias.float()
-    _call("int8_linear", *source, bias, out, scratch, len(x), *weight.shape, pairs=out.numel() * x.shape[1])
+    _int8(x, x_scales.contiguous(), weight, weight_scales.contiguous(), bias, out)
     return out.to(dtype)
+
+
+def int8_products(x: Tensor, weight: Tensor) -> Tensor:
+    """`reference.int8_products`, for what `multiplies_int8` says."""
+    out = torch.empty(len(x), len(weight), dtype=torch.int32)
+    _int8(x, None, weight, None, None, out)
+    return out
+
+
+def _int8(
+    x: Tensor, x_scales: Tensor | None, weight: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    scratch = torch.empty(2 * len(x) * (x.shape[1] + INT8_PADDING), dtype=torch.int8)
+    source = (x.contiguous(), x_scales, weight, scales, bias)
+    _call("int8_linear", *source, out, scratch, len(x), *weight.shape, pairs=out.numel() * x.shape[1])
 
 
 def multiplies_int8(x: Tensor, weight: Tensor) -> bool:

@@ -79,17 +79,22 @@ def find_store(port: int, size: int) -> TCPStore:
 
 def join(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
     """Become a rank of the group that meets at `store`; returns when all are there. A process is in one group."""
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(variable, loopback_interface())
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-        device_id=device if on_gpu else None,
-    )
+    interface = "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME"
+    said = interface in os.environ
+    os.environ.setdefault(interface, loopback_interface())
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+            device_id=device if on_gpu else None,
+        )
+    finally:
+        if not said:
+            del os.environ[interface]
 
 
 def joined() -> bool:

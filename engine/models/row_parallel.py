@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels import ops, reference
+from engine.kernels import cpu_linear, ops, reference
 from engine.models.linear import Int8Linear, Int8Rows, Kind, Linear, settled
 from engine.models.ranks import Ranks
 
@@ -42,7 +42,8 @@ class Int8RowParallel:
             bias = bias if self._ranks.rank == 0 else None
             out = self._ranks.sum(ops.int8_linear(values, scales, weight, weight_scales, bias, rows.dtype))
         else:
-            products = self._ranks.sum(reference.int8_products(values, weight))
+            exact = cpu_linear if cpu_linear.multiplies_int8(values, weight) else reference
+            products = self._ranks.sum(exact.int8_products(values, weight))
             out = reference.scale_products(products, scales, weight_scales, bias, rows.dtype)
         return out.view(*rows.values.shape[:-1], len(weight))
 

@@ -360,9 +360,14 @@ INLINE void int8_block(const Int8 *job, long row, int rows, long output, int out
 #undef STEPS
     for (int n = 0; n < outputs; n++)
         for (int m = 0; m < rows; m++) {
-            float value = (float)(lanes_of(sum[m][n]) - (VNNI ? lanes_of(moved[n]) : 0));
-            value = value * job->x_scales[row + m] * job->scales[output + n];
-            job->out[(row + m) * job->outputs + output + n] = job->bias ? value + job->bias[output + n] : value;
+            int32_t total = lanes_of(sum[m][n]) - (VNNI ? lanes_of(moved[n]) : 0);
+            float *out = job->out + (row + m) * job->outputs + output + n;
+            if (!job->x_scales) {
+                memcpy(out, &total, sizeof total);
+                continue;
+            }
+            float value = (float)total * job->x_scales[row + m] * job->scales[output + n];
+            *out = job->bias ? value + job->bias[output + n] : value;
         }
 }
 
@@ -394,7 +399,7 @@ static void int8_chunks(void *data) {
 /* Inputs of a row of the scratch: whole steps. */
 long int8_width(long inputs) { return (inputs + STEP - 1) / STEP * STEP; }
 
-/* scratch: rows * int8_width(inputs) * 2 bytes. */
+/* scratch: rows * int8_width(inputs) * 2 bytes. Without x_scales `out` holds the sums themselves, int32. */
 void int8_linear(const int8_t *x, const float *x_scales, const int8_t *weight, const float *scales, const float *bias,
                  float *out, void *scratch, long rows, long outputs, long inputs, int threads, Parallel parallel) {
     const long width = int8_width(inputs);

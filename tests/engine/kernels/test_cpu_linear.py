@@ -99,6 +99,7 @@ def test_int8_products_are_the_references_to_the_bit(outputs, inputs):
         for each in (None, bias):
             expected = reference.int8_linear(x, x_scales, weight, scales, each, torch.float32)
             assert torch.equal(cpu_linear.int8_linear(x, x_scales, weight, scales, each, torch.float32), expected)
+        assert torch.equal(cpu_linear.int8_products(x, weight), reference.int8_products(x, weight))
         expected = reference.int8_linear(x, x_scales, weight, scales, bias.half(), torch.bfloat16)
         assert torch.equal(ops.int8_linear(x, x_scales, weight, scales, bias.half(), torch.bfloat16), expected)
 

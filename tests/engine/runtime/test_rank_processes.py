@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from engine.config import Sampling
 from engine.runtime.engine import Engine
 from engine.runtime.rank_processes import RankError
-from tests.engine.runtime.ranked import make_workspace, options, recipe_of
+from tests.engine.runtime.ranked import CONFIG, make_workspace, options, recipe_of
 
 LONG = Sampling(temperature=0.0, max_new_tokens=50, ignore_eos=True)
 SECONDS = 5.0
@@ -51,6 +52,18 @@ def test_a_rank_that_is_killed_in_a_step_ends_the_engine_and_is_named(folder):
         with pytest.raises(RankError, match="was killed by SIGKILL"):
             engine.step()
         wait_until_gone([victim])
+
+
+def test_among_four_ranks_the_one_that_was_killed_is_named_not_those_that_miss_it(tmp_path):
+    four = make_workspace(tmp_path / "workspace", recipe_of("fp16", "kv16"), config=replace(CONFIG, num_kv_heads=4))
+    expected = Engine.from_workspace(four, options()).generate([[3, 4]], LONG)
+    with closing(Engine.from_workspace(four, options(tp=4))) as engine:
+        assert engine.generate([[3, 4]], LONG) == expected
+        victims = engine._others.process_ids
+        os.kill(victims[1], signal.SIGKILL)
+        with pytest.raises(RankError, match=rf"^Rank 2 of the 4 .* \(process {victims[1]}\) was killed by SIGKILL"):
+            engine.generate([[3, 4]], LONG)
+        wait_until_gone(victims)
 
 
 def test_an_error_in_a_rank_is_told_and_so_is_one_in_rank_0(folder, monkeypatch, capfd):

@@ -107,6 +107,7 @@ def test_they_listen_on_this_machine_alone(two):
     [
         ({"tp": 3}, r"tp must be a power of two, not 3; tp that fits: 1, 2$"),
         ({"tp": 4}, r"its 2 key/value heads cannot be dealt to 4 ranks; tp that fits: 1, 2$"),
+        ({"tp": 4, "deterministic": True}, "deterministic with tp=4: .* tp=2 or tp=1 would run"),
         ({"tp": 0}, "tp is 0, but must be a whole number from 1 on"),
     ],
 )
