@@ -80,6 +80,8 @@ def find_store(port: int, size: int) -> TCPStore:
 def join(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
     """Become a rank of the group that meets at `store`; returns when all are there. A process is in one group."""
     on_gpu = device.type == "cuda"
+    # NVLink's multicast is for sums larger than ours, and a fault in it stops the GPUs of the whole host.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     interface = "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME"
     said = interface in os.environ
     os.environ.setdefault(interface, loopback_interface())
