@@ -15,14 +15,24 @@ from engine.kernels.rounding import round_row
 BLOCK = 1024
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """The contract of `reference.silu_and_mul`."""
+def silu_and_mul(gate_up: Tensor, *, in_turns: bool = False) -> Tensor:
+    """The contract of `reference.silu_and_mul`; with `in_turns` eight columns of gate and eight of up follow one
+    another, as `int4_weights.in_turns` puts them."""
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     count, inner = len(rows), rows.shape[1] // 2
     out = torch.empty(count, inner, dtype=gate_up.dtype, device=gate_up.device)
     if count:
         grid = (count, triton.cdiv(inner, BLOCK))  # only the first dimension goes beyond 65535
-        _silu[grid](rows, out, rows.stride(0), inner, block=BLOCK, num_warps=4, **options(facts(rows.device)))
+        _silu[grid](
+            rows,
+            out,
+            rows.stride(0),
+            inner,
+            block=BLOCK,
+            in_turns=in_turns,
+            num_warps=4,
+            **options(facts(rows.device)),
+        )
     return out.view(*gate_up.shape[:-1], inner)
 
 
@@ -64,14 +74,17 @@ def _gate(gate, up):
 
 
 @triton.jit
-def _silu(gate_up, out, stride, inner, block: tl.constexpr, PDL: tl.constexpr):
+def _silu(gate_up, out, stride, inner, block: tl.constexpr, in_turns: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         depend()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < inner
-    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0)
-    up = tl.load(gate_up + row * stride + inner + column, mask=inside, other=0.0)
+    place, beyond = column, inner
+    if in_turns:
+        place, beyond = column // 8 * 16 + column % 8, 8
+    gate = tl.load(gate_up + row * stride + place, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * stride + beyond + place, mask=inside, other=0.0)
     tl.store(out + row * inner + column, _gate(gate, up).to(out.dtype.element_ty), mask=inside)
 
 

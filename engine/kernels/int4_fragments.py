@@ -113,3 +113,17 @@ def negative_zeros(scale_zero, dtype: gl.constexpr):
 def scales(scale_zero):
     """The float16 scales of words of scale and zero, as float32."""
     return scale_zero.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def turns_apart(y, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Of [16 BLOCKS, COLUMNS] the first and the last eight rows of each block: two [8 BLOCKS, COLUMNS]. Rows r and
+    r + 8 are one thread's, so no data moves."""
+    apart = y.reshape([BLOCKS, 2, 8, COLUMNS]).permute([0, 2, 3, 1])
+    first, last = apart.split()
+    return first.reshape([8 * BLOCKS, COLUMNS]), last.reshape([8 * BLOCKS, COLUMNS])
+
+
+@gluon.jit
+def silu(x):
+    return x / (1.0 + gl.exp(-x))

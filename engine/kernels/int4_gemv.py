@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from engine.kernels import dependent_launch
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import negative_zeros, scales, unpack
+from engine.kernels.int4_fragments import negative_zeros, scales, silu, turns_apart, unpack
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -62,10 +62,10 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     ]
 
 
-def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) -> Tensor:
-    """The product for x [M, in], M up to 8."""
+def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *, gated: bool = False) -> Tensor:
+    """The product for x [M, in], M up to 8; `gated` as in `int4_linear`."""
     m, n = x.shape[0], weights.out_features
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     tiles = weights.words.shape[1]
     _gemv[(-(-n // (16 * config["rows"])),)](
         x.contiguous(),
@@ -80,6 +80,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) ->
         -(-tiles // (config["warps"] * config["ahead"])),
         GROUP=weights.group_size,
         HAS_BIAS=bias is not None,
+        GATED=gated,
         WHOLE=weights.in_features % 128 == 0,
         ROWS=config["rows"],
         WARPS=config["warps"],
@@ -209,6 +210,7 @@ def _gemv(
     turns,
     GROUP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
     WHOLE: gl.constexpr,
     ROWS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -245,8 +247,12 @@ def _gemv(
     token = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
     if HAS_BIAS:
         y += gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)[:, None]
-    gl.store(
-        y_ptr + row[:, None] + (token * n)[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=(row < n)[:, None] & (token < m)[None, :],
-    )
+    mask = (row < n)[:, None] & (token < m)[None, :]
+    if GATED:
+        gate, up = turns_apart(y, ROWS, 8)
+        y = silu(gate) * up
+        place = (row // 16 * 8 + row % 8)[:, None] + (token * (n // 2))[None, :]
+        place, _ = turns_apart(gl.where(mask, place, -1), ROWS, 8)
+        gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=place >= 0)
+    else:
+        gl.store(y_ptr + row[:, None] + (token * n)[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import dependent_launch, splits
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import negative_zeros, unpack_scaled
+from engine.kernels.int4_fragments import negative_zeros, silu, turns_apart, unpack_scaled
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -112,10 +112,10 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     return found
 
 
-def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) -> Tensor:
-    """The product for x [M, in], M up to 512."""
+def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *, gated: bool = False) -> Tensor:
+    """The product for x [M, in], M up to 512; `gated` as in `int4_linear`."""
     m, n, tiles = x.shape[0], weights.out_features, weights.words.shape[1]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()  # the copy engine reads from whole 16 bytes
@@ -140,6 +140,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config) ->
         tiles,
         -(-n // 64),
         HAS_BIAS=bias is not None,
+        GATED=gated,
         RAGGED=-(-n // 64) % (block_n // 64) != 0,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
@@ -253,6 +254,7 @@ def _gemm(
     tiles,
     tile_rows,
     HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
     RAGGED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -345,10 +347,18 @@ def _gemm(
     if last:
         if HAS_BIAS:
             total += gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)[:, None]
-        ACROSS: gl.constexpr = 8 if BLOCK_N == 64 else 16
+        COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        if GATED:
+            gate, up = turns_apart(total, BLOCK_N // 16, BLOCK_M)
+            result = silu(gate) * up
+            width = n // 2
+        else:
+            result = total
+            width = n
+        ACROSS: gl.constexpr = COLUMNS // 8
         OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-        y = gl.convert_layout(total.to(dtype).permute([1, 0]), OUT)
+        y = gl.convert_layout(result.to(dtype).permute([1, 0]), OUT)
         token = first_token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
-        out_row = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
-        mask = (token < m)[:, None] & (out_row < n)[None, :]
-        gl.store(y_ptr + token.to(gl.int64)[:, None] * n + out_row[None, :], y, mask=mask)
+        out_row = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
+        mask = (token < m)[:, None] & (out_row < width)[None, :]
+        gl.store(y_ptr + token.to(gl.int64)[:, None] * width + out_row[None, :], y, mask=mask)

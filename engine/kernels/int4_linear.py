@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels import dependent_launch, splits, tuning
+from engine.kernels.activation import silu_and_mul
 from engine.kernels.device import Device, facts
 from engine.kernels.int4_weights import TILE_ROWS, Int4Weights
 from engine.kernels.tuning import Config
@@ -28,29 +29,36 @@ DENSE_ROWS = 256
 FRAGMENT_KERNELS = ("gemv", "gluon")
 
 
-def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+def int4_linear(
+    x: Tensor, weights: Int4Weights, bias: Tensor | None = None, config: Config | None = None, *, gated: bool = False
+) -> Tensor:
     """x W^T + bias for x [..., in] float16 or bfloat16; [..., out] of x's type.
+
+    With `gated` the outputs are those of gate and up `in_turns`, and the result is silu(gate) * up [..., out / 2].
 
     The same inputs give the same bits, and so does a row in any batch that runs by the same configuration. `config`
     overrides the table of the device; see `default_config` for what it says.
     """
     rows = x.reshape(-1, weights.in_features)
     m = rows.shape[0]
+    outputs = weights.out_features // 2 if gated else weights.out_features
     if m == 0:
-        return x.new_empty(*x.shape[:-1], weights.out_features)
+        return x.new_empty(*x.shape[:-1], outputs)
     device = facts(x.device)
     if config is None:
         config = tuning.lookup("int4_linear", device.name, weights.out_features, weights.in_features, m)
     if config is None or not runs(config, m, x.dtype, weights, device):
         config = default_config(m, x.dtype, weights, device)
     kernel = config["kernel"]
-    if kernel == "dense":
-        y = torch.nn.functional.linear(rows, dequantize(weights, x.dtype), bias)
-    elif kernel in FRAGMENT_KERNELS:
-        y = _fragment_kernels(device)[kernel].run(rows, weights, bias, config)
+    if kernel in FRAGMENT_KERNELS:
+        y: Tensor = _fragment_kernels(device)[kernel].run(rows, weights, bias, config, gated=gated)
     else:
-        y = run(rows, weights, bias, config)
-    return y.reshape(*x.shape[:-1], weights.out_features)
+        if kernel == "dense":
+            y = torch.nn.functional.linear(rows, dequantize(weights, x.dtype), bias)
+        else:
+            y = run(rows, weights, bias, config)
+        y = silu_and_mul(y, in_turns=True) if gated else y
+    return y.reshape(*x.shape[:-1], outputs)
 
 
 def runs(config: Config, m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:

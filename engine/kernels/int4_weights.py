@@ -77,6 +77,14 @@ class Int4Weights:
         return ((q - zero).float() * scale).to(dtype)[: self.out_features, : self.in_features].contiguous()
 
 
+def in_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """Outputs of two weights in turns of eight, along the last dimension: of scales and biases [.., out], or of AWQ
+    words [.., out/8]. A thread that holds an output of gate then holds that of up: rows r and r + 8 of a block."""
+    run = 1 if gate.dtype == torch.int32 else 8
+    runs = [x.reshape(*x.shape[:-1], -1, run) for x in (gate, up)]
+    return torch.stack(runs, dim=-2).flatten(-3)
+
+
 def _pack_words(q: Tensor) -> Tensor:
     """q 0..15 int32 [rows, inputs] -> words of whole tiles; what pads them is 0."""
     rows, inputs = q.shape

@@ -24,6 +24,7 @@ __all__ = [
     "causal_attention",
     "dense_linear",
     "draw_tokens",
+    "gated_int4_linear",
     "int4_linear",
     "int8_linear",
     "pack_int4",
@@ -103,6 +104,11 @@ def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Any:
     if qweight.is_cuda:
         return _kernels("int4_weights").Int4Weights.pack(qweight, qzeros, scales)
     return cpu_linear.CpuInt4Weights.pack(qweight, qzeros, scales)
+
+
+def gated_int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up [..., out / 2] of the outputs x W^T + bias, gate's and up's `in_turns`: on a GPU alone."""
+    return _kernels("int4_linear").int4_linear(x, weights, bias, gated=True)
 
 
 def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:

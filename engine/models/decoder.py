@@ -12,7 +12,17 @@ from engine.kernels import invariant, ops, reference
 from engine.models import names
 from engine.models.batch import Batch
 from engine.models.cache import KVCache, KVPages
-from engine.models.linear import DenseLinear, Int8Rows, Linear, read_linear, reads_int8, settled, stack
+from engine.models.linear import (
+    DenseLinear,
+    GatedInt4Linear,
+    Int8Rows,
+    Linear,
+    gate_and_up,
+    read_linear,
+    reads_int8,
+    settled,
+    stack,
+)
 from engine.models.ranks import Ranks
 from engine.models.rope import Rope, rope_tables
 from engine.models.row_parallel import Int8RowParallel, row_parallel
@@ -45,7 +55,8 @@ class DecoderLayer:
         linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
         self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype, tile=tile)
         self._output = row_parallel(linears[names.OUTPUT], ranks, dtype, tile=tile)
-        self._gate_up = settled(stack([linears[module] for module in names.GATE_UP]), dtype, tile=tile)
+        gate, up = (linears[module] for module in names.GATE_UP)
+        self._gate_up = gate_and_up(gate, up, dtype, tile=tile)
         self._down = row_parallel(linears[names.DOWN], ranks, dtype, tile=tile)
 
     def __call__(
@@ -133,6 +144,8 @@ class DecoderLayer:
     def inner(self, normed: Rows) -> Rows:
         """What down reads: [T, intermediate]; int8 rows where it is int8."""
         gate_up = self._gate_up.forward(normed)
+        if isinstance(self._gate_up, GatedInt4Linear):  # the product and the activation at once
+            return gate_up
         if reads_int8(self._down):
             return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
         if isinstance(self._down, Int8RowParallel):

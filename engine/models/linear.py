@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import invariant, ops
+from engine.kernels.int4_weights import in_turns
 from engine.models import names
 
 
@@ -80,6 +81,19 @@ class PackedInt4Linear:
         return ops.int4_linear(x, self._weights, self._bias)
 
 
+class GatedInt4Linear:
+    """gate and up of an MLP in 4 bits, for a GPU: forward gives silu(gate) * up [..., inner]."""
+
+    def __init__(self, gate: Int4Linear, up: Int4Linear) -> None:
+        parts = [(gate.qweight, up.qweight), (gate.qzeros, up.qzeros), (gate.scales, up.scales)]
+        self._weights = ops.pack_int4(*(in_turns(*part) for part in parts))
+        bias = _join_biases([gate, up], [gate.scales.shape[1], up.scales.shape[1]])
+        self._bias = None if bias is None else in_turns(*bias.chunk(2))
+
+    def forward(self, x: Any) -> Tensor:
+        return ops.gated_int4_linear(x, self._weights, self._bias)
+
+
 class Int8Linear:
     """An int8 weight [out, in] with float32 scales [out], multiplied with int8 rows; a bias [out] or none."""
 
@@ -119,6 +133,15 @@ class TiledLinear:
             tiles = [Int8Rows(*tile, x.dtype) for tile in zip(values, scales, strict=True)]
             return torch.cat([self.linear.forward(tile) for tile in tiles])[: len(x.values)]
         return torch.cat([self.linear.forward(tile) for tile in invariant.tiles(x, self.rows)])[: len(x)]
+
+
+def gate_and_up(gate: Kind, up: Kind, dtype: torch.dtype, *, tile: int = 0) -> Linear | GatedInt4Linear:
+    """Both as one linear, outputs side by side (see `settled`), or with the activation where kernels compute it too."""
+    if isinstance(gate, Int4Linear) and isinstance(up, Int4Linear) and not tile:
+        alike = gate.scales.shape == up.scales.shape
+        if alike and ops.on_kernels(gate.qweight) and dtype in ops.HALVES:
+            return GatedInt4Linear(gate, up)
+    return settled(stack([gate, up]), dtype, tile=tile)
 
 
 def reads_int8(linear: Linear) -> bool:

@@ -203,6 +203,12 @@ class Language(types.ModuleType):
     def minimum(self, first, second):
         return torch.minimum(values(first), values(second))
 
+    def exp(self, value):
+        return value.exp()
+
+    def where(self, condition, first, second):
+        return torch.where(values(condition), values(first), values(second))
+
     def sum(self, value, axis):
         return values(value.sum(axis))
 

@@ -7,9 +7,9 @@ from tests.engine.kernels.triton_device import DEVICE  # before any kernel
 
 # isort: split
 from engine.kernels import reference
-from engine.kernels.int4_weights import Int4Weights
+from engine.kernels.int4_weights import Int4Weights, in_turns
 from tests.engine.kernels import gluon_on_cpu
-from tests.engine.kernels.quantized import error, int4, normal
+from tests.engine.kernels.quantized import awq, error, int4, normal
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="test_int4_gluon runs the kernels themselves")
 
@@ -55,6 +55,29 @@ def test_the_product_is_that_of_the_weights(kernels, m, n, k, group, config, dty
     # gemv rounds y alone; the other rounds W to x's type as well, and bfloat16 scales before that.
     bound = 2.5e-4 if config["kernel"] == "gemv" else 3.5e-4
     assert y.dtype == dtype and error(y, expected) < bound * (10 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "config"),
+    [
+        (1, 80, 256, 128, gemv(1, 4, 2)),
+        (5, 144, 1152, 128, gemv(2, 4, 2)),
+        (3, 144, 384, 128, gluon(8, 64, 4, 2, 2, 2, 1)),
+        (70, 208, 640, 128, gluon(64, 128, 8, 2, 1, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate_and_up_in_turns_give_silu_times_up(kernels, m, n, k, group, config, dtype):
+    gate, up, x = awq(n // 2, k, group), awq(n // 2, k, group, seed=9), normal(m, k, dtype=dtype)
+    weights = Int4Weights.pack(*(in_turns(*pair) for pair in zip(gate, up, strict=True)))
+    bias = None if m == 1 else normal(n, dtype=dtype, seed=5)
+    y = kernels[config["kernel"]].run(x, weights, bias, config, gated=True)
+    gated, through = (x.float() @ Int4Weights.pack(*part).dequantize(torch.float32).t() for part in (gate, up))
+    if bias is not None:
+        one, other = bias.float().view(-1, 2, 8).unbind(1)
+        gated, through = gated + one.flatten(), through + other.flatten()
+    assert y.shape == (m, n // 2) and y.dtype == dtype
+    assert error(y, torch.nn.functional.silu(gated) * through) < (6e-4 if dtype == torch.float16 else 6e-3)
 
 
 def test_what_lies_past_the_inputs_adds_nothing(kernels):

@@ -8,7 +8,8 @@ from tests.engine.kernels.triton_device import DEVICE  # before any kernel
 # isort: split
 from engine.kernels import dense_linear, int4_linear, int8_linear, linear_reference, reference, splits, tuning
 from engine.kernels.device import Device, facts
-from tests.engine.kernels.quantized import codes, error, int4, normal
+from engine.kernels.int4_weights import Int4Weights, in_turns
+from tests.engine.kernels.quantized import awq, codes, error, int4, normal
 
 # The interpreter multiplies no bfloat16 (Triton 3.6) and cuts it where a GPU rounds.
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -54,6 +55,28 @@ def test_int4_linear(m, n, k, group, config, dtype):
         assert y.dtype == dtype
         if m:
             assert error(y, linear_reference.int4_linear(x, weights, bias)) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("config", [plain(splits=2), {"kernel": "dense"}, None])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gate_and_up_in_turns(config, bias):
+    gate, up, x = awq(72, 256, 64, DEVICE), awq(72, 256, 64, DEVICE, seed=9), normal(5, 256, device=DEVICE)
+    weights = Int4Weights.pack(*(in_turns(*pair) for pair in zip(gate, up, strict=True)))
+    biases = [normal(72, device=DEVICE, seed=seed) for seed in (5, 6)] if bias else None
+    turned = None if biases is None else in_turns(*biases)
+    expected = reference.silu_and_mul(
+        torch.cat(
+            [
+                linear_reference.int4_linear(x.float(), Int4Weights.pack(*part), None if bias is None else bias.float())
+                for part, bias in zip((gate, up), biases or (None, None), strict=True)
+            ],
+            dim=1,
+        )
+    )
+    assert torch.equal(linear_reference.gated_int4_linear(x, weights, turned), expected.half())
+    y = int4_linear.int4_linear(x, weights, turned, config, gated=True)
+    assert y.shape == (5, 72) and error(y, expected) < 2e-3
+    assert int4_linear.int4_linear(x[:0], weights, turned, config, gated=True).shape == (0, 72)
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(72, 160, 32), (200, 288, 96), (8, 24, 8), (64, 256, 128)])

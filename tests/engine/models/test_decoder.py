@@ -7,14 +7,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from engine.kernels import reference as ops
 from engine.models import names
 from engine.models.batch import packed
 from engine.models.cache import KVScales
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.rope import rope_tables
 from engine.storage.checkpoint import load_checkpoint
-from tests.engine.models.tiny import PagedRun, random_weights, tiny_config
+from tests.engine.models.tiny import PagedRun, as_int8, random_weights, tiny_config
 from tests.shared_data import shared
 
 TOLERANCE = 1e-4  # of the largest absolute logit
@@ -191,17 +190,6 @@ def test_observe_sees_the_input_of_every_linear():
     attended = hidden + seen["self_attn.o_proj"] @ weights["model.layers.0.self_attn.o_proj.weight"].T
     mlp = seen["mlp.down_proj"] @ weights["model.layers.0.mlp.down_proj.weight"].T
     assert torch.allclose(out, attended + mlp, atol=1e-5)
-
-
-def as_int8(weights, config):
-    """Every linear of every layer with symmetric int8 rows."""
-    quantized = dict(weights)
-    for layer in range(config.num_layers):
-        for module in names.LINEARS:
-            name = names.layer_name(layer, module)
-            values, scales = ops.quantize_rows(quantized[f"{name}.weight"])
-            quantized |= {f"{name}.weight": values, f"{name}.{names.WEIGHT_SCALE}": scales}
-    return quantized
 
 
 def test_int8_layers_compute_with_rows_quantized_in_the_norm_and_in_silu():

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.kernels import ops
 from engine.models import names
-from engine.models.batch import Batch
+from engine.models.batch import QUERY_BLOCK, Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import rope_base
@@ -40,6 +41,38 @@ def random_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     return weights
 
 
+def as_int4(weights: dict[str, Tensor], config: ModelConfig, group: int) -> dict[str, Tensor]:
+    """Random 4-bit weights for every linear of every layer, of about the size of those given."""
+    generator, quantized = torch.Generator().manual_seed(3), dict(weights)
+    for layer in range(config.num_layers):
+        for module in names.LINEARS:
+            name = names.layer_name(layer, module)
+            outer, inner = quantized.pop(f"{name}.weight").shape
+            for part, rows in (("qweight", inner), ("qzeros", inner // group)):
+                words = torch.randint(-(2**31), 2**31, (rows, outer // 8), generator=generator)
+                quantized[f"{name}.{part}"] = words.int()
+            quantized[f"{name}.scales"] = torch.rand(inner // group, outer, generator=generator).half() / inner**0.5 / 4
+    return quantized
+
+
+def as_int8(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Every linear of every layer with symmetric int8 rows."""
+    quantized = dict(weights)
+    for layer in range(config.num_layers):
+        for module in names.LINEARS:
+            name = names.layer_name(layer, module)
+            values, scales = ops.quantize_rows(quantized[f"{name}.weight"])
+            quantized |= {f"{name}.weight": values, f"{name}.{names.WEIGHT_SCALE}": scales}
+    return quantized
+
+
+def quantized(weights: str, tensors: dict[str, Tensor], config: ModelConfig, group: int = 32) -> dict[str, Tensor]:
+    """The tensors as a recipe has them."""
+    if weights == "w4a16":
+        return as_int4(tensors, config, group)
+    return as_int8(tensors, config) if weights == "w8a8" else tensors
+
+
 class PagedRun:
     """Feeds sequences through a cache, any number of tokens of any of them a step; pages are dealt out of order.
 
@@ -56,7 +89,12 @@ class PagedRun:
         order = torch.randperm(sum(pages) + 1, generator=torch.Generator().manual_seed(1)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in pages]
         self.cache = KVCache(
-            model.config, num_pages=sum(pages) + 1, page_len=page_len, device="cpu", dtype=model.dtype, scales=scales
+            model.config,
+            num_pages=sum(pages) + 1,
+            page_len=page_len,
+            device=model.device,
+            dtype=model.dtype,
+            scales=scales,
         )
         self.logits: list[list[Tensor]] = [[] for _ in sequences]
 
@@ -70,18 +108,31 @@ class PagedRun:
                 slots.append(self.tables[row][place // self.page_len] * self.page_len + place % self.page_len)
             self.cached[row] += amount
             starts.append(len(tokens))
+        counts = list(amounts.values())
+        decodes = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        decodes = 0 if self.model.deterministic else decodes
+        blocks = [
+            (i, first) for i, count in enumerate(counts) if i >= decodes for first in range(0, count, QUERY_BLOCK)
+        ]
         width = max(len(self.tables[row]) for row in amounts)
+        tables = [self.tables[row] + [0] * (width - len(self.tables[row])) for row in amounts]
+
+        def there(numbers):
+            return torch.tensor(numbers, dtype=torch.int32, device=self.model.device)
+
+        bases = None if self.bases is None else torch.tensor([self.bases[row] for row in amounts]).double()
         batch = Batch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor([self.cached[row] for row in amounts], dtype=torch.int32),
-            page_table=torch.tensor(
-                [self.tables[row] + [0] * (width - len(self.tables[row])) for row in amounts], dtype=torch.int32
-            ),
-            slots=torch.tensor(slots),
-            logits_at=torch.arange(len(tokens)),
-            rope_bases=None if self.bases is None else torch.tensor([self.bases[row] for row in amounts]).double(),
+            token_ids=there(tokens),
+            positions=there(positions),
+            query_starts=there(starts),
+            context_lens=there([self.cached[row] for row in amounts]),
+            page_table=there(tables),
+            slots=there(slots),
+            logits_at=there(range(len(tokens))),
+            rope_bases=None if bases is None else bases.to(self.model.device),
+            decodes=decodes,
+            blocks=there(blocks).view(-1, 2),
+            invariant=self.model.deterministic,
         )
         logits = self.model(batch, self.cache)
         for i, row in enumerate(amounts):

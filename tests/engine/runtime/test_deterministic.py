@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from engine.config import EngineConfig, Sampling
-from engine.models import names
 from engine.models.cache import KVScales, PerToken
 from engine.models.decoder import Decoder
 from engine.runtime.engine import Engine
-from tests.engine.models.test_decoder import as_int8
-from tests.engine.models.tiny import random_weights, tiny_config
+from tests.engine.models.tiny import quantized, random_weights, tiny_config
 from tests.engine.runtime.tiny_model import DEVICE, CharTokenizer
 
 # Large enough that libraries choose other orders for other numbers of rows.
@@ -23,24 +21,9 @@ BUSY = {"max_batch_size": 24, "cache_max_entry_count": 800}
 TIGHT = {"max_batch_size": 6, "num_tokens_per_iter": 11, "cache_max_entry_count": 26}
 
 
-def as_int4(weights, config, group=32):
-    generator = torch.Generator().manual_seed(3)
-    quantized = dict(weights)
-    for layer in range(config.num_layers):
-        for module in names.LINEARS:
-            name = names.layer_name(layer, module)
-            outer, inner = quantized.pop(f"{name}.weight").shape
-            for part, rows in (("qweight", inner), ("qzeros", inner // group)):
-                words = torch.randint(-(2**31), 2**31, (rows, outer // 8), generator=generator).int()
-                quantized[f"{name}.{part}"] = words
-            quantized[f"{name}.scales"] = torch.rand(inner // group, outer, generator=generator).half() * 0.02
-    return quantized
-
-
 def model_of(weights: str, *, deterministic=True, window=None) -> Decoder:
     config = replace(CONFIG, sliding_window=window)
-    tensors = random_weights(config)
-    tensors = {"fp16": lambda t, _: t, "w4a16": as_int4, "w8a8": as_int8}[weights](tensors, config)
+    tensors = quantized(weights, random_weights(config), config)
     dtype = torch.float32 if DEVICE == "cpu" else torch.float16
     return Decoder(config, tensors, device=DEVICE, dtype=dtype, deterministic=deterministic)
 
