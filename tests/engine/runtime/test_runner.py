@@ -1,13 +1,16 @@
+from dataclasses import fields
+
 import pytest
 import torch
 
 from engine.config import Sampling
 from engine.models.cache import KVCache
-from engine.runtime.batch import build_batch
+from engine.runtime.batch import Step, batch_of, build_batch, step_of
 from engine.runtime.cache import PageTable
+from engine.runtime.channel import HEADER, pack, unpack
 from engine.runtime.runner import Runner
 from engine.runtime.scheduler import Plan, Scheduler
-from engine.runtime.sequence import Sequence
+from engine.runtime.sequence import PENDING, Sequence
 from tests.engine.runtime.tiny_model import greedy, tiny_model, whole_logits
 
 PROMPT = [11, 3, 45, 8, 8, 20, 61, 5, 17, 33, 2]
@@ -44,6 +47,21 @@ def test_a_plan_becomes_a_batch():
     assert batch.logits_at.tolist() == [1, 4, 5]
     for name in ("token_ids", "positions", "slots", "logits_at", "query_starts", "context_lens", "page_table"):
         assert getattr(batch, name).dtype == torch.int32, name
+
+
+def test_a_step_crosses_to_other_ranks_as_it_is():
+    running = Sequence(request_id="a", tokens=[5, 6, PENDING], limit=9, pages=[4, 2], cached=2, scheduled=1, pending=1)
+    prompt = Sequence(request_id="b", tokens=[1, 2, 3, 4], limit=9, pages=[0], cached=0, scheduled=4, rope_base=2.5)
+    before = Sequence(request_id="c", tokens=[1], limit=2)
+    step = step_of(Plan((running, prompt)), page_len=4, rows={before: 0, running: 1})
+    crossed = Step.of_message(unpack(pack(step.message())[HEADER:]))
+    assert (crossed.draws, crossed.bases, crossed.decodes, crossed.width) == (2, [2.5], 1, 2)
+    drawn = torch.tensor([8, 7])
+    batches = [batch_of(each, device=torch.device("cpu"), drawn=drawn) for each in (step, crossed)]
+    assert batches[0].token_ids.tolist() == [7, 1, 2, 3, 4]
+    for name in (field.name for field in fields(batches[0])):
+        one, other = (getattr(batch, name) for batch in batches)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
 
 
 def decode(runner, scheduler, item):
