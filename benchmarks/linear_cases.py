@@ -60,6 +60,26 @@ def int4_linear(setting: Setting) -> Iterator[Case]:
         )
 
 
+@register("gated_int4_linear")
+def gated_int4_linear(setting: Setting) -> Iterator[Case]:
+    """int4 gate and up with silu * up in the same kernel."""
+    outputs, inputs = 2 * setting.config.intermediate_size, setting.config.hidden_size
+    if inputs % setting.group_size == 0:
+        yield Case(
+            kernel="gated_int4_linear",
+            size=f"{setting.tokens} of {outputs}x{inputs} g{setting.group_size}",
+            inputs=lambda: (
+                values(setting, setting.tokens, inputs),
+                Int4Weights.pack(*_packed(setting, outputs, inputs)),
+            ),
+            run=implementations("gated_int4_linear", setting.device, "engine.kernels.int4_linear", reference=LINEARS),
+            bytes=outputs * inputs // 2
+            + inputs // setting.group_size * outputs * 4
+            + setting.tokens * (outputs // 2 + inputs) * setting.dtype.itemsize,
+            operations=2 * setting.tokens * outputs * inputs,
+        )
+
+
 @register("int4_unpack")
 def int4_unpack(setting: Setting) -> Iterator[Case]:
     """int4 groups to a dense weight, which the CPU path does once."""

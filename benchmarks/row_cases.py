@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from benchmarks.kernel_registry import Case, Setting, implementations, register, values
 from engine.kernels import reference
 
-NORM, ACTIVATION = "engine.kernels.norm", "engine.kernels.activation"
+NORM, ACTIVATION, DRAW = (f"engine.kernels.{name}" for name in ("norm", "activation", "draw"))
 
 
 @register("rms_norm")
@@ -66,6 +67,31 @@ def quantize_rows(setting: Setting) -> Iterator[Case]:
         run=implementations("quantize_rows", setting.device, ACTIVATION),
         bytes=tokens * width * (setting.dtype.itemsize + 1),
     )
+
+
+@register("draw_tokens")
+def draw_tokens(setting: Setting) -> Iterator[Case]:
+    """Tokens from logits: the likeliest, by temperature alone, and narrowed by top-k and top-p."""
+    tokens, vocabulary = setting.tokens, setting.config.vocab_size
+    for name, numbers in {
+        "likeliest": (0.0, 0, 1.0, 0.0, 0.5),
+        "warm": (0.8, 0, 1.0, 0.0, 0.5),
+        "narrowed": (0.8, 40, 0.95, 0.0, 0.5),
+    }.items():
+
+        def make(numbers: tuple[float, ...] = numbers) -> tuple[Tensor, Tensor]:
+            logits = torch.randn(tokens, vocabulary, device=setting.device) * 3
+            rows = torch.tensor([numbers] * tokens, dtype=torch.float64, device=setting.device)
+            return logits, rows
+
+        yield Case(
+            kernel="draw_tokens",
+            size=f"{tokens} of {vocabulary} {name}",
+            inputs=make,
+            run=implementations("draw_tokens", setting.device, DRAW, reference="engine.kernels.draw_reference"),
+            bytes=tokens * vocabulary * 4,
+            eager=("reference",),
+        )
 
 
 def _norm(setting: Setting, op: str, *, out_bytes: int) -> Case:

@@ -61,6 +61,11 @@ def int4_linear(
     return y.reshape(*x.shape[:-1], outputs)
 
 
+def gated_int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None = None) -> Tensor:
+    """`int4_linear` of gate and up with their activation."""
+    return int4_linear(x, weights, bias, gated=True)
+
+
 def runs(config: Config, m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
     """Whether the configuration's kernel can do this product here."""
     kernel = config["kernel"]

@@ -108,7 +108,7 @@ def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Any:
 
 def gated_int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up [..., out / 2] of the outputs x W^T + bias, gate's and up's `in_turns`: on a GPU alone."""
-    return _kernels("int4_linear").int4_linear(x, weights, bias, gated=True)
+    return _kernels("int4_linear").gated_int4_linear(x, weights, bias)
 
 
 def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
