@@ -47,10 +47,14 @@ def measure(task: Mapping[str, Any], ranks: Ranks, device: torch.device) -> list
             "logits": seconds_of(partial(ranks.gather, logits), device),
             "drawn": seconds_of(partial(ranks.share, drawn), device),
         }
-        for name, module in (("o_rows", names.OUTPUT), ("down_rows", names.DOWN)):
-            x = torch.randn(tokens, names.linear_shape(part, module)[1], device=device).to(dtype)
-            seconds[name] = seconds_of(partial(shared.rows, x, dtype), device)
-            seconds[f"own_{name}"] = seconds_of(partial(ops.quantize_rows, x), device)
+        attended, gate_up = (
+            torch.randn(tokens, width, device=device).to(dtype)
+            for width in (names.linear_shape(part, names.OUTPUT)[1], 2 * names.linear_shape(part, names.DOWN)[1])
+        )
+        seconds["o_rows"] = seconds_of(partial(shared.rows, attended), device)
+        seconds["own_o_rows"] = seconds_of(partial(ops.quantize_rows, attended), device)
+        seconds["down_rows"] = seconds_of(partial(shared.rows, gate_up, gated=True), device)
+        seconds["own_down_rows"] = seconds_of(partial(ops.silu_and_mul_int8, gate_up), device)
         found.append(seconds)
     return found
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import facts
-from engine.kernels.rounding import round_row
+from engine.kernels.rounding import round_by, round_row
 
 BLOCK = 1024
 
@@ -36,35 +38,40 @@ def silu_and_mul(gate_up: Tensor, *, in_turns: bool = False) -> Tensor:
     return out.view(*gate_up.shape[:-1], inner)
 
 
-def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The contract of `reference.silu_and_mul_int8`."""
-    return _to_int8(gate_up, gate_up.shape[1] // 2, gated=True)
+    return _to_int8(gate_up, maxima, gated=True)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The contract of `reference.quantize_rows`."""
-    return _to_int8(x, x.shape[1], gated=False)
+    return _to_int8(x, maxima, gated=False)
 
 
-def _to_int8(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
-    count = len(x)
-    values = torch.empty(count, width, dtype=torch.int8, device=x.device)
-    scales = torch.empty(count, dtype=torch.float32, device=x.device)
-    if count:
-        padded = triton.next_power_of_2(width)
-        warps = min(max(padded // 512, 1), 16)
-        _rows_to_int8[(count,)](
-            x,
-            values,
-            scales,
-            x.stride(0),
-            width=width,
-            padded=padded,
-            gated=gated,
-            num_warps=warps,
-            **options(facts(x.device)),
-        )
+def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+    """The contract of `reference.row_maxima`."""
+    maxima = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if len(x):
+        _row_maxima[(len(x),)](x, maxima, x.stride(0), **_row_options(x, gated))
+    return maxima
+
+
+def _to_int8(x: Tensor, maxima: Tensor | None, *, gated: bool) -> tuple[Tensor, Tensor]:
+    shape = _row_options(x, gated)
+    values = torch.empty(len(x), shape["width"], dtype=torch.int8, device=x.device)
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if len(x):
+        known = scales if maxima is None else maxima
+        _rows_to_int8[(len(x),)](x, values, scales, known, x.stride(0), given=maxima is not None, **shape)
     return values, scales
+
+
+def _row_options(x: Tensor, gated: bool) -> dict[str, Any]:
+    """How a kernel takes a row of [gate, up], or of values, to one program."""
+    width = x.shape[1] // 2 if gated else x.shape[1]
+    padded = triton.next_power_of_2(width)
+    warps = min(max(padded // 512, 1), 16)
+    return {"width": width, "padded": padded, "gated": gated, "num_warps": warps, **options(facts(x.device))}
 
 
 @triton.jit
@@ -89,17 +96,46 @@ def _silu(gate_up, out, stride, inner, block: tl.constexpr, in_turns: tl.constex
 
 
 @triton.jit
-def _rows_to_int8(
-    x, values, scales, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, PDL: tl.constexpr
-):
-    if PDL:
-        depend()
-    row = tl.program_id(0).to(tl.int64)
+def _row(x, row, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr):
+    """A row in float32, zeros at its end."""
     column = tl.arange(0, padded)
     inside = column < width
     value = tl.load(x + row * stride + column, mask=inside, other=0.0)
     if gated:
         value = _gate(value, tl.load(x + row * stride + width + column, mask=inside, other=0.0))
-    code, scale = round_row(value.to(tl.float32))
-    tl.store(values + row * width + column, code, mask=inside)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _rows_to_int8(
+    x,
+    values,
+    scales,
+    maxima,
+    stride,
+    width: tl.constexpr,
+    padded: tl.constexpr,
+    gated: tl.constexpr,
+    given: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        depend()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, padded)
+    value = _row(x, row, stride, width, padded, gated)
+    if given:
+        code, scale = round_by(value, tl.load(maxima + row))
+    else:
+        code, scale = round_row(value)
+    tl.store(values + row * width + column, code, mask=column < width)
     tl.store(scales + row, scale)
+
+
+@triton.jit
+def _row_maxima(x, maxima, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        depend()
+    row = tl.program_id(0).to(tl.int64)
+    size = tl.abs(_row(x, row, stride, width, padded, gated))
+    tl.store(maxima + row, tl.max(tl.where(size == size, size, float("inf")), axis=0))

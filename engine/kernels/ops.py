@@ -34,6 +34,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_int8",
     "rope_write_kv",
+    "row_maxima",
     "silu_and_mul",
     "silu_and_mul_int8",
     "unpack_int4",
@@ -151,16 +152,25 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return _kernels("activation").silu_and_mul(gate_up) if on_kernels(gate_up) else reference.silu_and_mul(gate_up)
 
 
-def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.silu_and_mul_int8`."""
     if on_kernels(gate_up):
-        return _kernels("activation").silu_and_mul_int8(gate_up)
-    return reference.silu_and_mul_int8(gate_up)
+        return _kernels("activation").silu_and_mul_int8(gate_up, maxima)
+    return reference.silu_and_mul_int8(gate_up, maxima)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`."""
-    return _kernels("activation").quantize_rows(x) if on_kernels(x) and x.dim() == 2 else reference.quantize_rows(x)
+    if on_kernels(x) and x.dim() == 2:
+        return _kernels("activation").quantize_rows(x, maxima)
+    return reference.quantize_rows(x, maxima)
+
+
+def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+    """`reference.row_maxima`."""
+    if on_kernels(x) and x.dim() == 2:
+        return _kernels("activation").row_maxima(x, gated=gated)
+    return reference.row_maxima(x, gated=gated)
 
 
 def rope_write_kv(

@@ -102,9 +102,16 @@ def rms_norm_int8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return quantize_rows(rms_norm(x.float(), weight, eps))
 
 
-def silu_and_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of silu(gate) * up in float32: the product is NOT rounded to the input's type in between."""
-    return quantize_rows(silu_and_mul(gate_up.float()))
+    return quantize_rows(silu_and_mul(gate_up.float()), maxima)
+
+
+def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+    """The largest magnitude of each row of x [..., in], float32 [...]: what `quantize_rows` takes, or where it is
+    `gated` what `silu_and_mul_int8` does. A NaN counts as infinite, which not every sum over ranks would hand on."""
+    wide = silu_and_mul(x.float()) if gated else x.float()
+    return wide.abs().amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
 def int8_linear(

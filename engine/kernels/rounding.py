@@ -13,6 +13,12 @@ ROUNDER = tl.constexpr(12582912.0)
 @triton.jit
 def round_row(x):
     """`reference.quantize_rows` of one row in float32: codes and scale."""
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=0), 1e-7), 127.0)
+    return round_by(x, tl.max(tl.abs(x), axis=0))
+
+
+@triton.jit
+def round_by(x, largest):
+    """The same of a part of a row whose largest magnitude is known."""
+    scale = tl.div_rn(tl.maximum(largest, 1e-7), 127.0)
     step = tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0)
     return ((step + ROUNDER) - ROUNDER).to(tl.int8), scale

@@ -149,7 +149,7 @@ class DecoderLayer:
         if reads_int8(self._down):
             return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
         if isinstance(self._down, Int8RowParallel):
-            return self._down.rows(ops.silu_and_mul(gate_up.float()), gate_up.dtype)
+            return self._down.rows(gate_up, gated=True)
         return ops.silu_and_mul(gate_up)
 
     def after_mlp(self, hidden: Tensor, inner: Rows) -> Tensor:

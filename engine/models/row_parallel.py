@@ -27,14 +27,15 @@ class Int8RowParallel:
     def __init__(self, linear: Int8Linear, ranks: Ranks) -> None:
         self._linear, self._ranks = linear, ranks
 
-    def rows(self, x: Tensor, dtype: torch.dtype) -> Int8Rows:
-        """x [..., in of this rank] by the largest magnitudes of whole rows; it stands for values of `dtype`."""
-        # Not every backend hands a NaN on as the largest number; an infinite one spoils the row as well.
-        maxima = self._ranks.max(x.float().abs().amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf))
-        return Int8Rows(*reference.quantize_rows(x, maxima), dtype)
+    def rows(self, x: Tensor, *, gated: bool = False) -> Int8Rows:
+        """x [T, in of this rank], or silu(gate) * up of it where it is `gated`, by the largest magnitudes of whole
+        rows."""
+        maxima = self._ranks.max(ops.row_maxima(x, gated=gated))
+        quantize = ops.silu_and_mul_int8 if gated else ops.quantize_rows
+        return Int8Rows(*quantize(x, maxima), x.dtype)
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
-        rows = x if isinstance(x, Int8Rows) else self.rows(x, x.dtype)
+        rows = x if isinstance(x, Int8Rows) else self.rows(x)
         values, scales = rows.values.reshape(-1, rows.values.shape[-1]), rows.scales.reshape(-1)
         weight, weight_scales, bias = self._linear.weight, self._linear.scales, self._linear.bias
         if ops.on_kernels(values) and rows.dtype in ops.HALVES:

@@ -58,6 +58,24 @@ def test_silu_and_rounding(inputs, dtype):
     close(activation.quantize_rows(there), reference.quantize_rows(gate_up))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_of_rows_are_rounded_as_the_whole_rows(inputs, dtype, gated):
+    rows = torch.cat(inputs[:2], dim=1).to(dtype)
+    there = rows.to(DEVICE)
+    maxima = reference.row_maxima(rows, gated=gated)
+    torch.testing.assert_close(activation.row_maxima(there, gated=gated).cpu(), maxima, rtol=1e-5, atol=0)
+    larger = maxima * 1.7  # another rank's
+    rounded, expected = (
+        kernels.silu_and_mul_int8(x, by) if gated else kernels.quantize_rows(x, by)
+        for kernels, x, by in ((activation, there, larger.to(DEVICE)), (reference, rows, larger))
+    )
+    close(rounded, expected)
+    assert expected[0].abs().max() <= 75  # 127 / 1.7
+    rows[0, 0] = torch.nan
+    assert activation.row_maxima(rows.to(DEVICE), gated=gated)[0].item() == torch.inf
+
+
 def test_a_row_of_zeros_has_a_scale():
     values, scales = activation.quantize_rows(torch.zeros(2, 40, dtype=torch.float16, device=DEVICE))
     assert not values.any()

@@ -47,8 +47,13 @@ def layers(ranks):
     cut = Int8RowParallel(Int8Linear(weight[:, mine].contiguous(), scales, bias), ranks)
     whole = Int8Linear(weight, scales, bias)
     assert torch.equal(cut.forward(x[:, mine]), whole.forward(x))
-    rows, (values, row_scales) = cut.rows(x[:, mine], x.dtype), reference.quantize_rows(x)
-    assert torch.equal(rows.values, values[:, mine]) and torch.equal(rows.scales, row_scales)
+    gate, up = x, x.flip(0)
+    gated = torch.cat([gate[:, mine], up[:, mine]], dim=1)
+    for rows, whole_rows in (
+        (cut.rows(x[:, mine]), reference.quantize_rows(x)),
+        (cut.rows(gated, gated=True), reference.silu_and_mul_int8(torch.cat([gate, up], dim=1))),
+    ):
+        assert torch.equal(rows.values, whole_rows[0][:, mine]) and torch.equal(rows.scales, whole_rows[1])
     for spoiled in (torch.nan, torch.inf):
         x[2, 3] = spoiled  # on rank 0 alone
         out = cut.forward(x[:, mine])
