@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.shapes import error_body
+
+SECONDS_TO_LINGER = 2.0
 
 
 class BodyLimit:
@@ -49,6 +54,14 @@ class BodyLimit:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = f"The body is larger than the {self._most} bytes that this server takes."
         content = error_body(message, kind="invalid_request_error", code="body_too_large")
-        # The rest of the body is not read: the connection ends with the answer.
+        # The connection ends with the answer. What the client still sends is read for a moment and thrown away: a
+        # connection that is closed over unread bytes is reset, and the answer may be lost with it.
         response = JSONResponse(content, status_code=413, headers={"Connection": "close"})
-        await response(scope, receive, send)
+        head = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        await send(head)
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS_TO_LINGER):
+                while (message_ := await receive())["type"] == "http.request" and message_.get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

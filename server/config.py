@@ -57,7 +57,7 @@ class ServeConfig:
     tls_cert_file: str | None = None
     tls_key_file: str | None = None
     cors_origins: list[str] = field(default_factory=list)
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 8 << 20
     max_requests: int = 1024
     request_timeout: float | None = None
     drain_timeout: float = 60.0
@@ -187,7 +187,7 @@ class AppConfig:
     model: ServedModel
     keys: Keys = field(default_factory=dict)
     cors_origins: Sequence[str] = ()
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 8 << 20
     max_requests: int = 1024
     request_timeout: float | None = None
     session_timeout: float = 3600.0

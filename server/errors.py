@@ -100,7 +100,7 @@ async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
 
 def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
     """One error of many: the deepest, because for a choice of types the others only say that they were not meant."""
-    error = max(errors, key=lambda each: len(each["loc"]))
+    error = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     refused = error.get("ctx", {}).get("error")
     if isinstance(refused, RefusedField):
         param = refused.param
@@ -113,7 +113,8 @@ def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
     if error["type"] == "extra_forbidden":
         message, code = f"This server does not know the field {param!r}.", "unknown_parameter"
     elif error["type"] == "missing":
-        message, code = f"The field {param!r} is missing.", "missing_required_parameter"
+        missing = f"The field {param!r} is missing." if param else "The body is missing: send an object of JSON."
+        message, code = missing, "missing_required_parameter"
     else:
         message, code = f"{param or 'The body'}: {error['msg']}.", "invalid_value"
     return error_body(message, kind="invalid_request_error", param=param or None, code=code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, model_validator
@@ -19,7 +19,7 @@ from server.errors import RequestError, engine_error_body
 from server.event_stream import LineStream, unless_gone
 from server.generation import Arrival, Generation
 from server.guard import owner_of
-from server.messages import MOST_MESSAGES, Message
+from server.messages import Messages
 from server.openai import LARGEST_SEED
 from server.shapes import RefusedField, Shape
 
@@ -32,8 +32,8 @@ class InteractiveRequest(Shape):
     `request_output_len` 0 takes the prompt in and answers nothing.
     """
 
-    prompt: str | Annotated[list[Message], Field(max_length=MOST_MESSAGES)] | None = None
-    messages: str | Annotated[list[Message], Field(max_length=MOST_MESSAGES)] | None = None
+    prompt: str | Messages | None = None
+    messages: str | Messages | None = None
     session_id: int = Field(default=-1, ge=-1, le=2**63 - 1)
     interactive_mode: bool = False
     renew_session: bool = False

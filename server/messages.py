@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from server.shapes import RefusedField, Shape
+from server.shapes import RefusedField, Shape, at_most, too_many
 
 MOST_MESSAGES = 4096
+MOST_PARTS = 16384
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -100,3 +101,17 @@ class Message(Shape):
     def size(self) -> int:
         """Characters that come to the tokenizer, at least."""
         return len(self.text) + sum(len(call.function.arguments) for call in self.tool_calls or ())
+
+
+def _few_parts(messages: Any) -> Any:
+    if isinstance(messages, list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > MOST_PARTS:
+            raise too_many(MOST_PARTS, parts)
+    return messages
+
+
+Messages = Annotated[
+    list[Message], Field(max_length=MOST_MESSAGES), BeforeValidator(_few_parts), at_most(MOST_MESSAGES)
+]

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainValidator,
+    StringConstraints,
+    TypeAdapter,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from engine.config import Sampling
 from engine.runtime.sequence import LARGEST_BIAS, LEAST_PENALTY, MOST_LOGPROBS
-from server.messages import MOST_MESSAGES, Message
+from server.messages import Message, Messages
 from server.response_format import ResponseFormat, TextFormat
-from server.shapes import RefusedField, Shape, StopString, TokenId, same_value
+from server.shapes import RefusedField, Shape, StopString, TokenId, at_most, same_value, too_many
 from server.tools import NamedChoice, Tool, ToolChoice, Tools, callable_tools, check_tools
 
 LARGEST_SEED = 2**63 - 1
 MOST_STOPS = 16
 MOST_BIASES = 1024
+MOST_IDS = 1 << 20
 Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
 BiasedToken = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Name = Annotated[str, StringConstraints(max_length=512)]
@@ -60,11 +71,11 @@ class Request(Shape, ABC):
     repetition_penalty: float | None = Field(default=None, ge=LEAST_PENALTY, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MOST_BIASES), at_most(MOST_BIASES)] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS), at_most(MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128), at_most(128)] | None = None
     seed: int | None = Field(default=None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
     ignore_eos: bool | None = None
     priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
@@ -142,10 +153,33 @@ class Request(Shape, ABC):
         )
 
 
+Prompt = str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=MOST_IDS)]
+PROMPT_SCHEMA = TypeAdapter(Prompt).json_schema()
+
+
+def check_prompt(given: Any) -> Any:
+    """What Prompt says. By hand: of a list that is all wrong, pydantic would tell every entry, three times."""
+    if isinstance(given, str):
+        return given
+    entries = given if isinstance(given, list) else []
+    kinds = set(map(type, entries))
+    lists = entries if kinds == {list} else [entries]
+    if (found := sum(map(len, lists), start=len(lists))) > MOST_IDS + 1:
+        raise too_many(MOST_IDS, found)
+    if kinds == {str}:
+        return given
+    ids = list(chain.from_iterable(lists))
+    if kinds and set(map(type, ids)) <= {int} and min(ids, default=0) >= 0 and max(ids, default=0) < 2**31:
+        return given
+    raise PydanticCustomError(
+        "prompt", "It must be text, a list of texts, a list of token ids, or a list of such lists, and not empty"
+    )
+
+
 class ChatRequest(Request):
     """`messages` may be text, as in LMDeploy: one message of the user."""
 
-    messages: str | Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: str | Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -204,7 +238,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1, max_length=1 << 20)]
+    prompt: Annotated[Prompt, PlainValidator(check_prompt), WithJsonSchema(PROMPT_SCHEMA)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS, strict=True)] | None = None
 
     @property

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
+MOST_FIELDS = 256
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 
@@ -27,6 +29,31 @@ class Shape(BaseModel):
     """An object of a request: a field that it does not name is an error."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_few_fields(cls, content: Any) -> Any:
+        """An error for each of a million unknown fields would take seconds."""
+        if isinstance(content, dict) and len(content) > MOST_FIELDS:
+            raise too_many(MOST_FIELDS, len(content))
+        return content
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Of a list or an object: a longer one is refused before any entry of it is looked at, which takes seconds for
+    millions."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > entries:
+            raise too_many(entries, len(value))
+        return value
+
+    return BeforeValidator(check)
+
+
+def too_many(most: int, found: int) -> PydanticCustomError:
+    told = {"most": most, "found": found}
+    return PydanticCustomError("too_long", "There are {found} entries, and at most {most} are taken", told)
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

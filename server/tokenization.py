@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from server.generation import Generation
-from server.messages import MOST_MESSAGES, Message
+from server.messages import Messages
 from server.openai import Name
-from server.shapes import RefusedField, Shape, TokenId
+from server.shapes import RefusedField, Shape, TokenId, at_most
 
 MOST_TEXTS = 1000
 
@@ -20,7 +20,7 @@ class TokenizeRequest(Shape):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Annotated[Messages, Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -33,14 +33,14 @@ class TokenizeRequest(Shape):
 
 class DetokenizeRequest(Shape):
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], FailFast(), Field(max_length=1 << 20), at_most(1 << 20)]
     skip_special_tokens: bool = False
 
 
 class EncodeRequest(Shape):
     """`do_preprocess` puts each text, as a message of the user, into the chat template."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS), at_most(MOST_TEXTS)]
     do_preprocess: bool = False
     add_bos: bool = True
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.messages import FunctionName
-from server.shapes import RefusedField, Shape
+from server.shapes import RefusedField, Shape, at_most
 
 MOST_TOOLS = 128
 
@@ -46,7 +46,7 @@ class NamedChoice(Shape):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedChoice
-Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS)]
+Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS), at_most(MOST_TOOLS)]
 
 
 def check_tools(tools: list[Tool] | None, choice: ToolChoice | None) -> None:
