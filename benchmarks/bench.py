@@ -14,6 +14,7 @@ BENCHMARKS = {
     "kernels": ("benchmarks.kernels", "each kernel by itself: time, GB/s or TFLOP/s, share of the device's ceilings"),
     "cold": ("benchmarks.cold", "from the start of a process to the first token of a workspace"),
     "collectives": ("benchmarks.collectives", "what tensor-parallel ranks say to each other in a step, and its time"),
+    "cpu_decode": ("benchmarks.cpu_decode", "decode steps on a CPU by turns: recipes, transformers, llama.cpp"),
     "cpu_linears": ("benchmarks.cpu_linears", "int4 and int8 linears on a CPU beside float32 ones, by turns"),
     "memory": ("benchmarks.memory", "memory against batch size, KV cache as computed and as int8"),
     "profile": ("benchmarks.host_time", "how much of a decode step the host takes, and where"),

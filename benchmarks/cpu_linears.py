@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ABOUT = """
 One linear of each size, as a layer of a 7B model has them, in float32 by torch, in int4 and int8 by the engine's C
 kernels and by torch's packed operators (which take bfloat16), over weights that do not fit into a cache. They take
-turns in one run, so that other work on the machine meets all of them: `times_float32` compares the best of each,
+turns in one run, so that other work on the machine meets all of them; one thread is timed by the processor's clock,
+several by the wall's, in the turns in which nothing else had to run. `times_float32` compares the best of each,
 `times_float32_median` the medians. `share_of_read` is the speed at which the weights are read, scales included, as a
 share of what reading a large tensor reaches in the same turns.
 """
@@ -26,7 +27,19 @@ GROUP_SIZE = 128
 # Weights are rotated over so many bytes, beyond a cache of 32 MB.
 ROTATED_BYTES = 100_000_000
 READ_BYTES = 256_000_000
-SHOWN = ("size", "rows", "threads", "implementation", "microseconds", "times_float32", "gb_s", "share_of_read")
+SHOWN = (
+    "size",
+    "rows",
+    "threads",
+    "clock",
+    "turns",
+    "implementation",
+    "microseconds",
+    "times_float32",
+    "times_float32_median",
+    "gb_s",
+    "share_of_read",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +73,9 @@ def main(argv: list[str]) -> int:
         for rows in options.rows:
             runs = _runs(weights, rows, outputs, inputs)
             with torch.inference_mode():
-                found = take_turns({"read": memory.sum, **runs}, seconds=options.seconds)
+                found = take_turns(
+                    {"read": memory.sum, **runs}, seconds=options.seconds, threads=torch.get_num_threads()
+                )
             read = READ_BYTES / found.pop("read").best
             for name, turns in found.items():
                 size = sum(tensor.nbytes for tensor in weights[name][0])
@@ -71,6 +86,7 @@ def main(argv: list[str]) -> int:
                     "size": f"{outputs}x{inputs}",
                     "rows": rows,
                     "implementation": name,
+                    "clock": turns.clock,
                     "turns": len(turns.seconds),
                     "microseconds": round(turns.best * 1e6, 1),
                     "median_microseconds": round(turns.median * 1e6, 1),

@@ -88,7 +88,7 @@ def implementations(
     """The function `op` of the module `reference`, by that name, and of those `modules` that are there and have it, by
     the module's own.
 
-    The others are Triton's: on a CPU the reference runs alone.
+    The others are Triton's: on a CPU they are left out.
     """
     plain = importlib.import_module(reference)
     found = {"reference": getattr(plain, op)} if hasattr(plain, op) else {}

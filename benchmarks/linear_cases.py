@@ -1,4 +1,4 @@
-"""Cases of the products of a layer: dense, int4 and int8 weights, the Triton kernels beside what they stand for."""
+"""Cases of the products of a layer: dense, int4 and int8 weights, by the kernels of a device and by references."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.kernel_registry import Case, Setting, implementations, register, values
 from engine.config import ModelConfig
+from engine.kernels import cpu_linear
 from engine.kernels.int4_weights import Int4Weights
 from engine.models import names
 
@@ -39,20 +40,26 @@ def dense_linear(setting: Setting) -> Iterator[Case]:
 
 @register("int4_linear")
 def int4_linear(setting: Setting) -> Iterator[Case]:
-    """The same with int4 weights in the order of the tensor cores; bytes are those of the packed weights."""
+    """The same with int4 weights in the order of the tensor cores, or of a CPU's C kernels, for which there is no
+    reference; bytes are those of the packed weights."""
+    on_cpu = setting.device == "cpu" and cpu_linear.has_int4()
+    run = implementations("int4_linear", setting.device, "engine.kernels.int4_linear", reference=LINEARS)
+    if on_cpu:
+        run = {"cpu_linear": cpu_linear.int4_linear}
+    layout = cpu_linear.CpuInt4Weights if on_cpu else Int4Weights
     for outputs, inputs in layer_products(setting.config):
         if inputs % setting.group_size:
             continue
 
         def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
-            return values(setting, setting.tokens, inputs), Int4Weights.pack(*_packed(setting, outputs, inputs))
+            return values(setting, setting.tokens, inputs), layout.pack(*_packed(setting, outputs, inputs))
 
         groups = inputs // setting.group_size
         yield Case(
             kernel="int4_linear",
             size=f"{setting.tokens} of {outputs}x{inputs} g{setting.group_size}",
             inputs=make,
-            run=implementations("int4_linear", setting.device, "engine.kernels.int4_linear", reference=LINEARS),
+            run=run,
             bytes=outputs * inputs // 2
             + groups * outputs * 4
             + setting.tokens * (outputs + inputs) * setting.dtype.itemsize,
@@ -102,6 +109,9 @@ def int4_unpack(setting: Setting) -> Iterator[Case]:
 
 @register("int8_linear")
 def int8_linear(setting: Setting) -> Iterator[Case]:
+    run = implementations("int8_linear", setting.device, "engine.kernels.int8_linear")
+    if setting.device == "cpu" and cpu_linear.functions() is not None:
+        run["cpu_linear"] = cpu_linear.int8_linear
     for outputs, inputs in layer_products(setting.config):
 
         def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
@@ -116,7 +126,7 @@ def int8_linear(setting: Setting) -> Iterator[Case]:
             kernel="int8_linear",
             size=f"{setting.tokens} of {outputs}x{inputs}",
             inputs=make,
-            run=implementations("int8_linear", setting.device, "engine.kernels.int8_linear"),
+            run=run,
             bytes=outputs * inputs + setting.tokens * (inputs + outputs * setting.dtype.itemsize),
             operations=2 * setting.tokens * outputs * inputs,
             int8=True,

@@ -63,6 +63,16 @@ SHAPES: dict[str, ModelConfig] = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    # TinyLlama-1.1B.
+    "tinyllama_1b": replace(
+        _LLAMA,
+        hidden_size=2048,
+        num_layers=22,
+        num_kv_heads=4,
+        head_dim=64,
+        intermediate_size=5632,
+        max_position_embeddings=2048,
+    ),
     "tiny": replace(
         _LLAMA,
         vocab_size=512,

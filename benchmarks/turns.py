@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,12 @@ REST = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Seconds of every run of one thing."""
+    """Seconds of the runs of one thing, and by which clock: `processor`, which stands still while others compute, for a
+    process of one thread; `wall`, of the runs in which the process had to make way for nobody; `wall, interrupted`, of
+    all of them, where there was no such run."""
 
     seconds: tuple[float, ...]
+    clock: str
 
     @property
     def best(self) -> float:
@@ -27,18 +31,33 @@ class Turns:
         return statistics.median(self.seconds)
 
 
-def take_turns(runs: Mapping[str, Callable[[], object]], *, seconds: float, rest: float = REST) -> dict[str, Turns]:
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], *, seconds: float, threads: int, rest: float = REST
+) -> dict[str, Turns]:
     """All of `runs` one after the other, again and again, for about so many seconds and at least five rounds. One round
-    goes before, uncounted."""
+    goes before, uncounted. `threads` says how many compute."""
     for work in runs.values():
         work()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
     begun, rounds = time.perf_counter(), 0
     while rounds < LEAST_ROUNDS or time.perf_counter() - begun < seconds:
         rounds += 1
         for name, work in runs.items():
             time.sleep(rest)
-            started = time.perf_counter()
+            before = _clocks()
             work()
-            times[name].append(time.perf_counter() - started)
-    return {name: Turns(tuple(each)) for name, each in times.items()}
+            wall, processor, interrupted = (after - at for after, at in zip(_clocks(), before, strict=True))
+            times[name].append((wall, processor, int(interrupted)))
+    return {name: _turns(each, threads) for name, each in times.items()}
+
+
+def _clocks() -> tuple[float, float, float]:
+    return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _turns(times: list[tuple[float, float, int]], threads: int) -> Turns:
+    if threads == 1:
+        return Turns(tuple(processor for _, processor, _ in times), "processor")
+    if alone := tuple(wall for wall, _, interrupted in times if not interrupted):
+        return Turns(alone, "wall")
+    return Turns(tuple(wall for wall, _, _ in times), "wall, interrupted")

@@ -29,7 +29,7 @@ MOST_INT8_INPUTS = 65536
 # The environment variable that says which kernels may run: all, unless it is one of these.
 SWITCH, NONE, EXACT = "INGOT_C_KERNELS", "none", "exact"
 # Multiplied pairs that are worth waking a thread.
-PAIRS_PER_THREAD = 1 << 15
+PAIRS_PER_THREAD = 1 << 19
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "int4_linear": (*[ctypes.c_void_p] * 5, *[ctypes.c_long] * 3, *[ctypes.c_int] * 2, ctypes.c_void_p),

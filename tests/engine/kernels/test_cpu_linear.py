@@ -35,7 +35,7 @@ def test_int4_products_of_every_number_of_rows(outputs, inputs, group):
 
 
 def test_a_row_does_not_depend_on_its_company_or_on_threads():
-    weights, x, bias, _ = int4_case(1032, 512, 64, 23)
+    weights, x, bias, _ = int4_case(2056, 1024, 64, 23)
     together, threads = cpu_linear.int4_linear(x, weights, bias), torch.get_num_threads()
     assert torch.equal(together, torch.cat([cpu_linear.int4_linear(row, weights, bias) for row in x.split(1)]))
     assert torch.equal(together, torch.cat([cpu_linear.int4_linear(rows, weights, bias) for rows in x.split(4)]))
