@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 LEAST_ROUNDS = 5
@@ -17,7 +17,7 @@ REST = 0.002
 class Turns:
     """Seconds of the runs of one thing, and by which clock: `processor`, which stands still while others compute, for a
     process of one thread; `wall`, of the runs in which the process had to make way for nobody; `wall, interrupted`, of
-    all of them, where there was no such run."""
+    all of them, where something that it is compared with has no such run."""
 
     seconds: tuple[float, ...]
     clock: str
@@ -48,16 +48,18 @@ def take_turns(
             work()
             wall, processor, interrupted = (after - at for after, at in zip(_clocks(), before, strict=True))
             times[name].append((wall, processor, int(interrupted)))
-    return {name: _turns(each, threads) for name, each in times.items()}
+    return choose_clock(times, threads)
 
 
 def _clocks() -> tuple[float, float, float]:
     return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _turns(times: list[tuple[float, float, int]], threads: int) -> Turns:
+def choose_clock(times: Mapping[str, Sequence[tuple[float, float, int]]], threads: int) -> dict[str, Turns]:
+    """Of (wall, processor, how often interrupted) of every run, what counts: the same kind for all that is compared."""
     if threads == 1:
-        return Turns(tuple(processor for _, processor, _ in times), "processor")
-    if alone := tuple(wall for wall, _, interrupted in times if not interrupted):
-        return Turns(alone, "wall")
-    return Turns(tuple(wall for wall, _, _ in times), "wall, interrupted")
+        return {name: Turns(tuple(each[1] for each in runs), "processor") for name, runs in times.items()}
+    if all(any(not interrupted for _, _, interrupted in runs) for runs in times.values()):
+        alone = {name: tuple(wall for wall, _, often in runs if not often) for name, runs in times.items()}
+        return {name: Turns(walls, "wall") for name, walls in alone.items()}
+    return {name: Turns(tuple(each[0] for each in runs), "wall, interrupted") for name, runs in times.items()}

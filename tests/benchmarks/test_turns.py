@@ -1,6 +1,6 @@
 import time
 
-from benchmarks.turns import LEAST_ROUNDS, Turns, _turns, take_turns
+from benchmarks.turns import LEAST_ROUNDS, Turns, choose_clock, take_turns
 
 
 def test_turns_alternate_and_the_first_round_is_not_counted():
@@ -22,9 +22,11 @@ def test_one_thread_is_timed_by_the_processors_clock():
 
 
 def test_runs_that_made_way_for_others_count_only_where_there_are_no_better_ones():
-    times = [(3.0, 1.0, 2), (2.0, 1.0, 0), (2.5, 1.0, 0)]
-    assert _turns(times, 2) == Turns((2.0, 2.5), "wall")
-    assert _turns(times[:1], 2) == Turns((3.0,), "wall, interrupted")
+    times = {"a": [(3.0, 1.0, 2), (2.0, 1.0, 0), (2.5, 1.0, 0)], "b": [(4.0, 1.0, 1), (5.0, 1.0, 0)]}
+    assert choose_clock(times, 2) == {"a": Turns((2.0, 2.5), "wall"), "b": Turns((5.0,), "wall")}
+    times["b"].pop()
+    found = choose_clock(times, 2)
+    assert found == {"a": Turns((3.0, 2.0, 2.5), "wall, interrupted"), "b": Turns((4.0,), "wall, interrupted")}
 
 
 def test_the_best_and_the_middle_of_turns():
