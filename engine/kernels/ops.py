@@ -32,6 +32,7 @@ __all__ = [
     "paged_attention",
     "quantize_rows",
     "rms_norm",
+    "rope_attention",
     "rms_norm_int8",
     "rope_write_kv",
     "row_maxima",
@@ -54,6 +55,8 @@ class Steps(PagedQueries, Protocol):
     def blocks(self) -> Tensor | None: ...
     @property
     def invariant(self) -> bool: ...
+    @property
+    def slots(self) -> Tensor: ...
 
 
 @cache
@@ -233,6 +236,32 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
             query, pages, batch.query_starts, batch.context_lens, batch.page_table, batch.blocks, scale, window, out=out
         )
     return out
+
+
+def rope_attention(
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor, Tensor | None],
+    head_norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    pages: Pages,
+    batch: Steps,
+    heads: int,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """`rope_write_kv` (rope being cos, sin and query_scale) and `paged_attention`: [T, heads, head_dim].
+
+    On a GPU one kernel does both where each sequence has one token and they are so few that contexts are split.
+    """
+    kernels = _kernels("decode_attention") if on_kernels(qkv) and can_read(pages) else None
+    tokens, kv_heads = len(qkv), pages.key.shape[1]
+    if kernels is not None and batch.decodes == tokens and kernels.splits_for(tokens, kv_heads, qkv.device) > 1:
+        lens, table = batch.context_lens, batch.page_table
+        return kernels.rope_decode_attention(
+            qkv, *rope, head_norms, eps, pages, batch.slots, lens, table, heads, scale, window
+        )
+    query = rope_write_kv(qkv, *rope, head_norms, eps, pages, batch.slots, heads)
+    return paged_attention(query, pages, batch, scale, window)
 
 
 def draw_tokens(logits: Tensor, numbers: Tensor) -> Tensor:

@@ -109,19 +109,19 @@ def _store(pages, scales, zeros, steps, slot, head, first, second, pair, inside,
                 tl.max(tl.where(inside, first_cut, float("-inf")), axis=1),
                 tl.max(tl.where(inside, second_cut, float("-inf")), axis=1),
             )
-            step, middle = _steps(low, high)
+            step, middle = steps_of(low, high)
             tl.store(steps + place * 2, step)
             tl.store(steps + place * 2 + 1, middle)
             scale = step.to(tl.float32)[:, None]
             zero = middle.to(tl.float32)[:, None]
             scale_2 = scale
             zero_2 = zero
-        tl.store(pages + at, _byte(first, scale, zero), mask=inside)
-        tl.store(pages + at + half, _byte(second, scale_2, zero_2), mask=inside)
+        tl.store(pages + at, byte_of(first, scale, zero), mask=inside)
+        tl.store(pages + at + half, byte_of(second, scale_2, zero_2), mask=inside)
 
 
 @triton.jit
-def _steps(low, high):
+def steps_of(low, high):
     """Scale and zero point of rows by their range: `reference.token_steps`."""
     zero = ((high + low) / 2).to(tl.float16)
     reach = tl.maximum(high - zero.to(tl.float32), zero.to(tl.float32) - low)
@@ -129,7 +129,7 @@ def _steps(low, high):
 
 
 @triton.jit
-def _byte(x, scale, zero):
+def byte_of(x, scale, zero):
     step = tl.minimum(tl.maximum(tl.div_rn(x - zero, scale) + 128.0, 0.0), 255.0)
     return ((step + ROUNDER) - ROUNDER).to(tl.uint8)
 

@@ -108,17 +108,18 @@ class DecoderLayer:
             # What is written is rotated on its way into the pages: to be told, it is computed once more.
             _tell(observe, names.QKV, normed)
             self._rotated(qkv, rope, observe)
-        query = ops.rope_write_kv(
+        attended = ops.rope_attention(
             qkv,
-            *rope,
+            rope,
             (self._head_norms[0], self._head_norms[1]) if config.qk_norm else None,
             config.norm_eps,
             pages,
-            batch.slots,
+            batch,
             config.num_heads,
+            config.head_dim**-0.5,
+            config.sliding_window,
         )
-        scale = config.head_dim**-0.5
-        return ops.paged_attention(query, pages, batch, scale, config.sliding_window).flatten(1)
+        return attended.flatten(1)
 
     def _rotated(self, qkv: Tensor, rope: Rope, observe: Observe | None) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

@@ -8,7 +8,7 @@ from engine.kernels.ops import split_heads
 from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from engine.kernels.decode_attention import decode_attention
+from engine.kernels.decode_attention import decode_attention, rope_decode_attention
 from engine.kernels.prefill_attention import prefill_attention
 from engine.kernels.rope_write_kv import rope_write_kv
 
@@ -73,6 +73,44 @@ def test_prefill_attention(stored, heads, kv_heads, head_dim, page_len, window, 
     assert error(out[case.decodes :], expected) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
+def test_rope_decode_attention(splits, stored, heads, kv_heads, head_dim, page_len, window, dtype):
+    more = window is not None  # half of the cases: head norms and a scale of the query
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, **DECODES)
+    generator, tokens = torch.Generator().manual_seed(2), len(DECODES["lens"])
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype)
+    angles = torch.randn(tokens, head_dim // 2, generator=generator)
+    query_scale = torch.rand(tokens, generator=generator) + 0.5 if more else None
+    norms = tuple(torch.randn(head_dim, generator=generator).to(dtype) for _ in range(2)) if more else None
+    there = on_device(case)
+    query, key, value = split_heads(qkv, heads, head_dim)
+    if norms:
+        query, key = (reference.rms_norm(x, w, 1e-5) for x, w in zip((query, key), norms, strict=True))
+    query, key = reference.apply_rope(query, key, angles.cos(), angles.sin(), query_scale)
+    reference.write_kv(key, value, case.pages, case.slots)
+    expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5, window)
+    out = rope_decode_attention(
+        qkv.to(DEVICE),
+        angles.cos().to(DEVICE),
+        angles.sin().to(DEVICE),
+        None if query_scale is None else query_scale.to(DEVICE),
+        None if norms is None else (norms[0].to(DEVICE), norms[1].to(DEVICE)),
+        1e-5,
+        there.pages,
+        there.slots,
+        there.context_lens,
+        there.page_table,
+        heads,
+        head_dim**-0.5,
+        window,
+        splits=splits,
+    )
+    assert error(out, expected) < TOLERANCES[dtype] * (2 if stored == "plain" else 4)
+    check_pages(there.pages, case.pages, stored, dtype)
+
+
 @pytest.mark.parametrize("attention", ["kernel", "torch"])
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_len", "window", "dtype"), CASES)
@@ -132,8 +170,12 @@ def test_rope_write_kv(stored, heads, kv_heads, head_dim, page_len, window, dtyp
         heads,
     )
     assert error(out, query) < TOLERANCES[dtype]
+    check_pages(there.pages, case.pages, stored, dtype)
+
+
+def check_pages(found, pages, stored, dtype):
     for name in ("key", "value"):
-        written, expected = getattr(there.pages, name).cpu().float(), getattr(case.pages, name).float()
+        written, expected = getattr(found, name).cpu().float(), getattr(pages, name).float()
         if stored == "plain":
             assert error(written, expected) < TOLERANCES[dtype], name
         else:  # a value on the border of two bytes may go either way
@@ -141,6 +183,4 @@ def test_rope_write_kv(stored, heads, kv_heads, head_dim, page_len, window, dtyp
             assert (written != expected).float().mean() < 0.01, name
     if stored == "tokens":
         for name in ("key_steps", "value_steps"):
-            torch.testing.assert_close(
-                getattr(there.pages, name).cpu(), getattr(case.pages, name), rtol=2e-3, atol=1e-3
-            )
+            torch.testing.assert_close(getattr(found, name).cpu(), getattr(pages, name), rtol=2e-3, atol=1e-3)
