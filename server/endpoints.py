@@ -137,12 +137,13 @@ class OpenAIEndpoints:
         """Makes what reads one answer."""
         tokenizer = self._generation.tokenizer
         named = isinstance(asked, ChatRequest) and asked.names_function
+        forced = isinstance(asked, ChatRequest) and asked.must_call
 
         def make() -> AnswerReader:
             wanted = asked.wanted_logprobs is not None
             return AnswerReader(
                 logprobs=LogprobQueue(tokenizer, skip_special=skip_special) if wanted else None,
-                parser=None if row is None else ToolParser(row),
+                parser=None if row is None else ToolParser(row, forced=forced),
                 calls_end="stop" if named else "tool_calls",
             )
 

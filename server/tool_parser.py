@@ -53,8 +53,10 @@ class ToolParser:
     begun.
     """
 
-    def __init__(self, row: ToolFormat) -> None:
+    def __init__(self, row: ToolFormat, *, forced: bool = False) -> None:
+        """`forced`: the answer can be nothing but calls, and what is left of one that was cut is no content."""
         self.calls = 0
+        self._forced = forced
         self._row = row
         self._begin = row.begin.rstrip("\n")
         self._end = row.end.strip()
@@ -167,8 +169,9 @@ class ToolParser:
 
     def _content(self, pieces: list[Piece], size: int) -> None:
         if size:
-            self._said, self._between = True, False
-            pieces.append(self._text[:size])
+            if not self._forced:
+                self._said, self._between = True, False
+                pieces.append(self._text[:size])
             self._text = self._text[size:]
 
 

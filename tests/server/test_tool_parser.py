@@ -85,3 +85,12 @@ def test_a_mark_without_an_end_is_not_held_back_for_ever():
     parser = ToolParser(HERMES)
     told = "".join(map(str, parser.push("<tool_call>" + "x" * 5000)))
     assert told.startswith("<tool_call>xxx")
+
+
+@pytest.mark.parametrize("cut", ["", "\n<", "\n<tool_call>", '\n<tool_call>\n{"name": "g'])
+def test_what_is_left_of_a_forced_call_that_was_cut_is_no_content(cut: str) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    parser = ToolParser(HERMES, forced=True)
+    pieces = [piece for letter in call + cut for piece in parser.push(letter)] + parser.finish()
+    assert all(isinstance(piece, CallPiece) for piece in pieces)
+    assert parser.calls == 1
