@@ -36,6 +36,8 @@ from engine.storage.workspace import Workspace
 
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
 PREFILL_INTERVAL = 8
+# On a CPU the steps that several owners share are no longer than that; see `ShortSteps`.
+MOST_DECODES = 32
 
 
 class Engine:
@@ -80,6 +82,7 @@ class Engine:
             num_tokens_per_iter=config.num_tokens_per_iter,
             prefix_caching=config.prefix_caching,
             prefill_interval=PREFILL_INTERVAL if model.device.type == "cuda" else 1,
+            most_decodes=0 if model.device.type == "cuda" else MOST_DECODES,
         )
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         self._requests: dict[str, tuple[Sequence, Answer]] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 
 from engine.runtime.sequence import Sequence
@@ -56,6 +58,37 @@ class WaitingLine:
         self.remove(sequence)
         self._admissions += 1
         self._last_admitted[sequence.owner] = self._admissions
+
+
+class ShortSteps:
+    """With `most` above 0, steps compute at most so many sequences that have no prompt left, in turns, for SECONDS
+    after an owner came who had none running: the next one waits for a shorter step. It is for devices on which a step
+    takes longer the more sequences it has, and costs them some throughput while several owners are about."""
+
+    SECONDS = 10.0
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._until = -math.inf
+        self._steps = 0
+
+    def begin(self) -> None:
+        """An owner has come."""
+        self._until = self._clock() + self.SECONDS
+
+    def resting(self, running: Items[Sequence]) -> set[Sequence]:
+        """Those whose turn is not in the next step."""
+        if not self._most or self._clock() > self._until:
+            return set()
+        decoding = [sequence for sequence in running if len(sequence) - sequence.cached == 1]
+        return set(sorted(decoding, key=lambda sequence: sequence.turn)[self._most :])
+
+    def took(self, planned: Iterable[Sequence]) -> None:
+        """These are in the next step."""
+        self._steps += 1
+        for sequence in planned:
+            sequence.turn = self._steps
 
 
 def unfair(running: Items[Sequence], owner: str) -> Sequence | None:

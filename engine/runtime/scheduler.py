@@ -1,4 +1,6 @@
-"""Which tokens of which sequences are computed next, and in which pages their K and V go."""
+"""Which tokens of which sequences are computed next, and in which pages their K and V go.
+(Just above 300 lines: one invariant over running, waiting and pages, and every change of them.)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from engine.runtime.cache import PageTable, page_digest
-from engine.runtime.fairness import WaitingLine, prompt_limits, unfair
+from engine.runtime.fairness import ShortSteps, WaitingLine, prompt_limits, unfair
 from engine.runtime.sequence import PENDING, Sequence
 
 
@@ -38,6 +40,8 @@ class Scheduler:
     of max_batch_size run: a step that mixes prompts in costs more than one that only decodes (on a GPU it is not a
     graph), and n prompts at once hardly more than one.
 
+    `most_decodes` is that of `ShortSteps`.
+
     A step may be scheduled while the one before it is still computed: `advance` says that it was launched, and
     `resolve` later which tokens came of it.
     """
@@ -50,6 +54,7 @@ class Scheduler:
         num_tokens_per_iter: int,
         prefix_caching: bool = True,
         prefill_interval: int = 1,
+        most_decodes: int = 0,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -68,6 +73,7 @@ class Scheduler:
         self._prefill_interval = prefill_interval
         self._steps_since_admission = 0
         self._newcomers_were_alone = False
+        self._short_steps = ShortSteps(most_decodes)
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn. Raises ValueError if the whole cache could not hold it."""
@@ -90,6 +96,7 @@ class Scheduler:
         newcomers = [] if self._newcomers_were_alone else self._admit_newcomers()
         self._newcomers_were_alone = bool(newcomers)
         planned = newcomers or self._schedule_all()
+        self._short_steps.took(planned)
         # Sequences with one token first, as the kernels take them.
         return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
 
@@ -106,6 +113,7 @@ class Scheduler:
             admitted.append(sequence)
             budget -= self._give(sequence, budget, {})
         if admitted:
+            self._short_steps.begin()
             for sequence in self.running:
                 if sequence not in admitted:
                     sequence.scheduled = 0  # of a step that could not be run
@@ -115,9 +123,14 @@ class Scheduler:
         budget = self._num_tokens_per_iter
         limits = self._prompt_limits()
         admitting = self._admits()
+        resting = self._short_steps.resting(self.running)
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            if sequence in resting:
+                sequence.scheduled = 0
+                index += 1
+                continue
             if sequence.pending and len(sequence) == sequence.limit:
                 index += 1  # its last token is being drawn: nothing is left to compute
                 continue

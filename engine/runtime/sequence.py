@@ -40,6 +40,7 @@ class Sequence:
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
     token, since K in the cache is turned by it. `constraint` is the grammar that the answer follows.
     `admitted` is when the engine first began with it, by the machine's monotonic clock; 0 before.
+    `turn` is the step that it was last in.
     Engines are shared fairly between owners; among one owner's, lower `priority` comes first, then `arrival`.
     """
 
@@ -65,6 +66,7 @@ class Sequence:
     prefix_hit: int | None = None
     arrival: int = 0
     admitted: float = 0.0
+    turn: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

@@ -1,9 +1,10 @@
 import random
+from collections import Counter
 
 import pytest
 
 from engine.runtime.cache import PageTable
-from engine.runtime.fairness import WaitingLine, prompt_limits, unfair
+from engine.runtime.fairness import ShortSteps, WaitingLine, prompt_limits, unfair
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence
 
@@ -182,6 +183,26 @@ def test_newcomers_without_end_take_every_other_step():
                 made.finish(each)
         steps += 1
     assert steps <= 2 * 20 + 1
+
+
+def test_steps_are_short_while_several_owners_are_about():
+    now = [0.0]
+    made = Scheduler(PageTable(400, 4), max_batch_size=6, num_tokens_per_iter=64, most_decodes=2)
+    made._short_steps = ShortSteps(2, clock=lambda: now[0])
+    for number in range(5):
+        made.add(sequence(f"a{number}", "a", new=90, start=number))
+    assert len(scheduled(made)) == 5, "one owner has the whole step"
+    assert len(scheduled(made)) == 5
+    made.add(sequence("b", "b", new=90, start=9))
+    assert set(scheduled(made)) == {"b"}
+    steps = [scheduled(made) for _ in range(6)]
+    assert [len(step) for step in steps] == [2] * 6
+    assert Counter(name for step in steps for name in step) == dict.fromkeys(["a0", "a1", "a2", "a3", "a4", "b"], 2)
+    made.add(sequence("a5", "a", prompt=20, new=90, start=10))
+    made.finish(made.running[0])
+    assert scheduled(made).keys() & {"a5"}, "prompts are taken in beside those whose turn it is"
+    now[0] = 10.1
+    assert len(scheduled(made)) == 6
 
 
 def test_a_step_of_newcomers_that_failed_can_be_scheduled_anew():
