@@ -21,12 +21,14 @@ from engine.kernels.reference import PagedQueries, Pages, causal_attention, unpa
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
+    "begin_step",
     "causal_attention",
     "dense_linear",
     "draw_tokens",
     "gated_int4_linear",
     "int4_linear",
     "int8_linear",
+    "likeliest",
     "pack_int4",
     "packs_int4",
     "paged_attention",
@@ -236,6 +238,20 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
             query, pages, batch.query_starts, batch.context_lens, batch.page_table, batch.blocks, scale, window, out=out
         )
     return out
+
+
+def begin_step(
+    token_ids: Tensor, drawn: Tensor | None, embedding: Tensor, positions: Tensor, frequencies: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.begin_step`."""
+    kernels = _kernels("begin_step") if on_kernels(embedding) else reference
+    return kernels.begin_step(token_ids, drawn, embedding, positions, frequencies, factor)
+
+
+def likeliest(logits: Tensor, ignoring: Tensor, eos_token_ids: Tensor, out: Tensor, copy: Tensor | None = None) -> None:
+    """`reference.likeliest`."""
+    kernels = _kernels("likeliest") if on_kernels(logits) else reference
+    kernels.likeliest(logits, ignoring, eos_token_ids, out, copy)
 
 
 def rope_attention(

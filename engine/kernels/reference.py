@@ -70,6 +70,31 @@ class PagedQueries(Protocol):
     def page_table(self) -> Tensor: ...
 
 
+def begin_step(
+    token_ids: Tensor, drawn: Tensor | None, embedding: Tensor, positions: Tensor, frequencies: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [T, hidden] of the embedding, and cos and sin of position * frequency, times `factor`: float32 [T, D/2].
+
+    A token of `token_ids` [T] that is -(row + 1) is that of `drawn` at `row`. frequencies float32 [D/2] or [T, D/2].
+    """
+    if drawn is not None:
+        token_ids = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    rows = torch.nn.functional.embedding(token_ids, embedding)
+    return rows, angles.cos() * factor, angles.sin() * factor
+
+
+def likeliest(logits: Tensor, ignoring: Tensor, eos_token_ids: Tensor, out: Tensor, copy: Tensor | None = None) -> None:
+    """Writes the likeliest token of each row of logits [R, vocab], the first of several, to `out` int64 [R]; without
+    the end tokens where `ignoring` [R] is true. `copy` [R, vocab] takes the logits as they are given."""
+    if copy is not None:
+        copy.copy_(logits)
+    given = logits[:, eos_token_ids]
+    logits[:, eos_token_ids] = given.masked_fill(ignoring[:, None] != 0, -torch.inf)
+    torch.argmax(logits, dim=-1, out=out)
+    logits[:, eos_token_ids] = given
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
     wide = x.float()

@@ -15,7 +15,8 @@ from engine.kernels.reference import QUERY_BLOCK as QUERY_BLOCK
 class Batch:
     """B sequences with T scheduled tokens, packed one after the other; decode is a sequence with one token.
 
-    token_ids    int [T]
+    token_ids    int [T]       those of -(row + 1) are `drawn` at that row, where it is given
+    drawn        int64 [n]     tokens of the step before, on the device
     positions    int [T]       place of each token in its own sequence
     query_starts int32 [B+1]   cumulative: tokens of sequence b are query_starts[b] .. query_starts[b+1]
     context_lens int32 [B]     tokens of the sequence after this step, cached and new
@@ -39,6 +40,7 @@ class Batch:
     rope_bases: Tensor | None = None
     decodes: int = 0
     blocks: Tensor | None = None
+    drawn: Tensor | None = None
     invariant: bool = False
 
 

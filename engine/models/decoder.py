@@ -24,7 +24,7 @@ from engine.models.linear import (
     stack,
 )
 from engine.models.ranks import Ranks
-from engine.models.rope import Rope, rope_tables
+from engine.models.rope import Rope, begin_step
 from engine.models.row_parallel import Int8RowParallel, row_parallel
 
 Observe = Callable[[str, Tensor], None]
@@ -226,8 +226,7 @@ class Decoder:
 
     def logits(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """The same in the computing type."""
-        hidden = self.embed(batch.token_ids)
-        rope = rope_tables(self.config, batch)
+        hidden, rope = begin_step(self.config, self._embedding, batch)
         if cache is None:
             for layer in self.layers:
                 hidden = layer(hidden, batch, None, rope)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, RopeScaling
+from engine.kernels import ops
 from engine.models.batch import Batch
 from engine.models.rope_scaling import is_dynamic, rope_base
 
@@ -22,21 +23,33 @@ class Rope(NamedTuple):
     query_scale: Tensor | None = None
 
 
+def begin_step(config: ModelConfig, embedding: Tensor, batch: Batch) -> tuple[Tensor, Rope]:
+    """Hidden states [T, hidden] before the first layer, and `rope_tables` in float32."""
+    turned, factor = _turned(config, batch), _attention_factor(config)
+    hidden, cos, sin = ops.begin_step(batch.token_ids, batch.drawn, embedding, batch.positions, turned, factor)
+    return hidden, Rope(cos, sin, _logn(config, batch.positions))
+
+
 def rope_tables(config: ModelConfig, batch: Batch, dtype: torch.dtype = torch.float32) -> Rope:
     """cos and sin of position * frequency for the pairs j < head_dim/2, in `dtype`; frequencies are of `frequencies`.
 
     Angles are float32, as models are trained with: at position 32768 they are up to 0.004 away from exact ones,
     and "better" ones would move logits away from every other implementation.
     """
-    positions = batch.positions.to(torch.float32)
+    angles, factor = batch.positions.to(torch.float32)[:, None] * _turned(config, batch), _attention_factor(config)
+    return Rope((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), _logn(config, batch.positions))
+
+
+def _turned(config: ModelConfig, batch: Batch) -> Tensor:
+    """Frequencies [D/2], or [T, D/2] where they depend on the sequence."""
     bases = _bases(config, batch)
     if isinstance(bases, float):
-        turned = _fixed_frequencies(config, positions.device)
-    else:
-        turned = frequencies(config, bases, positions.device)
-    angles = positions[:, None] * turned
-    factor = config.rope_scaling.attention_factor if config.rope_scaling is not None else 1.0
-    return Rope((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), _logn(config, positions))
+        return _fixed_frequencies(config, batch.positions.device)
+    return frequencies(config, bases, batch.positions.device)
+
+
+def _attention_factor(config: ModelConfig) -> float:
+    return config.rope_scaling.attention_factor if config.rope_scaling is not None else 1.0
 
 
 @lru_cache(maxsize=64)
@@ -104,4 +117,4 @@ def _logn(config: ModelConfig, positions: Tensor) -> Tensor | None:
     """log(t) / log(P) for the t-th token beyond P = max_position_embeddings, 1 up to it (LMDeploy's use_logn_attn)."""
     if not config.logn:
         return None
-    return ((positions + 1).log() / math.log(config.max_position_embeddings)).clamp(min=1)
+    return ((positions.to(torch.float32) + 1).log() / math.log(config.max_position_embeddings)).clamp(min=1)

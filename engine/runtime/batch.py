@@ -119,8 +119,6 @@ def batch_of(step: Step, *, device: torch.device, drawn: Tensor | None, invarian
     """The second half of `build_batch`."""
     fields = to_device(step, device)
     tokens, positions, starts, context_lens, slots, logits_at, page_table, blocks = fields
-    if drawn is not None and step.integers[: step.lengths[0]].min() < 0:
-        tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp(min=0)], tokens)
     return Batch(
         token_ids=tokens,
         positions=positions,
@@ -133,6 +131,7 @@ def batch_of(step: Step, *, device: torch.device, drawn: Tensor | None, invarian
         decodes=step.decodes,
         blocks=blocks.view(-1, 2),
         invariant=invariant,
+        drawn=drawn,
     )
 
 

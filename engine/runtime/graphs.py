@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.kernels import ops
 from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
 from engine.runtime.batch import Step, token_ids
-from engine.runtime.sampler import likeliest
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 
@@ -147,9 +147,10 @@ class DecodeGraphs:
         self._graphs[size] = graph
 
     def _step(self, size: int) -> None:
-        ids, deterministic = self._header[IDS, :size], self._model.deterministic
+        deterministic = self._model.deterministic
         batch = Batch(
-            token_ids=torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)], ids.long()),
+            token_ids=self._header[IDS, :size],
+            drawn=self._drawn,
             positions=self._header[POSITIONS, :size],
             query_starts=self._rows[: size + 1],
             context_lens=self._header[LENGTHS, :size],
@@ -164,7 +165,6 @@ class DecodeGraphs:
         logits = self._model.logits(batch, self._cache)
         ranks, drawn = self._model.ranks, self._drawn[:size]
         if self._draws:
-            self.logits[:size] = logits  # before `likeliest`, which changes them
-            likeliest(logits, self._header[IGNORES, :size] != 0, self._eos, drawn)
+            ops.likeliest(logits, self._header[IGNORES, :size], self._eos, drawn, self.logits[:size])
         if ranks is not None:
             ranks.share(drawn)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.kernels import ops
 from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
@@ -18,7 +19,7 @@ from engine.runtime.event import TokenLogprob
 from engine.runtime.graphs import DecodeGraphs, batch_sizes
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.rank_processes import RankProcesses
-from engine.runtime.sampler import collect_draws, likeliest, moved, sample
+from engine.runtime.sampler import collect_draws, moved, sample
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 
@@ -112,7 +113,7 @@ class Runner:
             self._drawn[:number] = tokens
         elif drawing and not replayed:  # a graph takes the likeliest tokens itself
             ignoring = moved([sequence.sampling.ignore_eos for sequence in drawing], torch.bool, logits.device)
-            likeliest(logits, ignoring, self._eos, self._drawn[:number])
+            ops.likeliest(logits, ignoring, self._eos, self._drawn[:number])
         if not (replayed and greedy):
             self._share(number)
         self._rows = {sequence: row for row, sequence in enumerate(drawing)}

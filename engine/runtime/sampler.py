@@ -78,15 +78,6 @@ def collect_draws(sequences: Items[Sequence], *, eos_token_ids: Items[int]) -> D
     )
 
 
-def likeliest(logits: Tensor, ignoring: Tensor, eos_token_ids: Tensor, out: Tensor) -> None:
-    """Writes the likeliest token of each row of logits [R, vocab] to `out` int64 [R]; without the end tokens where
-    `ignoring` [R] is true, for which `logits` is changed."""
-    if len(eos_token_ids):
-        ends = logits[:, eos_token_ids].masked_fill(ignoring[:, None], -torch.inf)
-        logits[:, eos_token_ids] = ends
-    torch.argmax(logits, dim=-1, out=out)
-
-
 def sample(logits: Tensor, draws: Draws) -> Tensor:
     """Token ids int64 [R] for logits float32 [R, vocab], which stay as they are. A GPU is not waited for."""
     device = logits.device

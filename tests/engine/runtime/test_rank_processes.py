@@ -74,7 +74,7 @@ def test_an_error_in_a_rank_is_told_and_so_is_one_in_rank_0(folder, monkeypatch,
             engine.generate([[3, 4]], LONG)
         wait_until_gone(engine._others.process_ids)
     with closing(Engine.from_workspace(folder, options(tp=2))) as engine:
-        monkeypatch.setattr("engine.runtime.runner.likeliest", None)
+        monkeypatch.setattr("engine.kernels.ops.likeliest", None)
         with pytest.raises(RankError, match=r"^Rank 0 .* \(this process\) failed: TypeError"):
             engine.generate([[3, 4]], LONG)
         wait_until_gone(engine._others.process_ids)
@@ -85,7 +85,7 @@ def test_an_interrupt_in_a_step_ends_the_ranks(folder, monkeypatch):
         raise KeyboardInterrupt
 
     with closing(Engine.from_workspace(folder, options(tp=2))) as engine:
-        monkeypatch.setattr("engine.runtime.runner.likeliest", interrupted)
+        monkeypatch.setattr("engine.kernels.ops.likeliest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.generate([[3, 4]], LONG)
         wait_until_gone(engine._others.process_ids)

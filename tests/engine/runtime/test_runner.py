@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.config import Sampling
+from engine.kernels import ops
 from engine.models.cache import KVCache
 from engine.runtime.batch import Step, batch_of, build_batch, step_of
 from engine.runtime.cache import PageTable
@@ -13,6 +14,7 @@ from engine.runtime.scheduler import Plan, Scheduler
 from engine.runtime.sequence import PENDING, Sequence
 from tests.engine.runtime.tiny_model import greedy, tiny_model, whole_logits
 
+ANGLES = (torch.arange(5), torch.ones(1), 1.0)
 PROMPT = [11, 3, 45, 8, 8, 20, 61, 5, 17, 33, 2]
 OTHER = [9, 9, 1, 30]
 
@@ -58,7 +60,10 @@ def test_a_step_crosses_to_other_ranks_as_it_is():
     assert (crossed.draws, crossed.bases, crossed.decodes, crossed.width) == (2, [2.5], 1, 2)
     drawn = torch.tensor([8, 7])
     batches = [batch_of(each, device=torch.device("cpu"), drawn=drawn) for each in (step, crossed)]
-    assert batches[0].token_ids.tolist() == [7, 1, 2, 3, 4]
+    assert batches[0].token_ids.tolist() == [-2, 1, 2, 3, 4]
+    embedding = torch.arange(10.0)[:, None]
+    hidden, _, _ = ops.begin_step(*(getattr(batches[0], name) for name in ("token_ids", "drawn")), embedding, *ANGLES)
+    assert hidden[:, 0].tolist() == [7, 1, 2, 3, 4]
     for name in (field.name for field in fields(batches[0])):
         one, other = (getattr(batch, name) for batch in batches)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.config import Sampling
+from engine.kernels import ops
 from engine.kernels.draw_reference import narrowed
-from engine.runtime.sampler import Draws, collect_draws, likeliest, sample, uniform
+from engine.runtime.sampler import Draws, collect_draws, sample, uniform
 from engine.runtime.sequence import Sequence
 
 COUNT = 4000
@@ -286,7 +287,9 @@ def test_the_likeliest_token_is_that_of_the_sampler_with_end_tokens_ignored_by_s
     banned = [(row, end) for row, ignores in enumerate(ignoring) if ignores for end in ends]
     draws = Draws(options=options, uniforms=[0.5] * 6, banned=tuple(map(list, zip(*banned, strict=True))))
     expected, out = sample(logits, draws), torch.zeros(6, dtype=torch.int64)
-    likeliest(logits, torch.tensor(ignoring), torch.tensor(ends), out)
+    given = logits.clone()
+    ops.likeliest(logits, torch.tensor(ignoring), torch.tensor(ends), out)
+    assert torch.equal(logits, given)
     assert torch.equal(out, expected)
     assert out[0] not in ends
     assert out[1] == ends[1]
