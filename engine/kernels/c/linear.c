@@ -100,7 +100,7 @@ typedef struct {
 static const float SIXTEENTHS[8] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1};
 
 /* (w >> 4i & 15) * 16^i, for i = 7 without the factor, because bit 31 is the sign of an int32. */
-INLINE f8 nibble(const u8 *from, int i) {
+INLINE f8 nibble(const uint8_t *from, int i) {
     u8 word;
     memcpy(&word, from, sizeof word);
     u8 bits = i == 7 ? word >> 28 : word & (15u << 4 * i);
@@ -121,20 +121,20 @@ INLINE void int4_block(const Int4 *job, long row, int rows, long tile, int first
         UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int v = 0; v < vectors; v++) sum[m][v] = all(0);
         for (int block = 0; block < job->group / 8; block++) {
-            const u8 *words = (const u8 *)(record + (size_t)block * TILE * 4) + first / LANES;
+            const uint8_t *words = record + ((size_t)block * TILE + first) * 4;
             for (int line = 0; rows == 1 && line < TILE * 4; line += 64)
-                __builtin_prefetch((const char *)words + 4096 + line);
+                __builtin_prefetch(words + 4096 + line);
             UNROLL for (int i = 0; i < 8; i++) {
                 /* What is fewer, rows or vectors, is held in registers meanwhile. */
                 f8 weight[TILE_VECTORS], factor[MOST_ROWS];
                 if (rows <= vectors) {
                     UNROLL for (int m = 0; m < rows; m++) factor[m] = all(x[m]);
                     UNROLL for (int v = 0; v < vectors; v++) {
-                        weight[v] = nibble(words + v, i);
+                        weight[v] = nibble(words + v * sizeof(u8), i);
                         UNROLL for (int m = 0; m < rows; m++) sum[m][v] = fma8(weight[v], factor[m], sum[m][v]);
                     }
                 } else {
-                    UNROLL for (int v = 0; v < vectors; v++) weight[v] = nibble(words + v, i);
+                    UNROLL for (int v = 0; v < vectors; v++) weight[v] = nibble(words + v * sizeof(u8), i);
                     UNROLL for (int m = 0; m < rows; m++) {
                         factor[m] = all(x[m]);
                         UNROLL for (int v = 0; v < vectors; v++) sum[m][v] = fma8(weight[v], factor[m], sum[m][v]);
