@@ -56,6 +56,13 @@ def test_codes_and_scales_are_read_as_they_are():
     assert torch.equal(got, expected)
 
 
+def test_packed_weights_may_lie_anywhere():
+    weights, x, _, _ = int4_case(72, 160, 32, 5)
+    elsewhere = torch.cat([torch.zeros(2, dtype=torch.uint8), weights.packed])[2:]
+    moved = CpuInt4Weights(elsewhere, weights.out_features, weights.in_features, weights.group_size)
+    assert torch.equal(cpu_linear.int4_linear(x, moved), cpu_linear.int4_linear(x, weights))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int4_takes_and_gives_halves(dtype):
     weights, x, bias, exact = int4_case(72, 160, 32, 6)
