@@ -15,7 +15,7 @@ from server.answer_reader import AnswerReader, Delta
 from server.answers import Answers
 from server.config import ServedModel
 from server.errors import engine_error_body
-from server.event_stream import DONE, event_line
+from server.event_stream import DONE, encoded, event_line
 from server.logprobs import chat_logprobs, completion_logprobs
 
 Choice = dict[str, Any]
@@ -35,6 +35,8 @@ class ChatShape:
             "model": model.name,
             "system_fingerprint": model.fingerprint,
         }
+        # What every chunk begins with is written once: a stream has a chunk for every token.
+        self._chunk_head = encoded({**self._head, "object": self.chunk_kind})[:-1]
         self._tokenizer = tokenizer
         self._reader = reader
         self._with_usage = with_usage
@@ -107,8 +109,8 @@ class ChatShape:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _line(self, choices: list[Choice], usage: dict[str, Any] | None = None) -> str:
-        tail = {"usage": usage} if self._with_usage else {}
-        return event_line({**self._head, "object": self.chunk_kind, "choices": choices, **tail})
+        tail = f',"usage":{encoded(usage)}' if self._with_usage else ""
+        return f'data: {self._chunk_head},"choices":{encoded(choices)}{tail}}}\n\n'
 
 
 class CompletionShape(ChatShape):

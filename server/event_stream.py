@@ -18,8 +18,12 @@ Answer = TypeVar("Answer")
 DONE = "data: [DONE]\n\n"
 
 
+# One encoder for all: json.dumps makes one for every call that has options.
+encoded = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def event_line(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {encoded(content)}\n\n"
 
 
 class LineStream(StreamingResponse):
