@@ -171,9 +171,11 @@ def check_device(root: Path, config: Config) -> None:
     length = min(config.evaluation.sequence_length, checkpoint.config.max_position_embeddings)
     granularity = config.kv.granularity if config.kv.name == "kv8" else "tensor"
     with_kv = replace(recipe, kv=config.kv.name, kv_granularity=cast(KVGranularity, granularity))
+    # The stage that evaluates unpacks 4-bit weights (`toolchain.fix_instruction_set`), whatever a server does here.
+    device = replace(probe_device(options.device), int4=())
     # The baseline runs the checkpoint as it lies, with the KV cache as computed.
     for each in (checkpoint.recipe, with_kv):
-        check_capability(checkpoint.config, each, options, probe_device(options.device), session_len=length)
+        check_capability(checkpoint.config, each, options, device, session_len=length)
 
 
 def check_memory(root: Path, config: Config) -> None:

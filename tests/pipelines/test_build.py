@@ -125,7 +125,11 @@ def test_what_is_built_has_to_fit_beside_what_it_is_compared_with(project, monke
     # One page holds the model's 64 positions, and half of what is free is the cache.
     enough = capability.weight_bytes(model, recipe, torch.float32) + 2 * page
     free = [enough]
-    probed = lambda text: Device(name="cpu", bfloat16=True, int8=True, free_bytes=free[0])  # noqa: E731
+
+    def probed(text):
+        """A machine that serves 4-bit weights as they are packed; its stages unpack them."""
+        return Device(name="cpu", bfloat16=True, int8=True, free_bytes=free[0], int4=(torch.float32,))
+
     monkeypatch.setattr(capability, "probe_device", probed)
     build.check_device(project, config)
     free[0] = enough - 2
