@@ -45,6 +45,22 @@ def test_alternating_columns_are_those_of_one_matrix(size):
     assert torch.equal(first, pack_awq(even)) and torch.equal(second, pack_awq(odd))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (4, 5)])
+def test_what_lies_on_a_gpu_is_unpacked_there(size, monkeypatch):
+    values = [numbers(size[0] * 32, size[1] * columns, at) for at, columns in enumerate((32, 16, 16))]
+    whole, *halves = [pack_awq(each) for each in values]
+    one, two = tiles.pack_tiles(whole), tiles.pack_alternating_tiles(*halves)
+    if torch.cuda.is_available():
+        one, two = one.cuda(), two.cuda()
+    else:
+        monkeypatch.setattr(tiles, "_on_host", lambda words: False)  # the same operations of torch
+        monkeypatch.setattr(tiles.np, "empty", None)
+    assert torch.equal(tiles.unpack_tiles(one).cpu(), whole)
+    for found, expected in zip(tiles.unpack_alternating_tiles(two), halves, strict=True):
+        assert torch.equal(found.cpu(), expected)
+    assert torch.equal(tiles.unpack_tiles(one[:, -1:]).cpu(), whole[:, -4:])
+
+
 @pytest.mark.parametrize("head_dim", [32, 96, 128])
 def test_the_halves_of_heads_alternate_in_rotary_order(head_dim):
     values = numbers(32, head_dim * 3)
