@@ -53,9 +53,8 @@ def unpack_tiles(tiles: Tensor) -> Tensor:
     _exchange(wide[:, :, :, 0], wide[:, :, :, 1], 8)
     _exchange(wide[0], wide[1], 4)
     size: Any = (*wide.shape[1:], 2)
-    words: Any = (
-        np.empty(size, np.int64) if _on_host(tiles) else torch.empty(size, dtype=torch.int64, device=tiles.device)
-    )
+    there = torch.empty(size, dtype=torch.int64, device=tiles.device)
+    words: Any = there.numpy() if _on_host(tiles) else there
     _exchange(wide[0], wide[1], 32, into=(words[..., 0], words[..., 1]))
     return _as_words(words)
 
@@ -130,7 +129,7 @@ def _from_tiles(tiles: Tensor, axes: tuple[int, ...]) -> Array:
     if not _on_host(tiles):
         shape = (*tiles.shape[:2], 2, 2, 2, LANES, 2)
         found: Any = tiles.contiguous().view(torch.int64).view(shape).permute(*np.argsort(axes).tolist())
-        return found.clone(memory_format=torch.contiguous_format)
+        return found.clone(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
     wide = tiles.numpy().view(np.int64).reshape(*tiles.shape[:2], 2, 2, 2, LANES, 2)
     return np.array(wide.transpose(np.argsort(axes)), order="C")
 

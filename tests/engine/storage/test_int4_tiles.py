@@ -54,7 +54,6 @@ def test_what_lies_on_a_gpu_is_unpacked_there(size, monkeypatch):
         one, two = one.cuda(), two.cuda()
     else:
         monkeypatch.setattr(tiles, "_on_host", lambda words: False)  # the same operations of torch
-        monkeypatch.setattr(tiles.np, "empty", None)
     assert torch.equal(tiles.unpack_tiles(one).cpu(), whole)
     for found, expected in zip(tiles.unpack_alternating_tiles(two), halves, strict=True):
         assert torch.equal(found.cpu(), expected)
