@@ -142,7 +142,7 @@ class Subject:
         from benchmarks.random_rank import random_share
         from engine.runtime.capability import check_capability, probe_device
         from engine.runtime.engine import Engine
-        from engine.runtime.rank_processes import RankProcesses
+        from engine.runtime.rank_processes import RankProcesses, ended_by_errors
         from engine.runtime.share import check_ranks
         from engine.storage.rank_cuts import rank_config
         from engine.storage.turbomind_files import check_fits
@@ -161,15 +161,16 @@ class Subject:
         if self.tp > 1:
             task = {"shape": self.name, "recipe": self.recipe.fields(), "config": asdict(config), "seed": self.seed}
             others = RankProcesses(self.tp, task, module="benchmarks.random_rank")
-        share = random_share(self.config, self.recipe, config, 0, seed=self.seed)
-        return Engine(
-            share.model,
-            self.tokenizer(),
-            config,
-            session_len=session_len,
-            kv_scales=share.kv_scales,
-            others=others,
-        )
+        with ended_by_errors(others):
+            share = random_share(self.config, self.recipe, config, 0, seed=self.seed)
+            return Engine(
+                share.model,
+                self.tokenizer(),
+                config,
+                session_len=session_len,
+                kv_scales=share.kv_scales,
+                others=others,
+            )
 
     def tokenizer(self) -> Tokenizer:
         from benchmarks.random_workspace import write_tokenizer

@@ -25,7 +25,7 @@ from engine.runtime.completion import Completion, completion_of
 from engine.runtime.event import Event, FinishReason, TokenLogprob
 from engine.runtime.grammar import Grammars
 from engine.runtime.prepare import prepare
-from engine.runtime.rank_processes import RankError, RankProcesses
+from engine.runtime.rank_processes import RankError, RankProcesses, ended_by_errors
 from engine.runtime.runner import Launch
 from engine.runtime.scheduler import Scheduler
 from engine.runtime.sequence import Sequence, check_sampling
@@ -100,15 +100,16 @@ class Engine:
         others = None
         if config.tp > 1:
             others = RankProcesses(config.tp, {"folder": str(folder.absolute()), "config": asdict(config)})
-        share = share_of_workspace(workspace, config, 0, digests)
-        return cls(
-            share.model,
-            tokenizer,
-            config,
-            session_len=config.session_len,
-            kv_scales=share.kv_scales,
-            others=others,
-        )
+        with ended_by_errors(others):
+            share = share_of_workspace(workspace, config, 0, digests)
+            return cls(
+                share.model,
+                tokenizer,
+                config,
+                session_len=config.session_len,
+                kv_scales=share.kv_scales,
+                others=others,
+            )
 
     def close(self) -> None:
         """End the processes of the other ranks. The engine cannot be used afterwards; with one rank there is nothing to

@@ -28,7 +28,7 @@ SECONDS_TO_END = 5.0
 # From the first sign of trouble until it is said whose it is: the others fail on a dead one, and may be heard first.
 SECONDS_TO_BLAME = 0.3
 # How long an error of ours waits to be told as that of the rank that caused it, and how long a process that is stuck in
-# its device lives after the death of another rank.
+# its device, or reads weights, lives after the death of another rank.
 SECONDS_TO_LEARN = 2.0
 SECONDS_TO_NOTICE = 3.0
 
@@ -75,8 +75,8 @@ class RankProcesses:
         return [process.pid for process in self._watch.processes.values()]
 
     def wait_for(self, word: str) -> None:
-        """Return when every rank has said `word`. RankError where one cannot; ValueError, in its words, where what it
-        was asked for cannot be."""
+        """Return when every rank has said `word`. RankError where one cannot."""
+        self._watch.loading = False
         with self.together():
             for _ in self._watch.processes:
                 said = self._watch.said.get()
@@ -114,6 +114,17 @@ class RankProcesses:
             call(self._watch.error)
 
 
+@contextlib.contextmanager
+def ended_by_errors(others: RankProcesses | None) -> Iterator[None]:
+    """Around what makes an engine of them: an error in it ends the processes."""
+    try:
+        yield
+    except BaseException:
+        if others is not None:
+            others.close()
+        raise
+
+
 class _Watch:
     """What the threads that watch the processes know. It outlives the object, whose end it must not prevent."""
 
@@ -125,6 +136,7 @@ class _Watch:
         self.error: RankError | None = None
         self.on_death: Callable[[RankError], None] | None = None
         self.closing = self.released = False
+        self.loading = True
         self.inside = 0
         self._failures: dict[int, Message] = {}
         self._lock = threading.Lock()
@@ -165,8 +177,8 @@ class _Watch:
         if self.on_death is not None:
             self.on_death(self.error)
         time.sleep(SECONDS_TO_NOTICE)
-        if self.inside and not self.closing:
-            # In a collective of a device, which waits for a rank that will not come.
+        if (self.inside or self.loading) and not self.closing:
+            # In a collective of a device, which waits for a rank that will not come, or reading its weights.
             sys.stderr.write(f"ingot: {self.error}\n")
             os._exit(1)
 

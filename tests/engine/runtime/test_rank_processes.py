@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from random import Random
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from engine.config import Sampling
 from engine.runtime.engine import Engine
 from engine.runtime.rank_processes import RankError
+from engine.storage.workspace import WEIGHTS
 from tests.engine.runtime.ranked import CONFIG, make_workspace, options, recipe_of
 
 LONG = Sampling(temperature=0.0, max_new_tokens=50, ignore_eos=True)
@@ -80,6 +82,15 @@ def test_an_error_in_a_rank_is_told_and_so_is_one_in_rank_0(folder, monkeypatch,
         wait_until_gone(engine._others.process_ids)
 
 
+def test_a_damaged_file_is_said_as_by_one_rank_and_leaves_none(tmp_path):
+    damaged = make_workspace(tmp_path / "workspace", recipe_of("w8a8", "kv16"))
+    scales = damaged / WEIGHTS / "layers.0.attention.wo.0.weight_scale"
+    scales.write_bytes(b"\xff" * scales.stat().st_size)
+    with pytest.raises((ValueError, RankError), match=r"layers\.0\.attention\.wo\.\*: .* these are no scales"):
+        Engine.from_workspace(damaged, options(tp=2))
+    assert not [one for one in psutil.Process().children() if "rank_process" in str(one.cmdline())]
+
+
 def test_an_interrupt_in_a_step_ends_the_ranks(folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -142,3 +153,23 @@ def test_a_process_that_is_stuck_in_its_device_ends_with_the_rank(folder):
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert said.startswith("ingot: Rank 1 of the 2 tensor-parallel ranks") and said.count("\n") == 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_ranks_that_are_killed_at_any_moment_end_all_within_five_seconds(folder, soak_row):
+    """While they start, read, meet, and compute."""
+    random = Random(11)
+    for _ in range(30):
+        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), "steps"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        others = []
+        while not others:
+            others = [one for one in psutil.Process(process.pid).children() if "rank_process" in str(one.cmdline())]
+        time.sleep(random.uniform(0, 6))
+        others[0].kill()
+        soak_row["count"] += 1
+        soak_row["failures"] += 1  # until it is none
+        _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == 1 and "Rank 1 of the 2 tensor-parallel ranks" in said and "SIGKILL" in said
+        soak_row["failures"] -= 1
