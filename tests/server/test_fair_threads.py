@@ -9,10 +9,11 @@ from server.fair_threads import FairThreads
 
 def test_owners_take_turns_and_no_more_than_so_many_run() -> None:
     running, most, order = 0, 0, []
-    lock = threading.Lock()
+    lock, all_are_in_line = threading.Lock(), threading.Event()
 
     def work(name: str) -> str:
         nonlocal running, most
+        assert all_are_in_line.wait(30)
         with lock:
             running += 1
             most = max(most, running)
@@ -27,6 +28,8 @@ def test_owners_take_turns_and_no_more_than_so_many_run() -> None:
         flood = [asyncio.create_task(threads.run("a", lambda: work("a"))) for _ in range(20)]
         await asyncio.sleep(0)
         other = [asyncio.create_task(threads.run(name, lambda name=name: work(name))) for name in "bcb"]
+        await asyncio.sleep(0.01)
+        all_are_in_line.set()
         assert await asyncio.gather(*flood, *other) == ["a"] * 20 + ["b", "c", "b"]
 
     asyncio.run(run())
