@@ -167,7 +167,8 @@ def quantize_by_peer(case: Case, out: Path, python: Path, options: argparse.Name
     file.write_text(json.dumps(job), encoding="utf-8")
     # Nothing is to be reported to anybody, nor fetched: the model and the tokens are here.
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    more = {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT)}
+    # Threads that wait for work do not burn the processors: the better for it on a machine that does other work too.
+    more = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     command = [str(python), "-P", "-m", "benchmarks.peer_quantization_process", str(file)]
     answer = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **offline, **more}, cwd=out.parent
