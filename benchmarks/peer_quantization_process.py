@@ -45,6 +45,10 @@ def main() -> int:
     )
     took = {"seconds": time.perf_counter() - begun, "processor_seconds": time.process_time() - spent}
     model.save_pretrained(job["out"], save_compressed=True)
+    # Saved beside the checkpoint's own torch_dtype is the dtype that it was loaded in, which is another one here.
+    config = Path(job["out"], "config.json")
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**fields, "torch_dtype": "float32", "dtype": "float32"}), encoding="utf-8")
     print(MARK + json.dumps(took | {"tool": f"llmcompressor {llmcompressor.__version__}"}), flush=True)
     return 0
 
