@@ -138,16 +138,16 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
                     measure(f"{recipe}-kv8", group_size, method, kv="kv8")
 
 
-def stories(data: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], Tensor]:
-    """The first 100 stories to score, and calibration blocks from those after them."""
+def stories(data: Path, tokenizer: Tokenizer, count: int, scored: int = 100) -> tuple[list[Item], Tensor]:
+    """The first stories to score, and `count` calibration blocks from those after them."""
     texts = [text.strip() for text in (data / STORIES).read_text(encoding="utf-8").split("<|endoftext|>")]
     texts = [text for text in texts if text]
-    items = [(tokenizer.encode(text)[:256], 1) for text in texts[:100]]
-    return items, draw(texts[100:], tokenizer, count, 256)
+    items = [(tokenizer.encode(text)[:256], 1) for text in texts[:scored]]
+    return items, draw(texts[scored:], tokenizer, count, 256)
 
 
-def answers(path: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], Tensor]:
-    """The first 40 answers to score, and calibration blocks from questions and answers after them."""
+def answers(path: Path, tokenizer: Tokenizer, count: int, scored: int = 40) -> tuple[list[Item], Tensor]:
+    """The first answers to score, and `count` calibration blocks from questions and answers after them."""
     rows = json.loads(path.read_text(encoding="utf-8"))
 
     def prompt(row: dict[str, str]) -> str:
@@ -155,10 +155,10 @@ def answers(path: Path, tokenizer: Tokenizer, count: int) -> tuple[list[Item], T
         return tokenizer.chat([{"role": "user", "content": question}])
 
     items = []
-    for row in rows[:40]:
+    for row in rows[:scored]:
         asked = tokenizer.encode(prompt(row), add_special=False)
         items.append((asked + tokenizer.encode(row["output"], add_special=False)[:256], len(asked)))
-    return items, draw([prompt(row) + row["output"] for row in rows[40:]], tokenizer, count, 512)
+    return items, draw([prompt(row) + row["output"] for row in rows[scored:]], tokenizer, count, 512)
 
 
 def draw(texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
