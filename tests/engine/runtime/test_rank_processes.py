@@ -7,7 +7,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from random import Random
 
@@ -126,33 +126,47 @@ elif sys.argv[2] == "stuck":
 """
 
 
-def start(folder, how):
+@contextmanager
+def program(folder, how):
+    """The program as a process, which does not outlive the block."""
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), how]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return process, [int(number) for number in process.stdout.readline().split()]
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ranks_of(process):
+    """The process ids that it prints once it has computed."""
+    return [int(number) for number in process.stdout.readline().split()]
 
 
 def test_ranks_leave_when_rank_0_is_killed(folder):
-    process, others = start(folder, "steps")
-    process.kill()
-    _, said = process.communicate()
+    with program(folder, "steps") as process:
+        others = ranks_of(process)
+        process.kill()
+        _, said = process.communicate()
     wait_until_gone(others)
-    assert not said
+    assert others and not said
 
 
 def test_a_program_that_ends_ends_its_ranks(folder):
-    process, others = start(folder, "ends")
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0 and not said
-    wait_until_gone(others, 0.5)
+    with program(folder, "ends") as process:
+        others = ranks_of(process)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0 and not said
+        wait_until_gone(others, 0.5)
 
 
 def test_a_process_that_is_stuck_in_its_device_ends_with_the_rank(folder):
-    process, [other] = start(folder, "stuck")
-    os.kill(other, signal.SIGKILL)
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
-    assert said.startswith("ingot: Rank 1 of the 2 tensor-parallel ranks") and said.count("\n") == 1
+    with program(folder, "stuck") as process:
+        [other] = ranks_of(process)
+        os.kill(other, signal.SIGKILL)
+        _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == 1
+        assert said.startswith("ingot: Rank 1 of the 2 tensor-parallel ranks") and said.count("\n") == 1
 
 
 @pytest.mark.soak
@@ -161,15 +175,17 @@ def test_ranks_that_are_killed_at_any_moment_end_all_within_five_seconds(folder,
     """While they start, read, meet, and compute."""
     random = Random(11)
     for _ in range(30):
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), "steps"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        others = []
-        while not others:
-            others = [one for one in psutil.Process(process.pid).children() if "rank_process" in str(one.cmdline())]
-        time.sleep(random.uniform(0, 6))
-        others[0].kill()
-        soak_row["count"] += 1
-        soak_row["failures"] += 1  # until it is none
-        _, said = process.communicate(timeout=SECONDS)
-        assert process.returncode == 1 and "Rank 1 of the 2 tensor-parallel ranks" in said and "SIGKILL" in said
-        soak_row["failures"] -= 1
+        with program(folder, "steps") as process:
+            others = []
+            while not others:
+                time.sleep(0.01)
+                with suppress(psutil.Error):  # one that is just becoming a rank
+                    children = psutil.Process(process.pid).children()
+                    others = [one for one in children if "rank_process" in str(one.cmdline())]
+            time.sleep(random.uniform(0, 6))
+            others[0].kill()
+            soak_row["count"] += 1
+            soak_row["failures"] += 1  # until it is none
+            _, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 1 and "Rank 1 of the 2 tensor-parallel ranks" in said and "SIGKILL" in said
+            soak_row["failures"] -= 1
