@@ -37,7 +37,7 @@ from engine.storage.workspace import Workspace
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
 PREFILL_INTERVAL = 8
 # On a CPU the steps that several owners share are no longer than that; see `ShortSteps`.
-MOST_DECODES = 32
+MOST_DECODES = 24
 
 
 class Engine:
