@@ -80,6 +80,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="processors for each of them (2)")
     parser.add_argument("--batch", type=int, default=1, help="blocks that the peer takes at a time (1, its default)")
     options = parser.parse_args()
+    for name in options.models:
+        if not any((place / "models" / name).is_dir() for place in (options.data, options.more) if place):
+            parser.error(f"{options.data} has no models/{name}: give the folder that has models/ and the texts")
     python = peer_python(ENVIRONMENTS / PEER.replace("==", "-"))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # processes started here inherit it
     missed = []

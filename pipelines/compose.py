@@ -33,6 +33,7 @@ path). A text's record also has `column`, and for data sets `repo`, `subset`, `s
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -271,4 +272,6 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    # It has no options: what is asked for stands in conf/ and params.yaml. Given one, it says so.
+    argparse.ArgumentParser(prog="python -m pipelines.compose", description=__doc__).parse_args()
     raise SystemExit(main())
