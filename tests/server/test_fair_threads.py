@@ -34,9 +34,10 @@ def test_owners_take_turns_and_no_more_than_so_many_run() -> None:
 
     asyncio.run(run())
     assert most == 2
-    # Two ran already, and one of each owner that is in line may come before; after that it is everybody's turn.
-    assert set(order[2:5]) == {"a", "b", "c"}
-    assert "b" in order[5:8]
+    # Two ran already, and one of each owner that is in line may come before; after that it is everybody's turn. Two run
+    # at once, so neighbours may have begun the other way round.
+    assert {"b", "c"} <= set(order[2:6])
+    assert order[:9].count("b") == 2
 
 
 def test_who_gives_up_keeps_nobody_waiting_and_errors_are_handed_on() -> None:
