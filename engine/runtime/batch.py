@@ -29,9 +29,9 @@ def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
 class Step:
     """What ranks are sent of a plan: its integers in one piece, int32 [n], of which `lengths` says the fields.
 
-    `draws` sequences draw; `sampled` where a graph computes the step, but their tokens are not just the likeliest ones.
-    `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
-    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does.
+    `draws` sequences draw. `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
+    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does, and `sampled`
+    says that the tokens of a graph's step are not just the likeliest ones.
     """
 
     integers: NDArray[np.int32]

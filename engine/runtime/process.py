@@ -72,9 +72,12 @@ def _load_verified(folder: Path, config: EngineConfig, artifact_id: str | None) 
     manifest = artifacts.verify(folder, artifact_id, later=streamed)
     digests: dict[str, str] = {}
     try:
-        return _engine(folder, config, digests)
-    finally:  # also where loading failed: by damage, perhaps, of which this is the better message
+        engine = _engine(folder, config, digests)
+    except Exception:  # by damage, perhaps, of which this is the better message; who interrupts does not wait for it
         artifacts.verify_digests(folder, manifest, streamed, digests)
+        raise
+    artifacts.verify_digests(folder, manifest, streamed, digests)
+    return engine
 
 
 def _engine(folder: Path, config: EngineConfig, digests: dict[str, str] | None = None) -> Engine:

@@ -178,3 +178,14 @@ def test_of_an_error_and_damage_the_damage_is_told(tmp_path, streaming):
     message["config"]["session_len"] = 1
     with pytest.raises(artifacts.ArtifactError, match=r"norm\.weight has changed"):
         load(message)
+
+
+def test_who_interrupts_a_load_does_not_wait_until_all_is_hashed(tmp_path, streaming, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    artifact_id = write_tiny_artifact(tmp_path)
+    monkeypatch.setattr("engine.runtime.engine.Engine.from_workspace", interrupted)
+    monkeypatch.setattr(artifacts, "verify_digests", lambda *arguments: pytest.fail("hashed after the interrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        load(load_message(tmp_path, artifact_id))
