@@ -167,7 +167,10 @@ async def send(address: Address, requests: Sequence[Request], times: Sequence[fl
             },
         )
         if answer.tokens != request.new_tokens:
-            raise ValueError(f"the server gave {answer.tokens} tokens where {request.new_tokens} were asked for.")
+            raise ValueError(
+                f"the server gave {answer.tokens} tokens where {request.new_tokens} were asked for, after a prompt of "
+                f"{len(request.prompt_ids)}. If its session_len ends there, give lengths that fit: input=16 output=64."
+            )
         return answer
 
     return await asyncio.gather(*(one(request, at) for request, at in zip(requests, times, strict=True)))
