@@ -16,7 +16,7 @@ import triton.language as tl
 
 from engine.kernels.decode_prologue import turned, write_token
 from engine.kernels.dependent_launch import depend
-from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, dequantized, places, read_rows
+from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, ask_for_rows, dequantized, places, read_rows
 
 
 @triton.jit
@@ -29,6 +29,29 @@ def _part(length, split, window: tl.constexpr, splits: tl.constexpr, block: tl.c
     share = tl.cdiv(tl.cdiv(length - base, splits), block) * block
     start = base + split * share
     return oldest, start, tl.minimum(start + share, length)
+
+
+@triton.jit
+def _ask(
+    key,
+    value,
+    table,
+    start,
+    end,
+    head,
+    kv_heads: tl.constexpr,
+    page_len: tl.constexpr,
+    head_dim: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Asks for the first two blocks of a part: what earlier steps wrote need not wait for the kernel before."""
+    for number in tl.static_range(2):
+        first = start + number * block
+        if first < end:
+            token = tl.minimum(first + tl.arange(0, block), end - 1)
+            place = places(table, first, token, head, kv_heads, page_len, block)
+            ask_for_rows(key, place, head_dim)
+            ask_for_rows(value, place, head_dim)
 
 
 @triton.jit(do_not_specialize=["table_stride", "query_stride"])
@@ -85,6 +108,7 @@ def decode_one(
     if stored == CHANNELS:
         k_scale = tl.load(key_scale + channel, mask=here, other=0.0)
     if PDL:
+        _ask(key, value, table, start, end, head, kv_heads, page_len, head_dim, block)
         depend()
     if turns:
         own = query + sequence * query_stride
@@ -226,6 +250,7 @@ def decode_group(
     if stored == CHANNELS:
         k_scale = tl.load(key_scale + channel, mask=here, other=0.0)
     if PDL:
+        _ask(key, value, table, start, end, head, kv_heads, page_len, head_dim, block)
         depend()
     head_row = (sequence * kv_heads + head) * group + row
     mask = (row < group)[:, None] & here[None, :]

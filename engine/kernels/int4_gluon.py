@@ -4,8 +4,8 @@
 
 y^T = W x^T: W is the left operand of asynchronous matrix instructions, in registers, so no lane exchanges anything and
 no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
-half a tile is unpacked while the half before it is multiplied. x lies in a ring of `slots`, each of `slot` tiles of
-[block_m, 128] that arrive together and are given back together, once the products that read them are waited for.
+half a tile is unpacked while the half before it is multiplied. x lies in a ring of tiles of [block_m, 128], of which
+`wait` arrive together and `slot` are given back together, once the products that read them are waited for.
 (Above 300 lines: one kernel, and what it needs is not used elsewhere.)
 """
 
@@ -54,29 +54,34 @@ def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bo
 def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
     """block_m rows of x and block_n of W a program; `splits` programs share a sum.
 
-    ahead: tiles of W in registers; slot: tiles of x that are waited for at once, a divisor of `ahead`; slots: of x.
+    ahead: tiles of W in registers; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given
+    back at once. wait divides slot and ring, slot divides ahead and is at most ring.
     """
     n, tiles = weights.out_features, weights.words.shape[1]
     if m <= 32:
         parts = splits.near(-(-n // 64), device.multiprocessors, (3 if m <= 16 else 2,))[0]
-        return _config(8 if m <= 8 else 16 if m <= 16 else 32, 64, 4, 4, 4, 2, min(parts, max(1, tiles // 4)))
+        block_m = 8 if m <= 8 else 16 if m <= 16 else 32
+        return _config(block_m, 64, 4, (4, 8, 4, 4), min(parts, max(1, tiles // 4)))
     if m <= 64:
-        return _config(64, 64, 4, 2, 2, 2, splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
+        return _config(64, 64, 4, (2, 4, 2, 2), splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
     if n >= 8192:
-        return _config(128, 128, 4, 2, 1, 3, 1)
+        return _config(128, 128, 4, (2, 3, 1, 1), 1)
     parts = splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0]
-    return _config(128, 64, 4, 2, 2, 2, parts)
+    return _config(128, 64, 4, (2, 4, 2, 2), parts)
 
 
-def _config(block_m: int, block_n: int, warps: int, ahead: int, slot: int, slots: int, parts: int) -> dict[str, Any]:
+def _config(block_m: int, block_n: int, warps: int, turn: tuple[int, int, int, int], parts: int) -> dict[str, Any]:
+    """`turn` is ahead, ring, slot and wait."""
+    ahead, ring, slot, wait = turn
     return {
         "kernel": "gluon",
         "block_m": block_m,
         "block_n": block_n,
         "warps": warps,
         "ahead": ahead,
+        "ring": ring,
         "slot": slot,
-        "slots": slots,
+        "wait": wait,
         "splits": parts,
     }
 
@@ -87,28 +92,29 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         return []
     if m <= 32:
         block_m = max(8, 1 << (m - 1).bit_length())
-        shapes = [
-            (block_m, 64, 4, *ring) for ring in ((4, 4, 2), (4, 4, 1), (8, 8, 1), (4, 2, 4), (2, 2, 2), (8, 4, 4))
-        ]
+        turns = ((4, 8, 4, 4), (4, 4, 4, 4), (8, 8, 8, 8), (4, 8, 2, 2), (8, 16, 4, 4), (8, 8, 8, 1), (4, 8, 4, 1))
+        shapes = [(block_m, 64, 4, turn) for turn in turns]
     elif m <= 64:
-        shapes = [(64, 64, 4, *ring) for ring in ((2, 2, 2), (2, 1, 4), (4, 2, 2), (4, 4, 1), (8, 8, 1))]
-        shapes += [(64, 128, 8, 2, 1, 4), (64, 128, 8, 4, 2, 2)]
+        turns = ((2, 4, 2, 2), (2, 4, 1, 1), (4, 4, 2, 2), (4, 4, 4, 4), (8, 8, 8, 8), (4, 4, 4, 1), (8, 8, 8, 1))
+        shapes = [(64, 64, 4, turn) for turn in turns]
+        shapes += [(64, 128, 8, turn) for turn in ((2, 4, 1, 1), (4, 4, 2, 2), (8, 8, 8, 1))]
     else:
         shapes = [
-            (128, 128, 4, 2, 1, 3),
-            (128, 64, 4, 2, 2, 2),
-            (128, 64, 4, 2, 1, 3),
-            (128, 64, 4, 4, 2, 2),
-            (128, 64, 4, 4, 4, 1),
+            (128, 128, 4, (2, 3, 1, 1)),
+            (128, 64, 4, (2, 4, 2, 2)),
+            (128, 64, 4, (2, 3, 1, 1)),
+            (128, 64, 4, (2, 3, 2, 1)),
+            (128, 64, 4, (4, 4, 2, 2)),
+            (128, 64, 4, (4, 6, 4, 1)),
+            (128, 128, 8, (2, 4, 1, 1)),
         ]
-        shapes += [(128, 128, 8, 2, 1, 4)]
         if m > 128:
-            shapes += [(256, 128, 8, 2, 1, 3), (256, 64, 4, 2, 1, 3)]
+            shapes += [(256, 128, 8, (2, 3, 1, 1)), (256, 128, 8, (2, 3, 2, 1)), (256, 64, 4, (2, 3, 1, 1))]
     found = []
-    for block_m, block_n, warps, ahead, slot, slots in shapes:
+    for block_m, block_n, warps, turn in shapes:
         programs = -(-n // block_n) * -(-m // block_m)
         for parts in splits.near(programs, device.multiprocessors, (1, 2, 4) if m <= 64 else (1, 2)):
-            found.append(_config(block_m, block_n, warps, ahead, slot, slots, parts))
+            found.append(_config(block_m, block_n, warps, turn, parts))
     return found
 
 
@@ -125,7 +131,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)
     turns = -(-all_turns // parts)  # at most
     partials, arrivals = splits.buffers(x.device)
-    box = [block_m, 128 * config["slot"]]
+    box = [block_m, 128 * config["wait"]]
     layout = gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype])
     _gemm[(grid_n, grid_m, parts)](
         TensorDescriptor.from_tensor(x, box, layout),
@@ -145,10 +151,11 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         AHEAD=ahead,
+        RING=config["ring"] // config["wait"],
         SLOT=config["slot"],
-        SLOTS=config["slots"],
+        WAIT=config["wait"],
         SPLITS=parts,
-        FITS=turns * ahead <= config["slot"] * config["slots"],
+        FITS=turns * ahead <= config["ring"],
         num_warps=config["warps"],
         **dependent_launch.options(facts(x.device)),
     )
@@ -259,16 +266,17 @@ def _gemm(
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
     AHEAD: gl.constexpr,
+    RING: gl.constexpr,
     SLOT: gl.constexpr,
-    SLOTS: gl.constexpr,
+    WAIT: gl.constexpr,
     SPLITS: gl.constexpr,
     FITS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """One tile of y^T [BLOCK_N, BLOCK_M], or a part of its sum.
 
-    RAGGED: the last program has fewer tiles of rows than the others. FITS: the ring of x holds all that a program
-    reads, so nothing is refilled.
+    RAGGED: the last program has fewer tiles of rows than the others. RING pieces of WAIT tiles of x are in shared
+    memory. FITS: they are all that a program reads, so nothing is refilled.
     """
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -287,33 +295,33 @@ def _gemm(
         pairs = pairs + (
             _load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),
         )
-    ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_M, 128 * SLOT], x_desc.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(slot), count=1)
+    ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, 128 * WAIT], x_desc.layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for piece in gl.static_range(RING):
+        mbarrier.init(barriers.index(piece), count=1)
     fence_async_shared()
     thread_barrier()
     if PDL:
         dependent_launch.depend()
-    for slot in gl.static_range(SLOTS):
-        if slot * SLOT < turns * AHEAD:
-            _fetch(x_desc, first_token, start + slot * SLOT, barriers.index(slot), ring.index(slot))
+    for piece in gl.static_range(RING):
+        if piece * WAIT < turns * AHEAD:
+            _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     for turn in range(turns):
         for step in gl.static_range(AHEAD):
-            used = turn * (AHEAD // SLOT) + step // SLOT
-            spot = used % SLOTS
+            used = turn * (AHEAD // WAIT) + step // WAIT
+            spot = used % RING
             x = ring.index(spot)
-            if step % SLOT == 0:
-                mbarrier.wait(barriers.index(spot), used // SLOTS & 1)
+            if step % WAIT == 0:
+                mbarrier.wait(barriers.index(spot), used // RING & 1)
             first, second = _halves(words[0], BLOCK_N, A)
             left = _left(first, pairs[0], BLOCK_N, A, dtype)
-            right = x.slice(step % SLOT * 128, 64, 1).permute([1, 0])
+            right = x.slice(step % WAIT * 128, 64, 1).permute([1, 0])
             total = warpgroup_mma(left, right, total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
             left = _left(second, pairs[0], BLOCK_N, A, dtype)
-            right = x.slice(step % SLOT * 128 + 64, 64, 1).permute([1, 0])
+            right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
             total = warpgroup_mma(left, right, total, is_async=True)
             tile, more = start + turn * AHEAD + step + AHEAD, turn + 1 < turns
             words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
@@ -324,8 +332,16 @@ def _gemm(
                 total = warpgroup_mma_wait(0, deps=[total])
                 if not FITS:
                     thread_barrier()
-                    if (used + SLOTS) * SLOT < turns * AHEAD:
-                        _fetch(x_desc, first_token, start + (used + SLOTS) * SLOT, barriers.index(spot), x)
+                    for back in gl.static_range(SLOT // WAIT):
+                        place = used - (SLOT // WAIT - 1 - back)
+                        if (place + RING) * WAIT < turns * AHEAD:
+                            _fetch(
+                                x_desc,
+                                first_token,
+                                start + (place + RING) * WAIT,
+                                barriers.index(place % RING),
+                                ring.index(place % RING),
+                            )
             else:
                 total = warpgroup_mma_wait(1, deps=[total])
 

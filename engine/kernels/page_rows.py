@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.dependent_launch import prefetch
 from engine.kernels.reference import Pages
 
 # What lies beside the bytes: nothing (values as computed), scales of channels, or scales of tokens.
@@ -62,6 +63,15 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
         odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
         rows = tl.join(even, odd).reshape(word.shape[0], padded)
     return rows
+
+
+@triton.jit
+def ask_for_rows(pages, place, head_dim: tl.constexpr):
+    """Asks for the rows at `place` in the L2 cache; nothing waits for them."""
+    per_line: tl.constexpr = 1024 // pages.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = 1 if head_dim <= per_line else 2 if head_dim <= 2 * per_line else 4
+    column = tl.minimum(tl.arange(0, lines) * per_line, head_dim - 1)
+    prefetch(pages + place[:, None] * head_dim + column[None, :])
 
 
 @triton.jit
