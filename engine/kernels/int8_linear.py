@@ -100,7 +100,7 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         block_m = max(16, min(128, triton.next_power_of_2(m)))
         for block_n, warps in ((64, 4), (128, 8), (128, 4)):
             count = -(-n // block_n) * -(-m // block_m)
-            for block_k, stages in ((128, 4), (128, 6), (256, 3)):
+            for block_k, stages in ((128, 4), (128, 6), (256, 3), (256, 4)):
                 if (block_n + block_m) * block_k * stages > 200_000 or (block_k == 256 and block_m > 64):
                     continue
                 for parts in splits.near(count, device.multiprocessors, (1, 3)):
