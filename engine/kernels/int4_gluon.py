@@ -5,7 +5,7 @@
 y^T = W x^T: W is the left operand of asynchronous matrix instructions, in registers, so no lane exchanges anything and
 no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
 half a tile is unpacked while the half before it is multiplied. x lies in a ring of tiles of [block_m, 128], of which
-`wait` arrive together and `slot` are given back together, once the products that read them are waited for.
+`wait` arrive together and `slot` are given back together, once the products that read them are done.
 (Above 300 lines: one kernel, and what it needs is not used elsewhere.)
 """
 
@@ -54,30 +54,30 @@ def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bo
 def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
     """block_m rows of x and block_n of W a program; `splits` programs share a sum.
 
-    ahead: tiles of W in registers; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given
-    back at once. wait divides slot and ring, slot divides ahead and is at most ring.
+    turn: tiles of an iteration, at whose end all products are waited for; ahead: tiles of W in registers, a divisor of
+    it; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given back at once. wait divides
+    slot and ring, slot divides turn, and where it is less, the ring holds more than a slot.
     """
     n, tiles = weights.out_features, weights.words.shape[1]
     if m <= 32:
         parts = splits.near(-(-n // 64), device.multiprocessors, (3 if m <= 16 else 2,))[0]
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        return _config(block_m, 64, 4, (4, 8, 4, 4), min(parts, max(1, tiles // 4)))
+        return _config(block_m, 64, 4, (4, 4, 8, 4, 4), min(parts, max(1, tiles // 4)))
     if m <= 64:
-        return _config(64, 64, 4, (2, 4, 2, 2), splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
-    if n >= 8192:
-        return _config(128, 128, 4, (2, 3, 1, 1), 1)
+        return _config(64, 64, 4, (4, 4, 4, 4, 1), splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
     parts = splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0]
-    return _config(128, 64, 4, (2, 4, 2, 2), parts)
+    return _config(128, 64, 4, (4, 4, 6, 4, 1), parts)
 
 
-def _config(block_m: int, block_n: int, warps: int, turn: tuple[int, int, int, int], parts: int) -> dict[str, Any]:
-    """`turn` is ahead, ring, slot and wait."""
-    ahead, ring, slot, wait = turn
+def _config(block_m: int, block_n: int, warps: int, loop: tuple[int, int, int, int, int], parts: int) -> dict[str, Any]:
+    """`loop` is turn, ahead, ring, slot and wait."""
+    turn, ahead, ring, slot, wait = loop
     return {
         "kernel": "gluon",
         "block_m": block_m,
         "block_n": block_n,
         "warps": warps,
+        "turn": turn,
         "ahead": ahead,
         "ring": ring,
         "slot": slot,
@@ -90,31 +90,29 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries."""
     if m > MOST_ROWS:
         return []
+    narrow: tuple[tuple[int, int, int, int, int], ...]
+    wide: tuple[tuple[int, int, int, int, int], ...] = ()
     if m <= 32:
         block_m = max(8, 1 << (m - 1).bit_length())
-        turns = ((4, 8, 4, 4), (4, 4, 4, 4), (8, 8, 8, 8), (4, 8, 2, 2), (8, 16, 4, 4), (8, 8, 8, 1), (4, 8, 4, 1))
-        shapes = [(block_m, 64, 4, turn) for turn in turns]
+        narrow = ((4, 4, 4, 4, 4), (4, 4, 8, 4, 4), (4, 4, 8, 2, 2), (4, 4, 8, 4, 1), (8, 8, 8, 8, 1), (8, 8, 8, 8, 8))
     elif m <= 64:
-        turns = ((2, 4, 2, 2), (2, 4, 1, 1), (4, 4, 2, 2), (4, 4, 4, 4), (8, 8, 8, 8), (4, 4, 4, 1), (8, 8, 8, 1))
-        shapes = [(64, 64, 4, turn) for turn in turns]
-        shapes += [(64, 128, 8, turn) for turn in ((2, 4, 1, 1), (4, 4, 2, 2), (8, 8, 8, 1))]
+        block_m = 64
+        narrow = ((4, 4, 4, 4, 1), (8, 8, 8, 8, 1), (8, 4, 8, 4, 1), (4, 4, 6, 2, 1), (4, 2, 4, 1, 1), (4, 2, 3, 1, 1))
+        wide = ((8, 8, 8, 8, 1), (4, 4, 6, 2, 1), (4, 2, 4, 1, 1))
     else:
-        shapes = [
-            (128, 128, 4, (2, 3, 1, 1)),
-            (128, 64, 4, (2, 4, 2, 2)),
-            (128, 64, 4, (2, 3, 1, 1)),
-            (128, 64, 4, (2, 3, 2, 1)),
-            (128, 64, 4, (4, 4, 2, 2)),
-            (128, 64, 4, (4, 6, 4, 1)),
-            (128, 128, 8, (2, 4, 1, 1)),
-        ]
-        if m > 128:
-            shapes += [(256, 128, 8, (2, 3, 1, 1)), (256, 128, 8, (2, 3, 2, 1)), (256, 64, 4, (2, 3, 1, 1))]
+        block_m = 128
+        narrow = ((4, 4, 6, 4, 1), (4, 4, 6, 2, 1), (8, 4, 6, 1, 1), (2, 2, 3, 2, 1), (4, 2, 3, 1, 1))
+        wide = ((4, 2, 6, 2, 1), (4, 4, 6, 1, 1))
+    shapes = [(block_m, 64, 4, loop) for loop in narrow] + [(block_m, 128, 8, loop) for loop in wide]
+    if m > 64:
+        shapes += [(128, 128, 4, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1), (8, 2, 3, 1, 1))]
+    if m > 128:
+        shapes += [(256, 128, 8, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1))]
     found = []
-    for block_m, block_n, warps, turn in shapes:
+    for block_m, block_n, warps, loop in shapes:
         programs = -(-n // block_n) * -(-m // block_m)
-        for parts in splits.near(programs, device.multiprocessors, (1, 2, 4) if m <= 64 else (1, 2)):
-            found.append(_config(block_m, block_n, warps, turn, parts))
+        for parts in splits.near(programs, device.multiprocessors, (1, 2, 3, 4) if m <= 64 else (1, 2)):
+            found.append(_config(block_m, block_n, warps, loop, parts))
     return found
 
 
@@ -125,9 +123,9 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()  # the copy engine reads from whole 16 bytes
-    block_m, block_n, ahead = config["block_m"], config["block_n"], config["ahead"]
+    block_m, block_n, turn = config["block_m"], config["block_n"], config["turn"]
     grid_n, grid_m = -(-n // block_n), -(-m // block_m)
-    all_turns = -(-tiles // ahead)
+    all_turns = -(-tiles // turn)
     parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)
     turns = -(-all_turns // parts)  # at most
     partials, arrivals = splits.buffers(x.device)
@@ -150,12 +148,13 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         RAGGED=-(-n // 64) % (block_n // 64) != 0,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
-        AHEAD=ahead,
+        TURN=turn,
+        AHEAD=config["ahead"],
         RING=config["ring"] // config["wait"],
         SLOT=config["slot"],
         WAIT=config["wait"],
         SPLITS=parts,
-        FITS=turns * ahead <= config["ring"],
+        FITS=turns * turn <= config["ring"],
         num_warps=config["warps"],
         **dependent_launch.options(facts(x.device)),
     )
@@ -247,6 +246,27 @@ def _fetch(x_desc, first_token, tile, barrier, place):
     load_tile(x_desc, [first_token, tile * 128], barrier, place)
 
 
+@gluon.jit
+def _refill(
+    x_desc,
+    first_token,
+    start,
+    used,
+    pieces,
+    barriers,
+    ring,
+    RING: gl.constexpr,
+    SLOT: gl.constexpr,
+    WAIT: gl.constexpr,
+):
+    """Asks for what follows in the places of the last SLOT tiles before piece `used`, of `pieces` in all."""
+    thread_barrier()
+    for back in gl.static_range(SLOT // WAIT):
+        piece = used - SLOT // WAIT + back + RING
+        if piece < pieces:
+            _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece % RING), ring.index(piece % RING))
+
+
 @gluon.jit(do_not_specialize=["m", "n", "tiles", "tile_rows"])
 def _gemm(
     x_desc,
@@ -265,6 +285,7 @@ def _gemm(
     RAGGED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    TURN: gl.constexpr,
     AHEAD: gl.constexpr,
     RING: gl.constexpr,
     SLOT: gl.constexpr,
@@ -278,15 +299,16 @@ def _gemm(
     RAGGED: the last program has fewer tiles of rows than the others. RING pieces of WAIT tiles of x are in shared
     memory. FITS: they are all that a program reads, so nothing is refilled.
     """
+    gl.static_assert(FITS or SLOT == TURN or RING * WAIT > SLOT, "a tile would wait for the place of its own slot")
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     dtype: gl.constexpr = x_desc.dtype
     column, block, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     # The parts of a sum are whole turns: only the last part may reach past the inputs, where x is zero.
-    all_turns = (tiles + AHEAD - 1) // AHEAD
-    start = split * all_turns // SPLITS * AHEAD
-    turns = (split + 1) * all_turns // SPLITS - start // AHEAD
+    all_turns = (tiles + TURN - 1) // TURN
+    start = split * all_turns // SPLITS * TURN
+    turns = (split + 1) * all_turns // SPLITS - start // TURN
     first_tile, first_token = column * (BLOCK_N // 64), block * BLOCK_M
 
     words, pairs = (), ()
@@ -304,46 +326,39 @@ def _gemm(
     if PDL:
         dependent_launch.depend()
     for piece in gl.static_range(RING):
-        if piece * WAIT < turns * AHEAD:
+        if piece * WAIT < turns * TURN:
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
+    left = _left(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
     for turn in range(turns):
-        for step in gl.static_range(AHEAD):
-            used = turn * (AHEAD // WAIT) + step // WAIT
-            spot = used % RING
-            x = ring.index(spot)
+        for step in gl.static_range(TURN):
+            used = turn * (TURN // WAIT) + step // WAIT
             if step % WAIT == 0:
-                mbarrier.wait(barriers.index(spot), used // RING & 1)
-            first, second = _halves(words[0], BLOCK_N, A)
-            left = _left(first, pairs[0], BLOCK_N, A, dtype)
+                mbarrier.wait(barriers.index(used % RING), used // RING & 1)
+            x = ring.index(used % RING)
             right = x.slice(step % WAIT * 128, 64, 1).permute([1, 0])
             total = warpgroup_mma(left, right, total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
-            left = _left(second, pairs[0], BLOCK_N, A, dtype)
+            # All products of the tile before are done now.
+            if not FITS and step % SLOT == 0 and step > 0:
+                _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
+            second = _left(_halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
             right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
-            total = warpgroup_mma(left, right, total, is_async=True)
-            tile, more = start + turn * AHEAD + step + AHEAD, turn + 1 < turns
+            total = warpgroup_mma(second, right, total, is_async=True)
+            tile, more = start + turn * TURN + step + AHEAD, step + AHEAD < TURN or turn + 1 < turns
             words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
             pairs = pairs[1:] + (
                 _load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),
             )
-            if step % SLOT == SLOT - 1:
-                total = warpgroup_mma_wait(0, deps=[total])
-                if not FITS:
-                    thread_barrier()
-                    for back in gl.static_range(SLOT // WAIT):
-                        place = used - (SLOT // WAIT - 1 - back)
-                        if (place + RING) * WAIT < turns * AHEAD:
-                            _fetch(
-                                x_desc,
-                                first_token,
-                                start + (place + RING) * WAIT,
-                                barriers.index(place % RING),
-                                ring.index(place % RING),
-                            )
-            else:
-                total = warpgroup_mma_wait(1, deps=[total])
+            # The first half of the next tile is unpacked while the second of this one is multiplied.
+            total = warpgroup_mma_wait(1, deps=[total])
+            left = _left(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+        # A product that is on its way from one turn to the next would make the compiler wait for each.
+        total = warpgroup_mma_wait(0, deps=[total])
+        if not FITS:
+            used = (turn + 1) * (TURN // WAIT)
+            _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
 
     row = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
     last = True

@@ -185,6 +185,9 @@ class Language(types.ModuleType):
         layout.get_default_for = layout
         return layout
 
+    def static_assert(self, condition, message=""):
+        assert condition, message
+
     def arange(self, start, end, layout=None):
         return values(torch.arange(start, end))
 

@@ -24,10 +24,10 @@ def gemv(rows, warps, ahead):
     return {"kernel": "gemv", "rows": rows, "warps": warps, "ahead": ahead}
 
 
-def gluon(block_m, block_n, warps, ahead, ring, slot, wait, splits):
+def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits):
     return {
-        "kernel": "gluon", "block_m": block_m, "block_n": block_n, "warps": warps, "ahead": ahead, "ring": ring,
-        "slot": slot, "wait": wait, "splits": splits,
+        "kernel": "gluon", "block_m": block_m, "block_n": block_n, "warps": warps, "turn": turn, "ahead": ahead,
+        "ring": ring, "slot": slot, "wait": wait, "splits": splits,
     }  # fmt: skip
 
 
@@ -38,13 +38,14 @@ def gluon(block_m, block_n, warps, ahead, ring, slot, wait, splits):
         (5, 72, 1152, 128, gemv(2, 4, 2)),
         (8, 40, 160, 32, gemv(1, 8, 1)),
         (3, 72, 384, 64, gemv(2, 4, 1)),
-        (3, 72, 384, 128, gluon(8, 64, 4, 2, 4, 2, 2, 1)),
-        (13, 72, 1152, 128, gluon(16, 64, 4, 4, 4, 2, 2, 2)),
-        (70, 192, 640, 128, gluon(64, 128, 8, 2, 2, 1, 1, 3)),  # no whole number of tiles of rows, two blocks of x
-        (16, 64, 512, 128, gluon(16, 64, 4, 4, 4, 4, 4, 2)),  # the ring holds all
-        (2, 64, 2048, 128, gluon(8, 64, 4, 2, 3, 1, 1, 1)),  # the ring goes round
-        (2, 64, 2048, 128, gluon(8, 64, 4, 4, 6, 4, 1, 1)),  # and gives back four of six tiles at once
-        (9, 72, 2048, 128, gluon(16, 64, 4, 4, 4, 2, 1, 2)),
+        (3, 72, 384, 128, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1)),
+        (13, 72, 1152, 128, gluon(16, 64, 4, 4, 4, 4, 2, 2, 2)),
+        (70, 192, 640, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3)),  # no whole number of tiles of rows, two blocks of x
+        (16, 64, 512, 128, gluon(16, 64, 4, 4, 4, 4, 4, 4, 2)),  # the ring holds all
+        (2, 64, 2048, 128, gluon(8, 64, 4, 2, 2, 3, 1, 1, 1)),  # the ring goes round
+        (2, 64, 2048, 128, gluon(8, 64, 4, 4, 4, 6, 4, 1, 1)),  # and gives back four of six tiles at once
+        (9, 72, 2048, 128, gluon(16, 64, 4, 4, 4, 4, 2, 1, 2)),
+        (9, 72, 2048, 128, gluon(16, 64, 4, 8, 2, 3, 1, 1, 1)),  # fewer tiles of W ahead than a turn has
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -64,8 +65,8 @@ def test_the_product_is_that_of_the_weights(kernels, m, n, k, group, config, dty
     [
         (1, 80, 256, 128, gemv(1, 4, 2)),
         (5, 144, 1152, 128, gemv(2, 4, 2)),
-        (3, 144, 384, 128, gluon(8, 64, 4, 2, 4, 2, 2, 1)),
-        (70, 208, 640, 128, gluon(64, 128, 8, 2, 2, 1, 1, 3)),
+        (3, 144, 384, 128, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1)),
+        (70, 208, 640, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -88,7 +89,7 @@ def test_what_lies_past_the_inputs_adds_nothing(kernels):
     x[1] = 60000.0
     exact = x[:1].float() @ weights.dequantize(torch.float32).t()
     assert error(kernels["gemv"].run(x[:1], weights, None, gemv(1, 4, 2)), exact) < 2.5e-4
-    assert error(kernels["gluon"].run(x[:1], weights, None, gluon(8, 64, 4, 2, 4, 2, 2, 1)), exact) < 3.5e-4
+    assert error(kernels["gluon"].run(x[:1], weights, None, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1)), exact) < 3.5e-4
 
 
 def test_every_code_and_zero_point_is_exact(kernels):
@@ -107,5 +108,5 @@ def test_every_code_and_zero_point_is_exact(kernels):
     for dtype in (torch.float16, torch.bfloat16):
         y = kernels["gemv"].run(x.to(dtype), weights, None, gemv(1, 1, 1))
         assert torch.equal(y.float(), expected.expand(8, 256))
-        y = kernels["gluon"].run(x.to(dtype), weights, None, gluon(8, 64, 4, 1, 1, 1, 1, 1))
+        y = kernels["gluon"].run(x.to(dtype), weights, None, gluon(8, 64, 4, 1, 1, 1, 1, 1, 1))
         assert torch.equal(y.float(), expected.expand(8, 256))
