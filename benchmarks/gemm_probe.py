@@ -33,11 +33,12 @@ FAMILIES = (
     "int8:tiles",
     "int8:library",
     "dense:rows",
+    "dense:columns",
 )
 # Processes that compile and check a family side by side.
-COMPILERS = {"cublas": 0, "int4:gluon": 6, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 2}
+COMPILERS = {"cublas": 0, "int4:gluon": 6, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 2, "dense:columns": 4}
 # Relative shares of the time for measuring.
-SHARES = {"cublas": 2, "int4:gluon": 5, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 3}
+SHARES = {"cublas": 2, "int4:gluon": 5, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 3, "dense:columns": 3}
 # The rows of x that decide first; the others follow in the time that is left.
 FIRST_ROWS = (1, 16, 64, 256, 2048)
 SHARE_OF_CHECKS = 0.4
@@ -121,7 +122,7 @@ def cases(family: str, given: argparse.Namespace) -> Iterator[tuple[Any, int, li
     from engine.kernels.device import facts
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
-    shapes = shapes or [*tune.SHAPES, *([tune.HEAD] if family in ("cublas", "dense:rows") else [])]
+    shapes = shapes or [*tune.SHAPES, *([tune.HEAD] if family in ("cublas", "dense:rows", "dense:columns") else [])]
     kind, _, kernel = family.partition(":")
     for rows in (FIRST_ROWS, [m for m in tune.ROWS if m not in FIRST_ROWS]):
         for n, k in shapes:

@@ -1,8 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""y = x W^T + b in float16 or bfloat16: a kernel of its own for up to four rows of x, the library for more."""
+"""y = x W^T + b in float16 or bfloat16: kernels of our own for few rows of x, the library for more.
+
+Up to four rows run by `_dense_rows`, up to 256 on sm_90 by `dense_columns`; which, or the library, a table says.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,21 +33,28 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: 
     device = facts(x.device)
     if config is None:
         config = tuning.lookup("dense_linear", device.name, n, k, m)
-    if config is None or not runs(config, m):
+    if config is None or not runs(config, m, n, k, device):
         config = default_config(m, n, k, device)
-    if config["kernel"] == "library":
-        return torch.nn.functional.linear(x, weight, bias)
-    return _run(rows, weight, bias, config).reshape(*x.shape[:-1], n)
+    if config["kernel"] == "rows":
+        return _run(rows, weight, bias, config).reshape(*x.shape[:-1], n)
+    if config["kernel"] == "columns" and weight.is_contiguous() and weight.data_ptr() % 16 == 0:
+        y: Tensor = _columns().run(rows, weight, bias, config)
+        return y.reshape(*x.shape[:-1], n)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
-def runs(config: Config, m: int) -> bool:
+def runs(config: Config, m: int, n: int, k: int, device: Device) -> bool:
+    """Whether the configuration's kernel can do this product here."""
+    if config["kernel"] == "columns":
+        return device.capability[0] == 9 and bool(_columns().runs(config, m, n, k, device))
     return config["kernel"] == "library" or 1 <= m <= MOST_ROWS
 
 
 def default_config(m: int, n: int, k: int, device: Device) -> Config:
     """The configuration of a product that no table knows.
 
-    kernel rows: block_n rows of W a program, block_k inputs a step. kernel library: torch's.
+    kernel rows: block_n rows of W a program, block_k inputs a step. kernel columns: see `dense_columns.candidates`.
+    kernel library: torch's.
     """
     if m != 1:
         return {"kernel": "library"}
@@ -52,24 +63,23 @@ def default_config(m: int, n: int, k: int, device: Device) -> Config:
 
 def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries for a product of m rows."""
-    found: list[dict[str, Any]] = [{"kernel": "library"}]
-    if m <= MOST_ROWS:
-        for block_n, block_k, warps in (
-            (4, 512, 4),
-            (4, 1024, 4),
-            (4, 2048, 4),
-            (4, 2048, 8),
-            (8, 512, 4),
-            (8, 1024, 4),
-            (8, 1024, 8),
-            (16, 512, 4),
-            (16, 512, 8),
-            (16, 256, 4),
-            (2, 2048, 4),
-            (2, 4096, 4),
-        ):
-            found.append({"kernel": "rows", "block_n": block_n, "block_k": block_k, "warps": warps})
+    found: list[Config] = [{"kernel": "library"}]
+    if m <= 2:
+        shapes = [(4, 1024, 4), (4, 2048, 4), (4, 2048, 8), (8, 512, 4), (2, 4096, 4)]
+        # More on its way at once.
+        shapes += [(2, 4096, 8), (4, 4096, 8), (2, 8192, 8), (8, 2048, 8)]
+    else:
+        shapes = [(4, 1024, 4)] if m <= MOST_ROWS else []
+    for block_n, block_k, warps in shapes:
+        found.append({"kernel": "rows", "block_n": block_n, "block_k": block_k, "warps": warps})
+    if device.capability[0] == 9:
+        found.extend(_columns().candidates(m, n, k, device))
     return found
+
+
+def _columns() -> Any:
+    """`dense_columns`, which is in Gluon: what runs under Triton's interpreter does not import it."""
+    return importlib.import_module("engine.kernels.dense_columns")
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:

@@ -102,25 +102,32 @@ class Descriptor:
 
 def copy(descriptor, place, barrier, shared):
     row, column = (int(p) for p in place)
-    assert barrier.tensor[0] % 2 == 1, "a copy without expected bytes"
     block = torch.zeros(descriptor.block, dtype=descriptor.dtype)
     read = descriptor.tensor[row : row + block.shape[0], column : column + block.shape[1]]
     block[: read.shape[0], : read.shape[1]] = read
     shared.tensor.copy_(block)
-    barrier.tensor[0] += 1
+    left = int(barrier.tensor[0]) % PHASE - block.numel() * block.element_size()
+    assert left >= 0, "a copy of bytes that are not expected"
+    barrier.tensor[0] += left - barrier.tensor[0] % PHASE
+    if left == 0:
+        barrier.tensor[0] += PHASE
+
+
+PHASE = 1 << 32  # a barrier holds the phases that are completed, and below the bytes that are on their way
 
 
 def expect(barrier, nbytes):
-    assert barrier.tensor[0] % 2 == 0, "a copy to a place whose last one is not complete"
-    barrier.tensor[0] += 1  # odd: on its way; half of an even count: completed phases
+    assert barrier.tensor[0] % PHASE == 0, "a copy to a place whose last one is not complete"
+    barrier.tensor[0] += nbytes
 
 
 def wait(barrier, phase):
-    assert barrier.tensor[0] % 2 == 0 and barrier.tensor[0] // 2 % 2 != int(phase), "this wait would not end"
+    done = int(barrier.tensor[0])
+    assert done % PHASE == 0 and done // PHASE % 2 != int(phase), "this wait would not end"
 
 
 def multiply(left, right, total, is_async=False):
-    right = right.tensor if isinstance(right, Shared) else right
+    left, right = (side.tensor if isinstance(side, Shared) else side for side in (left, right))
     product = left.as_subclass(torch.Tensor).float() @ right.as_subclass(torch.Tensor).float()
     return values(total + product)
 
@@ -205,6 +212,9 @@ class Language(types.ModuleType):
 
     def minimum(self, first, second):
         return torch.minimum(values(first), values(second))
+
+    def maximum(self, first, second):
+        return torch.maximum(values(first), values(second))
 
     def exp(self, value):
         return value.exp()
