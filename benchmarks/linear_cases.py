@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,34 @@ def gated_int4_linear(setting: Setting) -> Iterator[Case]:
             bytes=outputs * inputs // 2
             + inputs // setting.group_size * outputs * 4
             + setting.tokens * (outputs // 2 + inputs) * setting.dtype.itemsize,
+            operations=2 * setting.tokens * outputs * inputs,
+        )
+
+
+@register("normed_int4_linear")
+def normed_int4_linear(setting: Setting) -> Iterator[Case]:
+    """int4 q, k and v, and gate and up, of the norm of the residual stream; `apart` takes a kernel for the norm."""
+    run = implementations("normed_int4_linear", setting.device, "engine.kernels.normed_linear", reference=LINEARS)
+    if "normed_linear" in run:
+        run["apart"] = functools.partial(run["normed_linear"], bias=None, config={"kernel": "apart"})
+    hidden, item = setting.config.hidden_size, setting.dtype.itemsize
+    for outputs, inputs in layer_products(setting.config)[::2]:
+        if inputs % setting.group_size:
+            continue
+
+        def make(outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            delta, residual, norm = (values(setting, *size) for size in ((setting.tokens, hidden),) * 2 + ((hidden,),))
+            packed = Int4Weights.pack(*_packed(setting, outputs, inputs))
+            return delta, residual, norm, setting.config.norm_eps, packed
+
+        yield Case(
+            kernel="normed_int4_linear",
+            size=f"{setting.tokens} of {outputs}x{inputs} g{setting.group_size}",
+            inputs=make,
+            run=run,
+            bytes=outputs * inputs // 2
+            + inputs // setting.group_size * outputs * 4
+            + (setting.tokens * (3 * hidden + outputs) + hidden) * item,
             operations=2 * setting.tokens * outputs * inputs,
         )
 

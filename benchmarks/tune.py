@@ -19,6 +19,7 @@ without a table runs on defaults. What is not reached in the time keeps the row 
 class Options:
     shape: str = option("internlm7b", "the model whose sizes are tuned", choices=tuple(SHAPES))
     tokens: tuple[int, ...] = option((), "rows of a step; every size that a table has, where left out", least=1)
+    operations: tuple[str, ...] = option(("all",), "which ones: the names that a table has")
     seconds: float = option(600.0, "for everything", least=1)
     device: str = option("auto", "cuda or cuda:N")
     out: Path | None = option(None, "the folder of the table; the engine's own, where left out")
@@ -33,11 +34,16 @@ def main(argv: list[str]) -> int:
         raise ValueError("kernels are tuned on a GPU, and this machine has none; on a CPU there is nothing to tune.")
     from engine.kernels import tune, tuning
 
+    known = (*tune.MODULES, *tune.NORMED)
+    operations = known if options.operations == ("all",) else options.operations
+    if unknown := [op for op in operations if op not in known]:
+        raise ValueError(f"operations={unknown[0]} is not known; there are {', '.join(known)}.")
     path = tune.tune(
         device,
         seconds=options.seconds,
         shapes=products(options.shape),
         rows=options.tokens or tune.ROWS,
+        operations=operations,
         folder=options.out or tuning.TABLES,
         report=lambda line: print(line, flush=True),
     )

@@ -92,7 +92,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
 
 
 @gluon.constexpr_function
-def _bases(start, end, rank):
+def bases(start, end, rank):
     """[start, 0...], [2 start, 0...] below end: bases of a layout along the first dimension of `rank`."""
     found = []
     while start < end:
@@ -102,29 +102,27 @@ def _bases(start, end, rank):
 
 
 @gluon.constexpr_function
-def _word_layout(rows, warps):
+def word_layout(rows, warps):
     """Of [(warp, block, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
-    lanes = _bases(1, 32, 2)
-    registers = [[0, 1], [0, 2], [0, 4], *_bases(32, 64 * rows, 2)]
+    lanes = bases(1, 32, 2)
+    registers = [[0, 1], [0, 2], [0, 4], *bases(32, 64 * rows, 2)]
     return gl.DistributedLinearLayout(
-        registers, lanes, _bases(64 * rows, 64 * rows * warps, 2), [], [64 * rows * warps, 8]
+        registers, lanes, bases(64 * rows, 64 * rows * warps, 2), [], [64 * rows * warps, 8]
     )
 
 
 @gluon.constexpr_function
-def _pair_layout(rows, warps):
+def pair_layout(rows, warps):
     """Of [(warp, block, r), half]: a thread has its two rows of each block; lanes that differ in t have the same."""
-    lanes = [[0, 0], [0, 0], *_bases(1, 8, 2)]
-    registers = [[0, 1], *_bases(8, 8 * rows, 2)]
-    return gl.DistributedLinearLayout(
-        registers, lanes, _bases(8 * rows, 8 * rows * warps, 2), [], [8 * rows * warps, 2]
-    )
+    lanes = [[0, 0], [0, 0], *bases(1, 8, 2)]
+    registers = [[0, 1], *bases(8, 8 * rows, 2)]
+    return gl.DistributedLinearLayout(registers, lanes, bases(8 * rows, 8 * rows * warps, 2), [], [8 * rows * warps, 2])
 
 
 @gluon.jit
-def _load_words(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
+def load_words(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """int16 [P, 8] of tiles tile .. tile + WARPS - 1, one a warp; zeros past the last tile."""
-    LAYOUT: gl.constexpr = _word_layout(ROWS, WARPS)
+    LAYOUT: gl.constexpr = word_layout(ROWS, WARPS)
     p = gl.arange(0, 64 * ROWS * WARPS, layout=gl.SliceLayout(1, LAYOUT))
     here = tile + p // (64 * ROWS)
     first = ((block // 4 * tiles + here) * 2 + p // 32 % 2) * 128 + (block % 4 + p // 64 % ROWS) * 32 + p % 32
@@ -134,11 +132,11 @@ def _load_words(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.con
 
 
 @gluon.jit
-def _load_pairs(
+def load_pairs(
     scale_zero_ptr, block, tile, tiles, group, GROUPS: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr
 ):
     """Scales and zeros int32 [Q, 2] of a group of each of the tiles; scales of 0 past the last tile."""
-    LAYOUT: gl.constexpr = _pair_layout(ROWS, WARPS)
+    LAYOUT: gl.constexpr = pair_layout(ROWS, WARPS)
     q = gl.arange(0, 8 * ROWS * WARPS, layout=gl.SliceLayout(1, LAYOUT))
     here = tile + q // (8 * ROWS)
     first = ((block // 4 * tiles + here) * GROUPS + group) * 64 + (block % 4 + q // 8 % ROWS) * 16 + q % 8 * 2
@@ -147,29 +145,38 @@ def _load_pairs(
 
 
 @gluon.jit
-def _multiply(
-    total,
-    words,
-    pairs,
-    x_ptr,
-    tile,
-    tiles,
-    m,
-    k,
-    GROUPS: gl.constexpr,
-    WHOLE: gl.constexpr,
-    ROWS: gl.constexpr,
-    WARPS: gl.constexpr,
-    MMA: gl.constexpr,
-):
-    """total [WARPS, 16 ROWS, 8] and the product of each warp's tile of W with its inputs of x."""
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+def _load_inputs(x_ptr, tile, tiles, m, k, WHOLE: gl.constexpr, WARPS: gl.constexpr, MMA: gl.constexpr):
+    """The inputs of x that a tile a warp is multiplied with: eight operands [WARPS, 16, 8]."""
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    dtype: gl.constexpr = x_ptr.dtype.element_ty
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))
     inner = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))
     token = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, B)))
     inputs = ((tile + warp) * 128)[:, None, None] + inner[None, :, None]
+    found = ()
+    for step in gl.static_range(8):
+        mask = (token < m)[None, None, :]
+        if WHOLE:  # tiles of inputs are whole: what lies past the last one is a warp's whole share
+            mask = mask & (tile + warp < tiles)[:, None, None]
+        else:
+            mask = mask & (inputs + 16 * step < k)
+        found = found + (gl.load(x_ptr + inputs + 16 * step + (token * k)[None, None, :], mask=mask, other=0.0),)
+    return found
+
+
+@gluon.jit
+def multiply(
+    total,
+    words,
+    pairs,
+    inputs,
+    dtype: gl.constexpr,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """total [WARPS, 16 ROWS, 8] and the product of each warp's tile of W with its inputs, eight operands of `dtype`."""
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # [warp, block, a, r, t, half, h, e] -> [warp, (block, half, r), (a, t, e), h]
     words = words.reshape([WARPS, ROWS, 2, 8, 4, 2, 2, 2]).permute([0, 1, 5, 3, 2, 4, 7, 6])
     halves = words.reshape([WARPS, 16 * ROWS, 16, 2]).split()
@@ -182,18 +189,43 @@ def _multiply(
             zero = gl.convert_layout(negative_zeros(rows, dtype), gl.SliceLayout(2, A), assert_trivial=True)
             half = gl.convert_layout(halves[step // 4], A, assert_trivial=True)
             w = unpack(half, gl.expand_dims(zero, 2), dtype)
-        mask = (token < m)[None, None, :]
-        if WHOLE:  # tiles of inputs are whole: what lies past the last one is a warp's whole share
-            mask = mask & (tile + warp < tiles)[:, None, None]
-        else:
-            mask = mask & (inputs + 16 * step < k)
-        x = gl.load(x_ptr + inputs + 16 * step + (token * k)[None, None, :], mask=mask, other=0.0)
-        part = mma_v2(w[step % 4], x, part)
+        part = mma_v2(w[step % 4], inputs[step], part)
         if (step + 1) * GROUPS % 8 == 0:
             scale = gl.convert_layout(scales(rows), gl.SliceLayout(2, MMA), assert_trivial=True)
             total += part * gl.expand_dims(scale, 2)
             part = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
     return total
+
+
+@gluon.jit
+def store(
+    total,
+    block,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    ROWS: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Stores the rows of W from block `block` on: the sum of all warps' totals, the bias, the activation if GATED."""
+    y = gl.sum(total, 0)
+    OUT: gl.constexpr = gl.SliceLayout(0, MMA)
+    row = block * 16 + gl.arange(0, 16 * ROWS, layout=gl.SliceLayout(1, OUT))
+    token = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
+    if HAS_BIAS:
+        y += gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)[:, None]
+    mask = (row < n)[:, None] & (token < m)[None, :]
+    if GATED:
+        gate, up = turns_apart(y, ROWS, 8)
+        y = silu(gate) * up
+        place = (row // 16 * 8 + row % 8)[:, None] + (token * (n // 2))[None, :]
+        place, _ = turns_apart(gl.where(mask, place, -1), ROWS, 8)
+        gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=place >= 0)
+    else:
+        gl.store(y_ptr + row[:, None] + (token * n)[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["m", "n", "tiles", "turns"])
@@ -223,36 +255,21 @@ def _gemv(
     block = gl.program_id(0) * ROWS
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
-        words = words + (_load_words(words_ptr, block, step * WARPS, tiles, ROWS, WARPS),)
+        words = words + (load_words(words_ptr, block, step * WARPS, tiles, ROWS, WARPS),)
         for group in gl.static_range(GROUPS):
-            pairs = pairs + (_load_pairs(scale_zero_ptr, block, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
+            pairs = pairs + (load_pairs(scale_zero_ptr, block, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
     if PDL:
         dependent_launch.depend()
     total = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
     for turn in range(turns):
         for step in gl.static_range(AHEAD):
             tile = (turn * AHEAD + step) * WARPS
-            total = _multiply(
-                total, words[0], pairs[:GROUPS], x_ptr, tile, tiles, m, k, GROUPS, WHOLE, ROWS, WARPS, MMA
-            )
+            inputs = _load_inputs(x_ptr, tile, tiles, m, k, WHOLE, WARPS, MMA)
+            total = multiply(total, words[0], pairs[:GROUPS], inputs, x_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA)
             # What was used is replaced by the same step of the next turn, and the tuples go round once a turn.
             tile += AHEAD * WARPS
-            words = words[1:] + (_load_words(words_ptr, block, tile, tiles, ROWS, WARPS),)
+            words = words[1:] + (load_words(words_ptr, block, tile, tiles, ROWS, WARPS),)
             pairs = pairs[GROUPS:]
             for group in gl.static_range(GROUPS):
-                pairs = pairs + (_load_pairs(scale_zero_ptr, block, tile, tiles, group, GROUPS, ROWS, WARPS),)
-    y = gl.sum(total, 0)
-    OUT: gl.constexpr = gl.SliceLayout(0, MMA)
-    row = block * 16 + gl.arange(0, 16 * ROWS, layout=gl.SliceLayout(1, OUT))
-    token = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
-    if HAS_BIAS:
-        y += gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)[:, None]
-    mask = (row < n)[:, None] & (token < m)[None, :]
-    if GATED:
-        gate, up = turns_apart(y, ROWS, 8)
-        y = silu(gate) * up
-        place = (row // 16 * 8 + row % 8)[:, None] + (token * (n // 2))[None, :]
-        place, _ = turns_apart(gl.where(mask, place, -1), ROWS, 8)
-        gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=place >= 0)
-    else:
-        gl.store(y_ptr + row[:, None] + (token * n)[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+                pairs = pairs + (load_pairs(scale_zero_ptr, block, tile, tiles, group, GROUPS, ROWS, WARPS),)
+    store(total, block, bias_ptr, y_ptr, m, n, HAS_BIAS, GATED, ROWS, MMA)

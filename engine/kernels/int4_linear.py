@@ -51,7 +51,7 @@ def int4_linear(
         config = default_config(m, x.dtype, weights, device)
     kernel = config["kernel"]
     if kernel in FRAGMENT_KERNELS:
-        y: Tensor = _fragment_kernels(device)[kernel].run(rows, weights, bias, config, gated=gated)
+        y: Tensor = fragment_kernels(device)[kernel].run(rows, weights, bias, config, gated=gated)
     else:
         if kernel == "dense":
             y = torch.nn.functional.linear(rows, dequantize(weights, x.dtype), bias)
@@ -71,12 +71,12 @@ def runs(config: Config, m: int, dtype: torch.dtype, weights: Int4Weights, devic
     kernel = config["kernel"]
     if kernel not in FRAGMENT_KERNELS:
         return True
-    modules = _fragment_kernels(device)
+    modules = fragment_kernels(device)
     return kernel in modules and bool(modules[kernel].runs(m, dtype, weights, device))
 
 
 @functools.cache
-def _fragment_kernels(device: Device) -> dict[str, ModuleType]:
+def fragment_kernels(device: Device) -> dict[str, ModuleType]:
     """The modules of the kernels in Gluon by name, where the card and this Triton have what they need."""
     if device.capability < (8, 0):
         return {}
@@ -94,7 +94,7 @@ def default_config(m: int, dtype: torch.dtype, weights: Int4Weights, device: Dev
     """
     if m > DENSE_ROWS:
         return {"kernel": "dense"}
-    for module in _fragment_kernels(device).values():
+    for module in fragment_kernels(device).values():
         if module.runs(m, dtype, weights, device):
             return dict(module.default_config(m, weights, device))
     block_m = max(16, min(64, triton.next_power_of_2(m)))
@@ -124,7 +124,7 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
                             "stages": stages,
                         }
                     )
-    fast = [config for module in _fragment_kernels(device).values() for config in module.candidates(m, n, k, device)]
+    fast = [config for module in fragment_kernels(device).values() for config in module.candidates(m, n, k, device)]
     return fast + found
 
 

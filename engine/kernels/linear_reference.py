@@ -1,4 +1,4 @@
-"""The int4 and dense matrix products in plain torch: the specification of the kernels of the same names.
+"""Matrix products in plain torch: the specification of the kernels of the same names.
 
 `int8_linear` is in `reference`, beside the rows that it multiplies.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels import reference
 from engine.kernels.int4_weights import Int4Weights
 
 
@@ -15,7 +16,7 @@ def gated_int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None = Non
     """silu(gate) * up [..., out / 2] of the outputs of `int4_linear`, of which eight of gate and eight of up follow one
     another; rounded once."""
     y = int4_linear(x.float(), weights, None if bias is None else bias.float())
-    gate, up = y.view(*y.shape[:-1], -1, 2, 8).unbind(-2)
+    gate, up = y.view(*y.shape[:-1], weights.out_features // 16, 2, 8).unbind(-2)
     gated: Tensor = torch.nn.functional.silu(gate) * up
     return gated.flatten(-2).to(x.dtype)
 
@@ -26,6 +27,22 @@ def int4_linear(x: Tensor, weights: Int4Weights, bias: Tensor | None = None) -> 
     W is rounded to x's type, as a dense weight of that type would hold it.
     """
     return dense_linear(x, weights.dequantize(x.dtype), bias)
+
+
+def normed_int4_linear(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: Int4Weights,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The product of `reference.rms_norm` of total = residual + delta [M, in], and total; both of their type."""
+    total = residual + delta
+    product = gated_int4_linear if gated else int4_linear
+    return product(reference.rms_norm(total, norm, eps), weights, bias), total
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ the products of quantized linears.
 
 Names and contracts are those of `reference.py`, where the single operations are, and of the fused ones below, which say
 of which operations they are made. Triton is imported when the first tensor on a GPU arrives.
+(Above 300 lines: one function an operation.)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "int4_linear",
     "int8_linear",
     "likeliest",
+    "normed_int4_linear",
     "pack_int4",
     "packs_int4",
     "paged_attention",
@@ -115,6 +117,20 @@ def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Any:
 def gated_int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up [..., out / 2] of the outputs x W^T + bias, gate's and up's `in_turns`: on a GPU alone."""
     return _kernels("int4_linear").gated_int4_linear(x, weights, bias)
+
+
+def normed_int4_linear(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: Any,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`int4_linear` or `gated_int4_linear` of what `add_rms_norm` gives, and the sum: on a GPU alone."""
+    return _kernels("normed_linear").normed_int4_linear(delta, residual, norm, eps, weights, bias, gated=gated)
 
 
 def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from engine.kernels import dense_linear, int4_linear, int8_linear, reference, tuning
+from engine.kernels import dense_linear, int4_linear, int8_linear, normed_linear, reference, tuning
 from engine.kernels.device import facts
 from engine.kernels.int4_weights import FLOAT16_1024, TILE_INPUTS, TILE_ROWS, Int4Weights
 from engine.kernels.tuning import Config
@@ -36,6 +36,9 @@ ROTATED_BYTES = 400_000_000
 LAUNCHES = 32
 REPLAYS = 5
 MODULES = {"int4_linear": int4_linear, "int8_linear": int8_linear, "dense_linear": dense_linear}
+# The same of what a norm gives, by products that read the residual stream.
+NORMED = {"normed_int4_linear": "int4_linear"}
+EPS = 1e-5
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Product:
     rotated_bytes: int | None = None  # None: ROTATED_BYTES
 
     def __post_init__(self) -> None:
+        self.kind = NORMED.get(self.op, self.op)
         self.generator = torch.Generator(self.device).manual_seed(0)
         first = self._weight()
         self.weight_bytes = sum(tensor.nbytes for tensor in _tensors(first))
@@ -59,15 +63,23 @@ class Product:
         self._products: dict[int, Tensor] = {}
 
     def inputs(self, m: int) -> tuple[Tensor, ...]:
-        """x of m rows as the operation takes it."""
+        """x of m rows as the operation takes it; of one of NORMED a delta, the stream and the norm's weight."""
         if m not in self._inputs:
-            x = torch.randn(m, self.k, device=self.device, generator=self.generator).to(self.dtype)
-            self._inputs[m] = reference.quantize_rows(x) if self.op == "int8_linear" else (x,)
+            x = self._normal(m, self.k)
+            if self.op in NORMED:
+                self._inputs[m] = x, self._normal(m, self.k), self._normal(self.k)
+            else:
+                self._inputs[m] = reference.quantize_rows(x) if self.op == "int8_linear" else (x,)
         return self._inputs[m]
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, generator=self.generator).to(self.dtype)
 
     def run(self, m: int, copy: int, config: Config | None) -> Tensor:
         weight = self.weights[copy % len(self.weights)]
         x = self.inputs(m)
+        if self.op == "normed_int4_linear":
+            return normed_linear.normed_int4_linear(x[0], x[1], x[2], EPS, weight, None, config)[0]
         if self.op == "int4_linear":
             return int4_linear.int4_linear(x[0], weight, None, config)
         if self.op == "int8_linear":
@@ -87,8 +99,9 @@ class Product:
             if self.op == "int8_linear":
                 exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
             else:
-                dense = weight.dequantize(torch.float32) if self.op == "int4_linear" else weight.float()
-                exact = x[0].float() @ dense.t()
+                dense = weight.dequantize(torch.float32) if self.kind == "int4_linear" else weight.float()
+                rows = reference.rms_norm(x[0] + x[1], x[2], EPS) if self.op in NORMED else x[0]
+                exact = rows.float() @ dense.t()
             self._products = {m: exact}
         return self._products[m]
 
@@ -97,11 +110,14 @@ class Product:
         return self.weight_bytes + sum(x.nbytes for x in self.inputs(m)) + m * self.n * self.dtype.itemsize
 
     def candidates(self, m: int) -> list[Config]:
-        return list(MODULES[self.op].candidates(m, self.n, self.k, facts(self.device)))
+        device = facts(self.device)
+        if self.op in NORMED:
+            return list(normed_linear.int4_candidates(m, device))
+        return list(MODULES[self.op].candidates(m, self.n, self.k, device))
 
     def _weight(self) -> Any:
         integers: dict[str, Any] = {"device": self.device, "generator": self.generator}
-        if self.op == "int4_linear":
+        if self.kind == "int4_linear":
             tiles, tile_inputs = -(-self.n // TILE_ROWS), -(-self.k // TILE_INPUTS)
             words = torch.randint(-(2**31), 2**31, (tiles, tile_inputs, 2, 4, 8, 4, 2, 2), **integers).to(torch.int32)
             shape = (tiles, tile_inputs * TILE_INPUTS // GROUP_SIZE, 4, 8, 2)
@@ -156,10 +172,11 @@ def tune(
     seconds: float = 600.0,
     shapes: Sequence[tuple[int, int]] = (*SHAPES, HEAD),
     rows: Sequence[int] = ROWS,
+    operations: Sequence[str] = (*MODULES, *NORMED),
     folder: Path = tuning.TABLES,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Times the configurations of every operation, shape and number of rows, and writes the table of the device.
+    """Times the configurations of the operations at every shape and number of rows, and writes the device's table.
 
     `report` is given one line a product. What is not reached within `seconds` keeps its former row, or none. A
     configuration that fails or whose result is wrong is left out.
@@ -170,9 +187,11 @@ def tune(
     deadline = time.monotonic() + seconds
     found = []
     for n, k in shapes:
-        for op in MODULES if (n, k) != HEAD else ["dense_linear"]:
+        # What writes the residual stream has no more outputs than inputs, and reads no norm.
+        possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ())]
+        for op in [op for op in possible if op in operations]:
             product = Product(op, n, k, device)
-            for m in rows:
+            for m in rows if op in MODULES else (m for m in rows if m <= normed_linear.MOST_ROWS):
                 best: tuple[float, Config] | None = None
                 for config in product.candidates(m):
                     if time.monotonic() > deadline:

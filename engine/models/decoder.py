@@ -17,6 +17,7 @@ from engine.models.linear import (
     GatedInt4Linear,
     Int8Rows,
     Linear,
+    forward_normed,
     gate_and_up,
     read_linear,
     reads_int8,
@@ -103,11 +104,15 @@ class DecoderLayer:
         self, normed: Rows, batch: Batch, pages: KVPages, rope: Rope, observe: Observe | None = None
     ) -> Tensor:
         """The same over the cache, in which K and V of the batch's tokens are afterwards."""
-        config, qkv = self.config, self._qkv.forward(normed)
+        qkv = self._qkv.forward(normed)
         if observe is not None:
             # What is written is rotated on its way into the pages: to be told, it is computed once more.
             _tell(observe, names.QKV, normed)
             self._rotated(qkv, rope, observe)
+        return self._attend_cached(qkv, batch, pages, rope)
+
+    def _attend_cached(self, qkv: Tensor, batch: Batch, pages: KVPages, rope: Rope) -> Tensor:
+        config = self.config
         attended = ops.rope_attention(
             qkv,
             rope,
@@ -144,7 +149,9 @@ class DecoderLayer:
 
     def inner(self, normed: Rows) -> Rows:
         """What down reads: [T, intermediate]; int8 rows where it is int8."""
-        gate_up = self._gate_up.forward(normed)
+        return self._activated(self._gate_up.forward(normed))
+
+    def _activated(self, gate_up: Tensor) -> Rows:
         if isinstance(self._gate_up, GatedInt4Linear):  # the product and the activation at once
             return gate_up
         if reads_int8(self._down):
@@ -162,18 +169,18 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """`__call__` over the cache, with each sum of the residual stream left to the norm that follows it: the stream
         before this layer is hidden + delta (None: 0), the one behind it is the sum of the two results."""
-        normed, hidden = self._add_normed(hidden, delta, self._attention_norm, self._qkv)
-        delta = self._output.forward(self.attend_cached(normed, batch, pages, rope))
-        normed, hidden = self._add_normed(hidden, delta, self._mlp_norm, self._gate_up)
-        return hidden, self._down.forward(self.inner(normed))
+        qkv, hidden = self._forward_normed(self._qkv, hidden, delta, self._attention_norm)
+        delta = self._output.forward(self._attend_cached(qkv, batch, pages, rope))
+        gate_up, hidden = self._forward_normed(self._gate_up, hidden, delta, self._mlp_norm)
+        return hidden, self._down.forward(self._activated(gate_up))
 
-    def _add_normed(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, reader: Linear) -> tuple[Rows, Tensor]:
+    def _forward_normed(
+        self, reader: Linear, hidden: Tensor, delta: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `reader` makes of the norm of the stream hidden + delta, and the stream."""
         if delta is None:
-            return self._normed(hidden, weight, reader), hidden
-        if reads_int8(reader):
-            values, scales, hidden = ops.add_rms_norm_int8(delta, hidden, weight, self.config.norm_eps)
-            return Int8Rows(values, scales, hidden.dtype), hidden
-        return ops.add_rms_norm(delta, hidden, weight, self.config.norm_eps)
+            return reader.forward(self._normed(hidden, weight, reader)), hidden
+        return forward_normed(reader, delta, hidden, weight, self.config.norm_eps)
 
     def _normed(self, hidden: Tensor, weight: Tensor, reader: Linear) -> Rows:
         if reads_int8(reader):

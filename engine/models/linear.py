@@ -80,6 +80,10 @@ class PackedInt4Linear:
     def forward(self, x: Tensor) -> Tensor:
         return ops.int4_linear(x, self._weights, self._bias)
 
+    def forward_normed(self, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`forward_normed` below, on a GPU."""
+        return ops.normed_int4_linear(delta, hidden, norm, eps, self._weights, self._bias)
+
 
 class GatedInt4Linear:
     """gate and up of an MLP in 4 bits, for a GPU: forward gives silu(gate) * up [..., inner]."""
@@ -92,6 +96,10 @@ class GatedInt4Linear:
 
     def forward(self, x: Any) -> Tensor:
         return ops.gated_int4_linear(x, self._weights, self._bias)
+
+    def forward_normed(self, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`forward_normed` below."""
+        return ops.normed_int4_linear(delta, hidden, norm, eps, self._weights, self._bias, gated=True)
 
 
 class Int8Linear:
@@ -147,6 +155,21 @@ def gate_and_up(gate: Kind, up: Kind, dtype: torch.dtype, *, tile: int = 0) -> L
 def reads_int8(linear: Linear) -> bool:
     """Whether its rows can be quantized by what comes before it."""
     return isinstance(linear.linear if isinstance(linear, TiledLinear) else linear, Int8Linear)
+
+
+def forward_normed(linear: Linear, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `linear` makes of the RMS norm of total = hidden + delta [T, in], and total.
+
+    Here is decided whether that is one operation, which takes one kernel where rows are few: for 4-bit weights in the
+    order of a GPU's kernels. `TiledLinear` is none of them, so rows of a deterministic model never depend on it.
+    """
+    if isinstance(linear, GatedInt4Linear) or (isinstance(linear, PackedInt4Linear) and not linear.on_cpu):
+        return linear.forward_normed(delta, hidden, norm, eps)
+    if reads_int8(linear):
+        values, scales, total = ops.add_rms_norm_int8(delta, hidden, norm, eps)
+        return linear.forward(Int8Rows(values, scales, total.dtype)), total
+    normed, total = ops.add_rms_norm(delta, hidden, norm, eps)
+    return linear.forward(normed), total
 
 
 Kind = DenseLinear | Int4Linear | Int8Linear

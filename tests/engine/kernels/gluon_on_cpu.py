@@ -71,7 +71,14 @@ class Shared:
     """Shared memory [stages, ...], or a view of it; not a number until something is copied there."""
 
     def __init__(self, tensor):
-        self.tensor = tensor
+        self.tensor, self.dtype = tensor, tensor.dtype
+
+    def load(self, layout):
+        return values(self.tensor.clone())
+
+    def store(self, value):
+        assert value.shape == self.tensor.shape
+        self.tensor.copy_(value)
 
     def index(self, i):
         return Shared(self.tensor[int(i)])
@@ -133,7 +140,10 @@ def multiply(left, right, total, is_async=False):
 
 
 def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
-    """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension."""
+    """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension; what only orders
+    loads is nothing."""
+    if asm.startswith("bar.warp.sync"):
+        return operands[0]
     assert pack == 2
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
     results = len(dtype)
@@ -215,6 +225,12 @@ class Language(types.ModuleType):
 
     def maximum(self, first, second):
         return torch.maximum(values(first), values(second))
+
+    def broadcast(self, first, second):
+        return tuple(values(tensor) for tensor in torch.broadcast_tensors(first, second))
+
+    def rsqrt(self, value):
+        return value.rsqrt()
 
     def exp(self, value):
         return value.exp()

@@ -1,0 +1,243 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment"
+# ruff: noqa: RUF005  (Gluon has no unpacking)
+"""`int4_gemv` of an RMS norm: the residual sum, the norm and the product that reads it, in one kernel.
+
+Every program computes the normed rows for itself, in shared memory, while its first weights are on their way. So there
+are few programs, each of which goes on to further rows of W without a pause in its loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from engine.kernels import dependent_launch, int4_gemv
+from engine.kernels.device import Device, facts
+from engine.kernels.int4_gemv import bases, load_pairs, load_words, multiply, store
+from engine.kernels.int4_weights import Int4Weights
+from engine.kernels.tuning import Config
+
+# What the normed rows may take of a multiprocessor's shared memory, so that several programs fit.
+MOST_BYTES = 64 * 1024
+
+
+def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
+    """Whether this kernel can do a product here."""
+    fits = _padded_rows(m) * _padded_inputs(weights.in_features, 8) * 2 <= MOST_BYTES
+    return int4_gemv.runs(m, dtype, weights, device) and fits
+
+
+def default_config(device: Device) -> dict[str, Any]:
+    """That of `int4_gemv`, and how many programs share out the rows of W (0: one for every `rows` blocks)."""
+    return {"kernel": "gemv", "rows": 1, "warps": 8, "ahead": 4, "programs": 2 * device.multiprocessors}
+
+
+def candidates(m: int, device: Device) -> Sequence[Config]:
+    """The configurations that tuning tries."""
+    if m > int4_gemv.MOST_ROWS:
+        return []
+    return [
+        {"kernel": "gemv", "rows": rows, "warps": warps, "ahead": ahead, "programs": share * device.multiprocessors}
+        for rows, warps, ahead, shares in (
+            (1, 4, 4, (3, 4)),
+            (1, 8, 2, (2, 3)),
+            (1, 8, 4, (0, 2)),
+            (1, 16, 2, (1, 2)),
+            (2, 4, 2, (0, 3, 4)),
+            (2, 4, 4, (2,)),
+            (2, 8, 2, (1, 2)),
+        )
+        for share in shares
+    ]
+
+
+def run(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    config: Config,
+    *,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The product of the norm of total = residual + delta [M, in], M up to 8, and total. `gated`: see `int4_linear`."""
+    m, n, k = len(delta), weights.out_features, weights.in_features
+    rows, warps, tiles = config["rows"], config["warps"], weights.words.shape[1]
+    y = torch.empty(m, n // 2 if gated else n, dtype=delta.dtype, device=delta.device)
+    total = torch.empty_like(residual)
+    turns = -(-n // (16 * rows))
+    programs = min(config["programs"] or turns, turns)
+    _normed_gemv[(programs,)](
+        delta.contiguous(),
+        residual.contiguous(),
+        norm,
+        eps,
+        total,
+        weights.words.view(torch.int16),
+        weights.scale_zero,
+        y if bias is None else bias,
+        y,
+        m,
+        n,
+        tiles,
+        turns,
+        GROUP=weights.group_size,
+        HAS_BIAS=bias is not None,
+        GATED=gated,
+        WIDTH=k,
+        PADDED=_padded_inputs(k, warps),
+        TOKENS=_padded_rows(m),
+        ROWS=rows,
+        WARPS=warps,
+        AHEAD=min(config["ahead"], -(-tiles // warps)),
+        STEPS=-(-tiles // warps),
+        num_warps=warps,
+        **dependent_launch.options(facts(delta.device)),
+    )
+    return y, total
+
+
+def _padded_rows(m: int) -> int:
+    return 1 << (m - 1).bit_length()
+
+
+def _padded_inputs(k: int, warps: int) -> int:
+    """Whole tiles for all warps, a power of two."""
+    return max(1 << (k - 1).bit_length(), 128 * warps)
+
+
+@gluon.constexpr_function
+def _operand_layout(tokens, warps):
+    """Of [token, 8 / tokens, warp, 1, 4, 8 inputs]: two operands of a matrix instruction. Lanes without a token of
+    their own have another's."""
+    lanes = [[0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, 4], *bases(1, tokens, 6)]
+    lanes += [[0, *base] for base in bases(1, 8 // tokens, 5)]
+    registers = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 2, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[0, 0, *base] for base in bases(1, warps, 4)], [], [tokens, 8 // tokens, warps, 1, 4, 8]
+    )
+
+
+@gluon.jit
+def _in_order(WARPS: gl.constexpr):
+    """Keeps loads where they are written: ptxas would move them all to the end of a turn, behind the products, but
+    moves none past what orders the memory of a warp's lanes."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    lane = gl.arange(0, 32 * WARPS, layout=LAYOUT)
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _normed(total, factor, eps, WIDTH: gl.constexpr):
+    """`reference.rms_norm` of one row: the steps of `norm._norm`."""
+    wide = total.to(gl.float32)
+    return (wide * gl.rsqrt(gl.sum(wide * wide, 0) / WIDTH + eps) * factor).to(total.dtype)
+
+
+@gluon.jit
+def _operands(shared, step, TOKENS: gl.constexpr, WARPS: gl.constexpr, MMA: gl.constexpr):
+    """The inputs of tile `step` of each warp: eight operands [WARPS, 16, 8], tokens over and over to fill them."""
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    LAYOUT: gl.constexpr = _operand_layout(TOKENS, WARPS)
+    whole = gl.zeros([TOKENS, 8 // TOKENS, WARPS, 1, 4, 8], shared.dtype, LAYOUT)
+    found = ()
+    for pair in gl.static_range(4):
+        both, _ = gl.broadcast(shared.slice(step, 1, 1).slice(pair, 1, 3).load(LAYOUT), whole)
+        both = both.reshape([TOKENS, 8 // TOKENS, WARPS, 2, 16]).permute([2, 4, 1, 0, 3])
+        first, second = both.reshape([WARPS, 16, 8, 2]).split()
+        found = found + (
+            gl.convert_layout(first, B, assert_trivial=True),
+            gl.convert_layout(second, B, assert_trivial=True),
+        )
+    return found
+
+
+@gluon.jit(do_not_specialize=["m", "n", "tiles", "turns"])
+def _normed_gemv(
+    delta_ptr,
+    residual_ptr,
+    norm_ptr,
+    eps,
+    total_ptr,
+    words_ptr,
+    scale_zero_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    tiles,
+    turns,
+    GROUP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    WIDTH: gl.constexpr,
+    PADDED: gl.constexpr,
+    TOKENS: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STEPS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Every num_programs-th turn of ROWS blocks of 16 rows of W: STEPS tiles a warp, loaded AHEAD tiles before use."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    ROW: gl.constexpr = gl.BlockedLayout([min(8, PADDED // (32 * WARPS))], [32], [WARPS], [0])
+    GROUPS: gl.constexpr = 128 // GROUP
+    turn = gl.program_id(0)
+    words, pairs = (), ()
+    for step in gl.static_range(AHEAD):
+        words = words + (load_words(words_ptr, turn * ROWS, step * WARPS, tiles, ROWS, WARPS),)
+        for group in gl.static_range(GROUPS):
+            pairs = pairs + (load_pairs(scale_zero_ptr, turn * ROWS, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
+    column = gl.arange(0, PADDED, layout=ROW)
+    factor = gl.load(norm_ptr + column, mask=column < WIDTH, other=0.0).to(gl.float32)
+    if PDL:
+        dependent_launch.depend()
+    # [token, step, warp, 4, 4, 8]: what the rows of a matrix instruction's operand are lies in one run of memory.
+    INPUTS: gl.constexpr = PADDED // (128 * WARPS)
+    shared = gl.allocate_shared_memory(
+        delta_ptr.dtype.element_ty,
+        [TOKENS, INPUTS, WARPS, 4, 4, 8],
+        gl.SwizzledSharedLayout(1, 1, 1, [5, 0, 4, 3, 2, 1]),
+    )
+    totals = ()
+    for token in gl.static_range(TOKENS):
+        inside = (column < WIDTH) & (token < m)
+        total = gl.load(delta_ptr + token * WIDTH + column, mask=inside, other=0.0).to(gl.float32)
+        total += gl.load(residual_ptr + token * WIDTH + column, mask=inside, other=0.0).to(gl.float32)
+        totals = totals + (total.to(delta_ptr.dtype.element_ty),)
+    for token in gl.static_range(TOKENS):
+        inside = (column < WIDTH) & (token < m) & (turn == 0)
+        gl.store(total_ptr + token * WIDTH + column, totals[token], mask=inside)
+        normed = _normed(totals[token], factor, eps, WIDTH)
+        shared.slice(token, 1, 0).store(normed.reshape([1, INPUTS, WARPS, 4, 4, 8]))
+    while turn < turns:
+        sums = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
+        following = turn + gl.num_programs(0)
+        for step in gl.static_range(STEPS):
+            inputs = _operands(shared, step, TOKENS, WARPS, MMA)
+            sums = multiply(
+                sums, words[0], pairs[:GROUPS], inputs, delta_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA
+            )
+            # What was used is replaced by what comes AHEAD tiles later, of the following turn near the end of one.
+            if step + AHEAD < STEPS:
+                block, tile, end = turn * ROWS, (step + AHEAD) * WARPS, tiles
+            else:
+                block, tile = following * ROWS, (step + AHEAD - STEPS) * WARPS
+                end = gl.where(following < turns, tiles, 0)
+            words = words[1:] + (load_words(words_ptr, block, tile, end, ROWS, WARPS),)
+            pairs = pairs[GROUPS:]
+            for group in gl.static_range(GROUPS):
+                pairs = pairs + (load_pairs(scale_zero_ptr, block, tile, end, group, GROUPS, ROWS, WARPS),)
+            _in_order(WARPS)
+        store(sums, turn * ROWS, bias_ptr, y_ptr, m, n, HAS_BIAS, GATED, ROWS, MMA)
+        turn = following
