@@ -56,6 +56,8 @@ class Steps(PagedQueries, Protocol):
     @property
     def decodes(self) -> int: ...
     @property
+    def decode_lens(self) -> Tensor | None: ...
+    @property
     def blocks(self) -> Tensor | None: ...
     @property
     def invariant(self) -> bool: ...
@@ -234,7 +236,8 @@ def can_read(pages: Pages) -> bool:
 
 def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, window: int | None = None) -> Tensor:
     """`reference.paged_attention`. On a GPU the first `batch.decodes` sequences have one token each, and
-    `batch.blocks` names the tokens of the others."""
+    `batch.blocks` names the tokens of the others. In a padded batch (with `decode_lens`) some of the first ones are no
+    decoding sequences: their rows are zeros until the kernel of the blocks has written them."""
     if not (on_kernels(query) and can_read(pages)) or batch.blocks is None:
         attention = invariant.paged_attention if batch.invariant else reference.paged_attention
         return attention(query, pages, batch, scale, window)
@@ -243,7 +246,7 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
         _kernels("decode_attention").decode_attention(
             query[: batch.decodes],
             pages,
-            batch.context_lens[: batch.decodes],
+            batch.context_lens[: batch.decodes] if batch.decode_lens is None else batch.decode_lens,
             batch.page_table[: batch.decodes],
             scale,
             window,
@@ -287,7 +290,8 @@ def rope_attention(
     """
     kernels = _kernels("decode_attention") if on_kernels(qkv) and can_read(pages) else None
     tokens, kv_heads = len(qkv), pages.key.shape[1]
-    if kernels is not None and batch.decodes == tokens and kernels.splits_for(tokens, kv_heads, qkv.device) > 1:
+    all_decode = batch.decodes == tokens and batch.decode_lens is None
+    if kernels is not None and all_decode and kernels.splits_for(tokens, kv_heads, qkv.device) > 1:
         lens, table = batch.context_lens, batch.page_table
         return kernels.rope_decode_attention(
             qkv, *rope, head_norms, eps, pages, batch.slots, lens, table, heads, scale, window

@@ -252,11 +252,12 @@ def paged_attention(
 
     The tokens of `query` are the last ones of their context, and their K and V have been written. int8 pages are read
     dequantized, the newest token's too. Heads are grouped: query head h reads KV head h // (heads / kv_heads).
-    A token sees the last `window` tokens, itself among them, or all with None.
+    A token sees the last `window` tokens, itself among them, or all with None. One of a sequence without a context, as
+    padded batches have it, gets zeros.
     """
     starts, lens = batch.query_starts.tolist(), batch.context_lens.tolist()
-    out = torch.empty_like(query)
-    decoding = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
+    out = torch.zeros_like(query)
+    decoding = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1 and lens[b]]
     decoding.sort(key=lens.__getitem__, reverse=True)
     while decoding:
         longest = lens[decoding[0]]
@@ -267,7 +268,7 @@ def paged_attention(
         out[rows] = _attend_from_last(query[rows], key, value, batch.context_lens[group], scale, window).to(out.dtype)
     for b, length in enumerate(lens):
         first, last = starts[b], starts[b + 1]
-        if last - first > 1:
+        if last - first > 1 and length:
             key, value = gather_pages(pages, batch.page_table[b : b + 1], length)
             out[first:last] = _attend_causal(query[first:last], key[0], value[0], scale, window).to(out.dtype)
     return out

@@ -27,6 +27,9 @@ class Batch:
                                depends on the length (see `rope_base`); None: as fits context_lens, for whole sequences
     decodes      int           the first so many sequences have one token each
     blocks       int32 [N, 2]  the others, cut into blocks of QUERY_BLOCK tokens: sequence and first token of each block
+    decode_lens  int32 [decodes]  of a padded batch, which has room for more than there is: `context_lens` of the
+                               sequences that decode, and 0 for what `blocks` names and for rows without a sequence.
+                               A sequence without a context may have tokens, whose results mean nothing
     invariant    bool          attention by what `engine.kernels.invariant` says; `decodes` is 0, blocks are of all
     """
 
@@ -41,6 +44,7 @@ class Batch:
     decodes: int = 0
     blocks: Tensor | None = None
     drawn: Tensor | None = None
+    decode_lens: Tensor | None = None
     invariant: bool = False
 
 

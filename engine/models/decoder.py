@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class DecoderLayer:
         """`tensors` are named within the layer, such as "self_attn.q_proj.weight" or "mlp.up_proj.qweight". Of several
         `ranks` they are this one's, and `config` is its shape. `tile` is that of `settled`."""
         self.config = config
+        # What the kernels that it runs depend on, beside the number of tokens.
+        self.kind = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         norms = [tensors[f"{module}.weight"].to(device, dtype) for module in names.NORMS]
         self._attention_norm, self._mlp_norm = norms
         self._head_norms = [
@@ -233,16 +235,26 @@ class Decoder:
 
     def logits(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """The same in the computing type."""
+        return self._logits(batch, cache, self.layers)
+
+    def rehearse(self, batch: Batch, cache: KVCache) -> Tensor:
+        """`logits` by one layer of each kind, which means nothing: afterwards what steps of this shape run is compiled,
+        and libraries have the memory that they keep. Of several ranks by all layers: all must make the same sums."""
+        kinds = [layer.kind for layer in self.layers]
+        different = [layer for i, layer in enumerate(self.layers) if layer.kind not in kinds[:i]]
+        return self._logits(batch, cache, different if self.ranks is None else self.layers)
+
+    def _logits(self, batch: Batch, cache: KVCache | None, layers: Sequence[DecoderLayer]) -> Tensor:
         hidden, rope = begin_step(self.config, self._embedding, batch)
         if cache is None:
-            for layer in self.layers:
+            for layer in layers:
                 hidden = layer(hidden, batch, None, rope)
             return self._project(ops.rms_norm(hidden[batch.logits_at], self._norm, self.config.norm_eps))
         delta: Tensor | None = None
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
+        for layer, pages in zip(layers, cache.layers, strict=len(layers) == len(self.layers)):
             hidden, delta = layer.run(hidden, delta, batch, pages, rope)
         assert delta is not None, "a model without layers"
-        if len(batch.logits_at) != len(hidden):
+        if len(batch.logits_at) != len(hidden) or batch.decode_lens is not None:
             hidden, delta = hidden[batch.logits_at], delta[batch.logits_at]
         normed, _ = ops.add_rms_norm(delta, hidden, self._norm, self.config.norm_eps)
         return self._project(normed)

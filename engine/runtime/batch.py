@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ from torch import Tensor
 from engine.models.batch import QUERY_BLOCK, Batch
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import PENDING, Sequence
+
+# Fields begin at multiples of 16 bytes: of pointers that do not, Triton compiles kernels of their own.
+ALIGNED = 4
+
+
+def aligned(length: int) -> int:
+    """How many integers a field of so many takes."""
+    return -(-length // ALIGNED) * ALIGNED
 
 
 def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
@@ -30,8 +38,8 @@ class Step:
     """What ranks are sent of a plan: its integers in one piece, int32 [n], of which `lengths` says the fields.
 
     `draws` sequences draw. `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
-    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does, and `sampled`
-    says that the tokens of a graph's step are not just the likeliest ones.
+    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does, `mixed` that it
+    is one of those for prompts, and `sampled` that the tokens of a graph's step are not just the likeliest ones.
     """
 
     integers: NDArray[np.int32]
@@ -41,6 +49,7 @@ class Step:
     decodes: int
     bases: list[float]
     graph: int = 0
+    mixed: bool = False
     sampled: bool = False
 
     def message(self) -> dict[str, Any]:
@@ -53,6 +62,19 @@ class Step:
 
 
 _NONE = np.empty(0, dtype=np.int32)
+
+
+class Fields(NamedTuple):
+    """The integers of a plan as in `Batch`, without padding: int32 [n], the page table [B, P], blocks [N, 2]."""
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    query_starts: NDArray[np.int32]
+    context_lens: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    logits_at: NDArray[np.int32]
+    page_table: NDArray[np.int32]
+    blocks: NDArray[np.int32]
 
 
 def build_batch(
@@ -77,6 +99,30 @@ def build_batch(
 
 def step_of(plan: Plan, *, page_len: int, rows: Mapping[Sequence, int], invariant: bool = False) -> Step:
     """The first half of `build_batch`."""
+    fields, decodes = fields_of(plan, page_len=page_len, rows=rows, invariant=invariant)
+    integers = np.zeros(sum(aligned(field.size) for field in fields), dtype=np.int32)
+    start = 0
+    for field in fields:
+        integers[start : start + field.size] = field.reshape(-1)
+        start += aligned(field.size)
+    return Step(
+        integers=integers,
+        lengths=[field.size for field in fields],
+        draws=len(plan.drawing),
+        width=fields.page_table.shape[1],
+        decodes=decodes,
+        bases=bases_of(plan),
+    )
+
+
+def bases_of(plan: Plan) -> list[float]:
+    return [sequence.rope_base for sequence in plan.sequences if sequence.rope_base is not None]
+
+
+def fields_of(
+    plan: Plan, *, page_len: int, rows: Mapping[Sequence, int], invariant: bool = False
+) -> tuple[Fields, int]:
+    """The integers of a plan, and how many sequences at its beginning have one token each (see `Batch.decodes`)."""
     sequences = plan.sequences
     scheduled = np.array([sequence.scheduled for sequence in sequences], dtype=np.int32)
     cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
@@ -97,28 +143,28 @@ def step_of(plan: Plan, *, page_len: int, rows: Mapping[Sequence, int], invarian
         if number >= decodes:
             blocks += [(number, first) for first in range(0, end - start, QUERY_BLOCK)]
 
-    table = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), dtype=np.int32)
+    table = np.zeros((len(sequences), max((len(sequence.pages) for sequence in sequences), default=0)), dtype=np.int32)
     for number, sequence in enumerate(sequences):
         table[number, : len(sequence.pages)] = sequence.pages
     row = np.repeat(np.arange(len(sequences), dtype=np.int32), scheduled)
     positions = np.arange(total, dtype=np.int32) - starts[row] + cached[row]
     slots = table[row, positions // page_len] * page_len + positions % page_len
-    fields = [ids, positions, starts, cached + scheduled, slots, wanted, table, blocks]
-    arrays = [np.asarray(field, dtype=np.int32).reshape(-1) for field in fields]
-    return Step(
-        integers=np.concatenate(arrays),
-        lengths=[len(array) for array in arrays],
-        draws=len(plan.drawing),
-        width=table.shape[1],
-        decodes=decodes,
-        bases=[sequence.rope_base for sequence in sequences if sequence.rope_base is not None],
+    fields = Fields(
+        token_ids=np.array(ids, dtype=np.int32),
+        positions=positions,
+        query_starts=starts,
+        context_lens=cached + scheduled,
+        slots=slots,
+        logits_at=np.array(wanted, dtype=np.int32),
+        page_table=table,
+        blocks=np.array(blocks, dtype=np.int32).reshape(-1, 2),
     )
+    return fields, decodes
 
 
 def batch_of(step: Step, *, device: torch.device, drawn: Tensor | None, invariant: bool = False) -> Batch:
     """The second half of `build_batch`."""
-    fields = to_device(step, device)
-    tokens, positions, starts, context_lens, slots, logits_at, page_table, blocks = fields
+    tokens, positions, starts, context_lens, slots, logits_at, page_table, blocks = to_device(step, device)
     return Batch(
         token_ids=tokens,
         positions=positions,
@@ -140,4 +186,5 @@ def to_device(step: Step, device: torch.device) -> list[Tensor]:
     packed = torch.from_numpy(step.integers if step.integers.flags.writeable else step.integers.copy())
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(packed, step.lengths))
+    pieces = torch.split(packed, [aligned(length) for length in step.lengths])
+    return [piece[:length] for piece, length in zip(pieces, step.lengths, strict=True)]

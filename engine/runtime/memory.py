@@ -14,11 +14,13 @@ from engine.models.cache import KVCache, KVScales, PerToken, page_bytes
 from engine.models.decoder import Decoder
 from engine.models.rope_scaling import is_dynamic
 from engine.runtime.cache import page_count
-from engine.runtime.graphs import DecodeGraphs
+from engine.runtime.graphs import Graphs, graph_sizes
 from engine.runtime.sampler import Draws, sample
 
 # What libraries take at their first use under load, and what fragments.
 MARGIN = 256 << 20
+# What the driver keeps of one graph of some 300 kernels: an estimate, on the safe side of those in use.
+GRAPH = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +65,19 @@ def working_memory(
     torch.cuda.empty_cache()
     between = torch.cuda.mem_get_info(model.device)[0]
     drawn = torch.zeros(config.max_batch_size, dtype=torch.int64, device=model.device)
-    graphs = DecodeGraphs(
+    sizes = graph_sizes(
+        max_batch_size=config.max_batch_size,
+        num_tokens_per_iter=config.num_tokens_per_iter,
+        deterministic=model.deterministic,
+    )
+    graphs = Graphs(
         model,
         cache,
         drawn,
         eos_token_ids=(),
         max_batch_size=config.max_batch_size,
         session_len=session_len,
-        sizes=[config.max_batch_size],
+        sizes=sizes.largest,
     )
     torch.cuda.synchronize(model.device)
     used = before - stepped + between - torch.cuda.mem_get_info(model.device)[0]
@@ -78,7 +85,7 @@ def working_memory(
     gc.collect()
     torch.cuda.empty_cache()
     stays = before - torch.cuda.mem_get_info(model.device)[0]  # is missing from the free memory already
-    return max(used - stays, 0) + MARGIN
+    return max(used - stays, 0) + MARGIN + GRAPH * (len(sizes.decode) + len(sizes.mixed))
 
 
 def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Batch:

@@ -53,6 +53,7 @@ def prepare(
             cache,
             eos_token_ids=eos_token_ids,
             max_batch_size=config.max_batch_size,
+            num_tokens_per_iter=config.num_tokens_per_iter,
             session_len=session_len,
             others=others,
         )

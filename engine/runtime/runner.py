@@ -16,7 +16,7 @@ from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.runtime.batch import Step, batch_of, step_of
 from engine.runtime.event import TokenLogprob
-from engine.runtime.graphs import DecodeGraphs, batch_sizes
+from engine.runtime.graphs import Graphs, graph_sizes
 from engine.runtime.logprobs import token_logprobs
 from engine.runtime.rank_processes import RankProcesses
 from engine.runtime.sampler import collect_draws, moved, sample
@@ -49,12 +49,13 @@ class Runner:
         *,
         eos_token_ids: tuple[int, ...],
         max_batch_size: int = 64,
+        num_tokens_per_iter: int = 512,
         session_len: int = 0,
         graphs: bool = True,
         others: RankProcesses | None = None,
     ) -> None:
-        """On a GPU, with `graphs`, captures the decode steps of sessions of up to `session_len` tokens. Rank 0 of
-        several has the `others`, which `follow` what it launches."""
+        """On a GPU, with `graphs`, captures the steps of up to `num_tokens_per_iter` tokens of sessions of up to
+        `session_len`. Rank 0 of several has the `others`, which `follow` what it launches."""
         self._model = model
         self._others = others
         self._cache = cache
@@ -67,16 +68,20 @@ class Runner:
         self.depth = 1 if self._on_gpu else 0
         self._drawn = torch.zeros(max_batch_size, dtype=torch.int64, device=model.device)
         self._hosts = [torch.zeros(max_batch_size, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: Graphs | None = None
         if self._on_gpu and graphs:
-            self._graphs = DecodeGraphs(
+            self._graphs = Graphs(
                 model,
                 cache,
                 self._drawn,
                 eos_token_ids=eos_token_ids,
                 max_batch_size=max_batch_size,
                 session_len=session_len,
-                sizes=batch_sizes(max_batch_size),
+                sizes=graph_sizes(
+                    max_batch_size=max_batch_size,
+                    num_tokens_per_iter=num_tokens_per_iter,
+                    deterministic=model.deterministic,
+                ),
             )
 
     @torch.inference_mode()
@@ -99,11 +104,13 @@ class Runner:
         self._step += 1
         greedy = all(_is_greedy(sequence) for sequence in drawing)
         logprobs: list[TokenLogprob | None] = [None] * number
-        if replayed := self._graphs is not None and self._graphs.fits(plan):
-            step = replace(self._graphs.step_of(plan, self._rows, self._step), sampled=not greedy)
+        graphs = self._graphs
+        step = None if graphs is None else graphs.step_of(plan, self._rows, self._step)
+        if replayed := graphs is not None and step is not None:
+            step = replace(step, sampled=not greedy)
             self._tell(step)
-            self._graphs.replay(step, self._step)
-            logits = self._graphs.logits[:number]
+            graphs.replay(step, self._step)
+            logits = graphs.logits[:number]
         else:
             logits = self._logits(self._step_of(plan), share=True)
         if drawing and not greedy:

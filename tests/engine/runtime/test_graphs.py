@@ -1,12 +1,15 @@
-"""Decode steps as graphs: the sizes here, and on a GPU the same answers as from a CPU's engine."""
+"""Steps as graphs: the sizes here, and the same answers as without, padded as graphs are here and by them on a GPU."""
 
 import pytest
 import torch
 
 from engine.config import Sampling
-from engine.runtime.graphs import batch_sizes
-from tests.engine.runtime.test_engine import PROMPTS, make
-from tests.engine.runtime.tiny_model import tiny_model
+from engine.models.cache import KVCache
+from engine.runtime.decode_steps import batch_sizes
+from engine.runtime.engine import Engine
+from engine.runtime.graphs import Graphs, graph_sizes
+from tests.engine.runtime.test_engine import PROMPTS, WAYS, make
+from tests.engine.runtime.tiny_model import DEVICE, tiny_model
 
 
 def test_sizes_end_with_the_largest_batch_and_padding_is_bounded():
@@ -16,6 +19,80 @@ def test_sizes_end_with_the_largest_batch_and_padding_is_bounded():
         assert sizes == sorted(set(sizes))
         for batch in range(33, most + 1):
             assert next(size for size in sizes if size >= batch) - batch < 64
+
+
+def padded(engine: Engine, *, budget: int = 512) -> Engine:
+    """An engine whose steps are padded as those of graphs, which on a GPU it has already."""
+    runner = engine._runner
+    runner.depth = 1
+    if DEVICE == "cpu":
+        model, cache = runner._model, runner._cache
+        runner._cache = KVCache(
+            model.config, num_pages=cache.num_pages + 1, page_len=cache.page_len, device=DEVICE, dtype=model.dtype
+        )
+        runner._graphs = Graphs(
+            model,
+            runner._cache,
+            runner._drawn,
+            eos_token_ids=engine.eos_token_ids,
+            max_batch_size=4,
+            session_len=engine.session_len,
+            sizes=graph_sizes(max_batch_size=4, num_tokens_per_iter=budget, deterministic=False),
+            captured=False,
+        )
+    return engine
+
+
+def unpadded(engine: Engine) -> Engine:
+    engine._runner.release()
+    return engine
+
+
+def count_steps(engine, monkeypatch):
+    """What the graphs of an engine compute from now on: the kinds and sizes of steps, None where there is no graph."""
+    graphs, seen = engine._runner._graphs, []
+
+    def step_of(*arguments):
+        step = given(*arguments)
+        seen.append(step and (step.mixed, step.graph))
+        return step
+
+    given = graphs.step_of
+    monkeypatch.setattr(graphs, "step_of", step_of)
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_answers_are_the_same_with_graphs(way, temperature, monkeypatch):
+    model, options = tiny_model(), {"session_len": 24, **WAYS[way]}
+    samplings = [
+        Sampling(temperature=temperature * (number % 2), seed=number, max_new_tokens=8, ignore_eos=number > 1)
+        for number in range(len(PROMPTS))
+    ]
+    plain = unpadded(make(model, eos=(5,), **options))
+    made = padded(make(model, eos=(5,), **options), budget=options.get("num_tokens_per_iter", 512))
+    seen = count_steps(made, monkeypatch)
+    for _ in range(2):  # the second round starts from prefix hits
+        expected, answers = (engine.generate(PROMPTS, samplings) for engine in (plain, made))
+        assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
+        made.check()
+    assert None not in seen and {mixed for mixed, _ in seen} == {False, True}
+    assert (made._scheduler.num_preemptions > 0) == way.startswith("preempted")
+
+
+def test_what_fits_no_graph_is_computed_without(monkeypatch):
+    made = padded(make(tiny_model()))
+    seen = count_steps(made, monkeypatch)
+    scores = []
+    made.score(PROMPTS[:2], lambda item, start, logits: scores.append(logits.cpu()))
+    assert not seen, "scored sequences need the logits of all tokens"
+    long = [number % 60 for number in range(39)]
+    monkeypatch.setattr(made._runner._graphs._mixed, "sizes", [16])
+    option = Sampling(temperature=0, max_new_tokens=1)
+    answer = made.generate([long], option)[0]
+    assert seen == [None]
+    assert answer.token_ids == unpadded(make(tiny_model())).generate([long], option)[0].token_ids
 
 
 @pytest.mark.gpu

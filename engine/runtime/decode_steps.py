@@ -1,0 +1,107 @@
+"""Steps in which every sequence computes one token and draws the next, padded to a batch size that has a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.models.batch import Batch
+from engine.runtime.batch import Step, aligned, bases_of, token_ids
+from engine.runtime.scheduler import Plan
+from engine.runtime.sequence import Sequence
+from engine.runtime.staging import Staging
+
+# Rows of the header.
+FIELDS = 5
+IDS, POSITIONS, LENGTHS, IGNORES, SLOTS = range(FIELDS)
+
+
+def batch_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 32, 64, then steps of 32 up to 256 and of 64 beyond; the last one is `most`. Steps are small
+    where a padded row costs, and few, since every graph costs start time."""
+    sizes = [*(1 << power for power in range(7)), *range(96, 257, 32)]
+    sizes += takewhile(lambda size: size < most, count(320, 64))
+    return [*(size for size in sizes if size < most), most]
+
+
+def room_for(size: int) -> int:
+    """Integers in the header of a step of `size` sequences."""
+    return FIELDS * aligned(size)
+
+
+class DecodeSteps:
+    """Padded rows have no context and write to the spare slot."""
+
+    def __init__(self, staging: Staging, sizes: list[int], *, deterministic: bool) -> None:
+        """With `deterministic`, batches are `invariant`: each token is taken for a block of a prompt."""
+        self.sizes = sizes
+        self._staging = staging
+        self._deterministic = deterministic
+        most, device = max(sizes), staging.header.device
+        self._rows = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._blocks = torch.stack([self._rows, torch.zeros_like(self._rows)], dim=1)
+
+    def size_for(self, plan: Plan) -> int:
+        """The size of the graph that computes a plan; 0 where none does."""
+        sequences = plan.sequences
+        if not all(one.scheduled == 1 and one.draws for one in sequences):
+            return 0
+        return next((size for size in self.sizes if size >= len(sequences)), 0)
+
+    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: int) -> Step:
+        """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""
+        sequences = plan.sequences
+        width = max((len(sequence.pages) for sequence in sequences), default=0)
+        lengths = [room_for(size), len(sequences) * width]
+        flat, table = self._staging.host(number, lengths)
+        header, here, page_len = flat.reshape(FIELDS, -1), len(sequences), self._staging.page_len
+        header[IDS, :here] = [token_ids(sequence, rows)[0] for sequence in sequences]
+        cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
+        header[POSITIONS, :here] = cached
+        header[LENGTHS, :here] = cached + 1
+        header[IGNORES, :here] = [sequence.sampling.ignore_eos for sequence in sequences]
+        table[:] = 0
+        pages = table.reshape(here, width)
+        for row, sequence in zip(pages, sequences, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        header[SLOTS, :here] = pages[np.arange(here), cached // page_len] * page_len + cached % page_len
+        header[:SLOTS, here:] = 0
+        header[SLOTS, here:] = self._staging.spare_slot
+        return Step(
+            integers=self._staging.integers(number, lengths),
+            lengths=lengths,
+            draws=here,
+            width=width,
+            decodes=here,
+            bases=bases_of(plan),
+            graph=size,
+        )
+
+    def batch(self, size: int) -> Batch:
+        """What the graph of `size` computes, wherever it was sent to."""
+        header, staging = self._header(size), self._staging
+        return Batch(
+            token_ids=header[IDS],
+            drawn=staging.drawn,
+            positions=header[POSITIONS],
+            query_starts=self._rows[: size + 1],
+            context_lens=header[LENGTHS],
+            page_table=staging.page_table[:size],
+            slots=header[SLOTS],
+            logits_at=self._rows[:size],
+            rope_bases=None if staging.rope_bases is None else staging.rope_bases[:size],
+            decodes=0 if self._deterministic else size,
+            blocks=self._blocks[: size if self._deterministic else 0],
+            invariant=self._deterministic,
+        )
+
+    def ignoring(self, size: int) -> Tensor:
+        """Which rows ignore end tokens: int32 [size]."""
+        return self._header(size)[IGNORES]
+
+    def _header(self, size: int) -> Tensor:
+        return self._staging.header[: room_for(size)].view(FIELDS, -1)[:, :size]
