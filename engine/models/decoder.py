@@ -242,6 +242,7 @@ class Decoder:
         and libraries have the memory that they keep. Of several ranks by all layers: all must make the same sums."""
         kinds = [layer.kind for layer in self.layers]
         different = [layer for i, layer in enumerate(self.layers) if layer.kind not in kinds[:i]]
+        different = [*different, *different[:1]][: len(self.layers)]  # the first begins in another way than the others
         return self._logits(batch, cache, different if self.ranks is None else self.layers)
 
     def _logits(self, batch: Batch, cache: KVCache | None, layers: Sequence[DecoderLayer]) -> Tensor:
@@ -251,7 +252,7 @@ class Decoder:
                 hidden = layer(hidden, batch, None, rope)
             return self._project(ops.rms_norm(hidden[batch.logits_at], self._norm, self.config.norm_eps))
         delta: Tensor | None = None
-        for layer, pages in zip(layers, cache.layers, strict=len(layers) == len(self.layers)):
+        for layer, pages in zip(layers, cache.layers[: len(layers)], strict=True):
             hidden, delta = layer.run(hidden, delta, batch, pages, rope)
         assert delta is not None, "a model without layers"
         if len(batch.logits_at) != len(hidden) or batch.decode_lens is not None:

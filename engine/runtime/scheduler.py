@@ -37,8 +37,8 @@ class Scheduler:
     computed in a step of its own, so that its first token waits for nobody's batch; the step after is for all.
 
     With `prefill_interval` n above 1, waiting sequences are admitted in every n-th step only, while more than a quarter
-    of max_batch_size run: a step that mixes prompts in costs more than one that only decodes (on a GPU it is not a
-    graph), and n prompts at once hardly more than one.
+    of max_batch_size run: a step that mixes prompts in costs more than one that only decodes, and n prompts at once
+    hardly more than one where the host launches it kernel by kernel.
 
     `most_decodes` is that of `ShortSteps`.
 

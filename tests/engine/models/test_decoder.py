@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engine.models import names
 from engine.models.batch import packed
-from engine.models.cache import KVScales
+from engine.models.cache import KVCache, KVScales
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.rope import rope_tables
 from engine.storage.checkpoint import load_checkpoint
@@ -218,3 +218,22 @@ def test_int8_layers_compute_with_rows_quantized_in_the_norm_and_in_silu():
     for _ in range(9):
         run.step({0: 1})
     assert distance(run.result(0), model(packed([sequence]), None)) <= TOLERANCE
+
+
+def test_a_rehearsal_runs_one_layer_of_each_kind_and_the_first_once_more(monkeypatch):
+    config = tiny_config(num_layers=5)
+    weights = random_weights(config)
+    name = names.layer_name(2, "mlp.up_proj.weight")
+    weights[name] = weights[name].double()  # of another kind, and computed in float32 all the same
+    model = Decoder(config, weights, device="cpu", dtype=torch.float32)
+    run, given = [], DecoderLayer.run
+    monkeypatch.setattr(DecoderLayer, "run", lambda layer, *rest: run.append(layer) or given(layer, *rest))
+    cache = KVCache(config, num_pages=1, page_len=16, device="cpu", dtype=torch.float32)
+    batch = dataclasses.replace(
+        packed([[1, 2, 3]]), page_table=torch.zeros(1, 1, dtype=torch.int32), slots=torch.arange(3)
+    )
+    model.rehearse(batch, cache)
+    assert [model.layers.index(layer) for layer in run] == [0, 2, 0]
+    run.clear()
+    model.logits(batch, cache)
+    assert run == model.layers

@@ -5,6 +5,8 @@ import torch
 
 from engine.config import Sampling
 from engine.models.cache import KVCache
+from engine.runtime.batch import Step
+from engine.runtime.channel import HEADER, pack, unpack
 from engine.runtime.decode_steps import batch_sizes
 from engine.runtime.engine import Engine
 from engine.runtime.graphs import Graphs, graph_sizes
@@ -26,7 +28,7 @@ def padded(engine: Engine, *, budget: int = 512) -> Engine:
     runner = engine._runner
     runner.depth = 1
     if DEVICE == "cpu":
-        model, cache = runner._model, runner._cache
+        model, cache, most = runner._model, runner._cache, engine._scheduler._max_batch_size
         runner._cache = KVCache(
             model.config, num_pages=cache.num_pages + 1, page_len=cache.page_len, device=DEVICE, dtype=model.dtype
         )
@@ -35,9 +37,9 @@ def padded(engine: Engine, *, budget: int = 512) -> Engine:
             runner._cache,
             runner._drawn,
             eos_token_ids=engine.eos_token_ids,
-            max_batch_size=4,
+            max_batch_size=most,
             session_len=engine.session_len,
-            sizes=graph_sizes(max_batch_size=4, num_tokens_per_iter=budget, deterministic=False),
+            sizes=graph_sizes(max_batch_size=most, num_tokens_per_iter=budget, deterministic=False),
             captured=False,
         )
     return engine
@@ -79,6 +81,21 @@ def test_answers_are_the_same_with_graphs(way, temperature, monkeypatch):
         made.check()
     assert None not in seen and {mixed for mixed, _ in seen} == {False, True}
     assert (made._scheduler.num_preemptions > 0) == way.startswith("preempted")
+
+
+def test_another_rank_computes_the_same_from_what_it_is_told(monkeypatch):
+    one, other = padded(make(tiny_model())), padded(make(tiny_model()))
+    told = []
+    monkeypatch.setattr(one._runner, "_tell", lambda step: told.append(pack(step.message())[HEADER:]))
+    one.generate(PROMPTS, Sampling(temperature=0, max_new_tokens=8))
+    steps = [Step.of_message(unpack(message)) for message in told]
+    assert {step.mixed for step in steps} == {False, True} and all(step.graph for step in steps)
+    for step in steps:
+        other._runner.follow(step)
+        other._runner._drawn.tolist()  # waits, as rank 0 does before it goes on
+    for ours, theirs in zip(other._runner._cache.layers, one._runner._cache.layers, strict=True):
+        assert torch.equal(ours.key[:-1], theirs.key[:-1]) and torch.equal(ours.value[:-1], theirs.value[:-1])
+        assert ours.key.any()
 
 
 def test_what_fits_no_graph_is_computed_without(monkeypatch):

@@ -136,11 +136,8 @@ LENGTHS = [1, 5, 23, 2, 11, 40, 9]
 def test_a_padded_step_computes_what_the_plan_does(weights, kv):
     config = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, sliding_window=9 if kv == "kv8" else None)
     model = model_of(weights, config)
-    assert Both(model, scales=scales_of(config, kv)).serve(LENGTHS, new=5) == {
-        (False, True),
-        (True, False),
-        (True, True),
-    }
+    both = Both(model, scales=scales_of(config, kv))
+    assert both.serve(LENGTHS, new=5) == {(False, True), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("budget", [3, 17])
