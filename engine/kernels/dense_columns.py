@@ -59,18 +59,15 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     block_n rows of W, block_m rows of x and block_k inputs a step; `share` programs a multiprocessor, each with a ring
     of `slots` steps.
     """
-    block_m = max(8, min(256, 1 << (m - 1).bit_length()))
+    block_m = max(8, min(128, 1 << (m - 1).bit_length()))
     if m <= 2:
         shapes = [(64, 128, 4, 1), (64, 256, 4, 1), (128, 64, 4, 1), (64, 128, 4, 2)]
     elif block_m <= 64:
         shapes = [(64, 128, 4, 1), (64, 128, 4, 2), (64, 256, 4, 1), (128, 64, 4, 1), (128, 128, 4, 1)]
-        shapes += [(128, 64, 4, 2), (128, 128, 4, 2), (128, 128, 8, 1), (256, 64, 8, 1), (256, 64, 4, 1)]
-        shapes += [(256, 64, 8, 2), (128, 64, 4, 3)]
-    elif block_m == 128:
-        shapes = [(64, 128, 4, 1), (64, 64, 4, 2), (128, 64, 4, 1), (128, 64, 8, 1), (128, 64, 8, 2), (128, 128, 8, 1)]
-        shapes += [(256, 64, 8, 1)]
+        shapes += [(128, 64, 4, 2), (128, 128, 4, 2), (128, 128, 8, 1), (256, 64, 8, 1)]
+        shapes += [(128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3)]
     else:
-        shapes = [(64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (128, 128, 8, 1)]
+        shapes = [(64, 128, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 1), (128, 128, 8, 1)]
     found = []
     for block_n, block_k, warps, share in shapes:
         slots = min(12, RING_BYTES // share // ((block_n + block_m) * block_k * 2))
@@ -172,8 +169,8 @@ def _columns(
 
     w_ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, BLOCK_K], w_desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_M, BLOCK_K], x_desc.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
+    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS + 1):
         mbarrier.init(barriers.index(slot), count=1)
     fence_async_shared()
     thread_barrier()
@@ -186,8 +183,12 @@ def _columns(
         mbarrier.expect(barriers.index(slot), BYTES)
         load_tile(w_desc, [w_row, w_inner], barriers.index(slot), w_ring.index(slot))
         w_row, w_token, w_inner = _next_step(w_row, w_token, w_inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
+    # x's descriptor is fetched as well, by asking for a tile past all rows: zeros, for which nothing is read.
+    mbarrier.expect(barriers.index(SLOTS), x_desc.block_type.nbytes)
+    load_tile(x_desc, [tokens, 0], barriers.index(SLOTS), x_ring.index(0))
     if PDL:
         dependent_launch.depend()
+    mbarrier.wait(barriers.index(SLOTS), 0)
     for slot in range(gl.minimum(end - start, SLOTS)):
         load_tile(x_desc, [token, inner], barriers.index(slot), x_ring.index(slot))
         row, token, inner = _next_step(row, token, inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
@@ -214,21 +215,29 @@ def _columns(
 
         row_inside = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         token_inside = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+        place = (row_inside * BLOCK_M)[:, None] + token_inside[None, :]
         complete = last - first == steps
         if last - first < steps:
             # A program shares its first tile with those before it (place 0), its last with those after it (place 1).
-            place = (row_inside * BLOCK_M)[:, None] + token_inside[None, :]
-            own = program * 2 + (first == begin).to(gl.int32)
-            gl.store(partials + own * (BLOCK_N * BLOCK_M) + place, total)
-            thread_barrier()  # every thread's part is written before one thread counts the program in
+            own = partials + (program * 2 + (first == begin).to(gl.int32)) * (BLOCK_N * BLOCK_M) + place
             # The programs of a tile: step s is of the first one whose share ends after it.
             lowest = ((begin + 1) * programs - 1) // all_steps
             highest = ((begin + steps) * programs - 1) // all_steps
-            complete = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == highest - lowest
+            # Who finds all others there need not store its part; most that end a share do.
+            complete = gl.atomic_add(arrivals + tile, 0, sem="acquire") == highest - lowest
+            if not complete:
+                gl.store(own, total)
+                thread_barrier()  # every thread's part is written before one thread counts the program in
+                complete = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == highest - lowest
             if complete:
-                total = gl.load(partials + (lowest * 2 + 1) * (BLOCK_N * BLOCK_M) + place, cache_modifier=".cg")
-                for other in range(lowest + 1, highest + 1):
-                    total += gl.load(partials + other * (2 * BLOCK_N * BLOCK_M) + place, cache_modifier=".cg")
+                others = partials + place
+                if lowest < program:
+                    before = gl.load(others + (lowest * 2 + 1) * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+                    for other in range(lowest + 1, program):
+                        before += gl.load(others + other * (2 * BLOCK_N * BLOCK_M), cache_modifier=".cg")
+                    total = before + total
+                for other in range(program + 1, highest + 1):
+                    total += gl.load(others + other * (2 * BLOCK_N * BLOCK_M), cache_modifier=".cg")
                 gl.store(arrivals + tile, 0)
         if complete:
             y_row = tile // blocks * BLOCK_N + row_inside

@@ -72,7 +72,7 @@ def test_rings_fit_the_shared_memory_of_a_multiprocessor(module, m, n, k):
     assert 4 <= len(found) <= 13
     for config in found:
         step = (config["block_n"] + config["block_m"]) * config["block_k"] * 2
-        assert config["block_m"] >= m and config["slots"] >= 2
+        assert config["block_m"] >= min(m, 128) and config["slots"] >= 2
         assert config["share"] * (config["slots"] * step + 1024) <= 227 * 1024
     assert not module.candidates(m, n, k + 4, Device("h200", (9, 0), 132))  # rows of no whole 16 bytes
     assert not module.candidates(m, n, k, Device("a100", (8, 0), 108))
