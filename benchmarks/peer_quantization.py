@@ -1,13 +1,14 @@
 """Our 4-bit quantization beside llm-compressor's: the same checkpoint, token blocks, groups and thread count.
 
-    python -m benchmarks.peer_quantization DATA [--models NAME ...] [--methods awq gptq awq+gptq] [--blocks 32]
+    python -m benchmarks.peer_quantization DATA [--models NAME ...] [--methods NAME ...] [--blocks 32]
 
-DATA, the models, the items and the blocks are those of `benchmarks.recipe_quality`. The peer lives in an environment of
-its own under .ingot/peers/, which is made once (its version and torch are pinned here). The two take turns, `--rounds`
-times, on the same `--threads` processors. The clocks: ours from the first byte read of the checkpoint to the last one
-written, the peer's while it quantizes a model that it has in memory. Both perplexities are measured by our engine; the
-peer's checkpoint comes in through the reader of compressed-tensors. Appends rows, prints a table, and exits 1 where a
-method of ours is worse, or takes more than a third of the peer's time.
+DATA, the models, the items, the blocks and the methods' names are those of `benchmarks.recipe_quality`. `gptq, plain`
+does what the peer's GPTQ does; `gptq` also searches ranges and makes up for the drift of inputs. The peer lives in an
+environment of its own under .ingot/peers/, which is made once (its version and torch are pinned here). The two take
+turns, `--rounds` times, on the same `--threads` processors. The clocks: ours from the first byte read of the
+checkpoint to the last one written, the peer's while it quantizes a model that it has in memory. Both perplexities are
+measured by our engine; the peer's checkpoint comes in through the reader of compressed-tensors. Appends rows, prints
+a table, and exits 1 where a method of ours is worse, or takes more than a third of the peer's time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.peer_quantization_process import MARK
 from benchmarks.recipe_quality import ANSWERS, ENGLISH, MODELS, SMOLLM2, Item, answers, decoder, perplexity, stories
+from benchmarks.recipe_quality import METHODS as OURS
 from benchmarks.rows import RESULTS, ROOT, append, provenance
 from engine.models.decoder import Decoder
 from engine.runtime.tokenizer import Tokenizer
@@ -43,7 +45,7 @@ from pipelines.schema import Weights
 
 PEER = "llmcompressor==0.14.0.1"
 ENVIRONMENTS = ROOT / ".ingot/peers"
-METHODS = ("awq", "gptq", "awq+gptq")
+METHODS = ("awq", "gptq, plain", "gptq", "awq+gptq")
 BAR = 1 / 3
 
 
@@ -144,7 +146,8 @@ def quantize(case: Case, out: Path) -> Took:
     calibration.mkdir()
     shutil.copy(case.blocks, calibration / "blocks.safetensors")
     out.mkdir()
-    weights = Weights(name="w4a16", group_size=case.group_size, method=case.method)
+    asked: dict[str, Any] = {"name": "w4a16", "group_size": case.group_size, **OURS[case.method]}
+    weights = Weights(**asked)
     begun, spent = time.perf_counter(), time.process_time()
     w4a16.quantize(weights_part(weights), case.checkpoint, calibration, out)
     return Took(

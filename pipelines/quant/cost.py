@@ -22,6 +22,7 @@ START_SECONDS = {"cpu": 0.0, "cuda": 4.0}
 """Until kernels are compiled and libraries loaded."""
 SMOOTHING_ROWS = 2048  # of inputs on which w8a8 compares exponents
 HEAD_ROWS = 8192  # of the output matrix, at a time
+KEPT = 128_000_000  # bytes of down_proj's inputs that are kept until it is quantized; more are computed twice
 LIBRARIES = 60_000_000
 """What the libraries take when they compute for the first time, above what they take when they are loaded."""
 
@@ -113,6 +114,10 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
         return _smoothing_cost(config, weights, load, size, out)
     drift, feedback = bool(weights.get("correction")), "gptq" in weights["method"]
     streams = 2 if drift else 1
+    inner = load.tokens * config.intermediate_size * load.element
+    kept = min(KEPT, inner)
+    # Gate and up are two thirds of the MLP, which is most of a layer.
+    again = 0.5 * (1 - kept / inner)
     hidden = load.tokens * config.hidden_size * load.element
     between = load.tokens * max(size.query, config.hidden_size) * load.element
     tried = 1 + len(weights.get("activation_exponents", ())) * len(weights.get("weight_exponents", ()))
@@ -138,11 +143,11 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
             + size.stacked * load.element
             + (streams - 1) * (size.layer + size.stacked) * load.element,
             "search": search,
-            "samples under way": load.workers * size.sample(load),
+            "samples under way": load.workers * size.sample(load) + kept,
             "libraries": LIBRARIES,
             **matrix,
         },
-        operations=config.num_layers * (grams_operations + 2.0 * streams * _forward(config, size, load)),
+        operations=config.num_layers * (grams_operations + (streams + again) * _forward(config, size, load)),
         float_operations=config.num_layers * operations,
         steps=config.num_layers * (steps + load.samples * 200.0),
         disk=out,

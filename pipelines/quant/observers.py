@@ -14,6 +14,7 @@ from torch import Tensor
 
 Statistics = dict[str, Tensor]
 
+SQUARE_BLOCK: Final = 256  # channels at a time: a product of that many is as quick as a whole one, per operation
 KEY: Final = "self_attn.k"
 VALUE: Final = "self_attn.v"
 _JOIN: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -23,8 +24,8 @@ _JOIN: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "sum": torch.add,
     "abssum": torch.add,
     "tokens": torch.add,
-    "gram": torch.add,
-    "drift": torch.add,
+    "gram": Tensor.add_,
+    "drift": Tensor.add_,
     "rows": lambda left, right: torch.cat((left, right)),
 }
 
@@ -63,13 +64,24 @@ def head_statistics(x: Tensor) -> Statistics:
 def gram(x: Tensor) -> Statistics:
     """X^T X float32 of [T, channels] and the number of tokens: the trace of d (X^T X) d^T is the squared error that a
     difference d of the weights makes. Sums are taken in float32 whatever the type of X."""
-    return {"gram": _product(x, x), "tokens": torch.tensor(float(len(x)))}
+    return {"gram": _product(x, x) if x.is_cuda else square(x.float()), "tokens": torch.tensor(float(len(x)))}
 
 
 def gram_and_drift(x: Tensor, wanted: Tensor) -> Statistics:
     """`gram(x)` and `drift` (wanted - X)^T X: how far the inputs are from those of the unquantized model, as a linear
     layer can see it."""
     return gram(x) | {"drift": _product(wanted - x, x)}
+
+
+def square(x: Tensor) -> Tensor:
+    """X^T X on a CPU: blocks above the diagonal are computed, and mirrored below it."""
+    channels = x.shape[1]
+    found, turned = x.new_empty(channels, channels), x.t()
+    for first in range(0, channels, SQUARE_BLOCK):
+        last = min(first + SQUARE_BLOCK, channels)
+        torch.mm(turned[first:last], x[:, first:], out=found[first:last, first:])
+        found[last:, first:last] = found[first:last, last:].t()
+    return found
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def join(left: Statistics, right: Statistics) -> Statistics:
-    """The statistics of both parts together."""
+    """The statistics of both parts together. Matrices are added up in those of `left`, which is used up."""
     return {name: _JOIN[name](left[name], right[name]) for name in left}
 
 

@@ -55,14 +55,15 @@ def side_by_side(count: int | None = None, *, device: str = "cpu") -> Iterator[W
 
 
 def _give_memory_back() -> None:
-    """Make glibc map every block above 1 MB on its own and unmap it when it is freed.
+    """Make glibc map every block above 4 MB on its own and unmap it when it is freed.
 
     Left alone it raises that size to 32 MB as blocks are freed, and its heap then keeps holes in the sizes of weights.
-    With this and tensors read one by one calibration of 24 layers of 84 MB peaks 354 MB above its start, without 677.
+    Smaller blocks are reused, because handing out pages takes time: with 1 MB a quarter of it on a model of 26 million
+    parameters, with 4 MB a tenth. With 16 MB less still, and peaks beyond the forecast.
     """
     if sys.platform == "linux":
         mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 22)
 
 
 def _compute_alone() -> None:
@@ -182,7 +183,9 @@ class Joined:
 
     def add(self, statistics: Statistics) -> None:
         """Join what was seen in the next sample."""
-        sums = [values.sum() for name, values in statistics.items() if name != "tokens"]
+        # A Gram matrix that is not finite has a diagonal that is not.
+        looked_at = [values.diagonal() if name == "gram" else values for name, values in statistics.items()]
+        sums = [values.sum() for values in looked_at]
         self._finite.append(torch.stack(sums).isfinite().all())
         self._statistics = statistics if self._statistics is None else join(self._statistics, statistics)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.models.decoder import DecoderLayer, Rows
 from engine.storage.checkpoint import Checkpoint
+from pipelines.quant.cost import KEPT
 from pipelines.quant.observers import Statistics, gram, gram_and_drift
 from pipelines.quant.pairs import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Pair
 from pipelines.quant.stream import Joined, Stream, Workers
@@ -57,6 +58,8 @@ class LayerWalk:
         self._plain = walk.stream.dense(tensors) if walk.unquantized is not None else None
         # What a sample is between attention's input and its MLP: first o's input, then the residual stream.
         self._between: list[Tensor] = list(walk.stream.hidden)
+        # What down_proj reads, of as many samples as KEPT holds: the others' is computed again at the end.
+        self._inner: dict[int, Tensor] = {}
 
     def inputs(self, pair: Pair, tensors: Mapping[str, Tensor]) -> Statistics:
         """`gram`, `tokens` and, where the unquantized model goes along, `drift` of what the linears of `pair` read.
@@ -76,10 +79,23 @@ class LayerWalk:
             joined.add(statistics)
         return joined.checked(self._number, pair.after[0])
 
-    def finish(self, tensors: Mapping[str, Tensor]) -> None:
-        """Move the blocks through the layer that was made of it."""
+    def finish(self, tensors: Mapping[str, Tensor], smoothing: Mapping[str, Tensor]) -> None:
+        """Move the blocks to the end of the layer that was made of it; `smoothing` is what outputs of linears were
+        divided by since `inputs` computed with them."""
+        stream, layer = self._walk.stream, self._walk.stream.dense(tensors)
+        divisor = smoothing.get(MLP_OUT.before)
+
+        def one(sample: int) -> Tensor:
+            inner = self._inner.pop(sample, None)
+            if inner is None:
+                inner = _floats(layer.inner(layer.mlp_input(self._between[sample])))
+            elif divisor is not None:
+                inner /= divisor
+            return layer.after_mlp(self._between[sample], inner)
+
+        for sample, out in enumerate(stream.workers.in_order(one, len(stream.hidden))):
+            stream.hidden[sample] = out
         self._between = []
-        self._walk.stream.advance(self._walk.stream.dense(tensors))
 
     def _quantized_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
         stream, between = self._walk.stream, self._between
@@ -92,7 +108,10 @@ class LayerWalk:
         if pair is MLP_IN:
             between[sample] = layer.after_attention(stream.hidden[sample], between[sample])
             return _floats(layer.mlp_input(between[sample]))
-        return _floats(layer.inner(layer.mlp_input(between[sample])))
+        inner = _floats(layer.inner(layer.mlp_input(between[sample])))
+        if (sample + 1) * inner.nbytes <= KEPT:
+            self._inner[sample] = inner
+        return inner
 
     def _plain_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
         stream, hidden = self._walk.stream, self._walk.unquantized

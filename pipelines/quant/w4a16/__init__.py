@@ -91,7 +91,7 @@ def _searched(
         tensors = dict(LayerTensors(checkpoint, number, device))
         here = walk.layer(number, tensors)
         quantized = quantize_by_search(tensors, here.inputs, checkpoint.config, method, workers)
-        here.finish(quantized.dense())
+        here.finish(quantized.dense(), quantized.smoothing)
         return _result(quantized)
 
     return walk, one

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.quant.observers import Statistics
+from pipelines.quant.observers import Statistics, square
 from pipelines.quant.stream import Workers
 from pipelines.quant.w4a16.awq import Candidate
 from pipelines.quant.w4a16.feedback import feedback, inverse_factor
@@ -84,8 +84,10 @@ def quantize_linears(
         codes = quantize_groups(scaled, method.group_size, symmetric=method.symmetric, gram=metric)
         return _error(codes.dequantize() / candidate.scale - wanted, gram), codes
 
-    errors = list(workers.in_order(lambda index: quantized(candidates[index], False)[0], len(candidates)))
-    best = min(range(len(errors)), key=errors.__getitem__)
+    best = 0
+    if len(candidates) > 1:
+        errors = list(workers.in_order(lambda index: quantized(candidates[index], False)[0], len(candidates)))
+        best = min(range(len(errors)), key=errors.__getitem__)
     finalists = [candidates[index] for index in dict.fromkeys((0, best))]
     results = list(workers.in_order(lambda index: quantized(finalists[index], method.clip), len(finalists)))
     final = min(range(len(results)), key=lambda index: results[index][0])
@@ -100,4 +102,6 @@ def quantize_linears(
 
 def _error(difference: Tensor, gram: Tensor) -> float:
     """trace(d G d^T): what a difference of the weights is in the outputs, summed over them."""
-    return float(((difference @ gram) * difference).sum())
+    if difference.is_cuda:
+        return float(((difference @ gram) * difference).sum())
+    return float(torch.dot(square(difference).view(-1), gram.reshape(-1)))  # the sum over d^T d * G: half the products
