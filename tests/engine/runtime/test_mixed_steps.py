@@ -13,7 +13,7 @@ from engine.runtime.batch import build_batch
 from engine.runtime.cache import PageTable
 from engine.runtime.graphs import Graphs, Sizes
 from engine.runtime.mixed_steps import blocks_in, token_sizes
-from engine.runtime.scheduler import Scheduler
+from engine.runtime.scheduler import Plan, Scheduler
 from engine.runtime.sequence import Sequence
 from tests.engine.models.tiny import quantized, random_weights, tiny_config
 from tests.engine.runtime.test_dynamic_rope import config_of
@@ -149,6 +149,22 @@ def test_every_sequence_keeps_its_rotary_base():
     model = tiny_model(config_of("dynamic"), device="cpu")
     bases = [10000.0 + 3000 * number for number in range(len(LENGTHS))]
     Both(model).serve(LENGTHS, new=4, bases=bases)
+
+
+def test_a_step_of_nothing_but_padding_touches_the_spare_page_alone():
+    """What a graph is captured with."""
+    both = Both(tiny_model(config_of("dynamic"), device="cpu"))
+    graphs = both.graphs
+    with torch.inference_mode():
+        for steps in (graphs._decode, graphs._mixed):
+            for size in steps.sizes:
+                step = steps.step_of(Plan(()), {}, 0, size)
+                assert (step.draws, step.graph, step.mixed) == (0, size, steps is graphs._mixed)
+                graphs.replay(step, 0)
+                assert graphs.logits[: len(steps.batch(size).logits_at)].isfinite().all()
+    for pages in both.padded.layers:
+        assert not pages.key[:-1].any() and not pages.value[:-1].any()
+        assert pages.key[-1, :, 0].any()
 
 
 @pytest.mark.gpu
