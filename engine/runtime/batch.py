@@ -33,13 +33,21 @@ def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
     return ids
 
 
+class Size(NamedTuple):
+    """Which graph: the number of tokens that it computes, and the sequences that it has room for; 0 of those where each
+    token is one of a sequence that decodes."""
+
+    tokens: int
+    room: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What ranks are sent of a plan: its integers in one piece, int32 [n], of which `lengths` says the fields.
 
     `draws` sequences draw. `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
-    where the model has one. `graph` is the size of the graph that computes the step, 0 where none does, `mixed` that it
-    is one of those for prompts, and `sampled` that the tokens of a graph's step are not just the likeliest ones.
+    where the model has one. `graph` is that which computes the step, None where none does, and `sampled` says that the
+    tokens of a graph's step are not just the likeliest ones.
     """
 
     integers: NDArray[np.int32]
@@ -48,8 +56,7 @@ class Step:
     width: int
     decodes: int
     bases: list[float]
-    graph: int = 0
-    mixed: bool = False
+    graph: Size | None = None
     sampled: bool = False
 
     def message(self) -> dict[str, Any]:
@@ -58,7 +65,8 @@ class Step:
 
     @classmethod
     def of_message(cls, message: Mapping[str, Any]) -> Step:
-        return cls(**{**message, "integers": np.frombuffer(message["integers"], dtype=np.int32)})
+        graph = Size(*message["graph"]) if message["graph"] else None
+        return cls(**{**message, "graph": graph, "integers": np.frombuffer(message["integers"], dtype=np.int32)})
 
 
 _NONE = np.empty(0, dtype=np.int32)

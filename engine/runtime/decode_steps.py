@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.models.batch import Batch
-from engine.runtime.batch import Step, aligned, bases_of, token_ids
+from engine.runtime.batch import Size, Step, aligned, bases_of, token_ids
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 from engine.runtime.staging import Staging
@@ -28,9 +28,9 @@ def batch_sizes(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-def room_for(size: int) -> int:
-    """Integers in the header of a step of `size` sequences."""
-    return FIELDS * aligned(size)
+def room_for(size: Size) -> int:
+    """Integers in the header of a step."""
+    return FIELDS * aligned(size.tokens)
 
 
 class DecodeSteps:
@@ -38,21 +38,21 @@ class DecodeSteps:
 
     def __init__(self, staging: Staging, sizes: list[int], *, deterministic: bool) -> None:
         """With `deterministic`, batches are `invariant`: each token is taken for a block of a prompt."""
-        self.sizes = sizes
+        self.sizes = [Size(size) for size in sizes]
         self._staging = staging
         self._deterministic = deterministic
         most, device = max(sizes), staging.header.device
         self._rows = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._blocks = torch.stack([self._rows, torch.zeros_like(self._rows)], dim=1)
 
-    def size_for(self, plan: Plan) -> int:
-        """The size of the graph that computes a plan; 0 where none does."""
+    def size_for(self, plan: Plan) -> Size | None:
+        """The graph that computes a plan; None where none does."""
         sequences = plan.sequences
         if not all(one.scheduled == 1 and one.draws for one in sequences):
-            return 0
-        return next((size for size in self.sizes if size >= len(sequences)), 0)
+            return None
+        return next((size for size in self.sizes if size.tokens >= len(sequences)), None)
 
-    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: int) -> Step:
+    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: Size) -> Step:
         """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""
         sequences = plan.sequences
         width = max((len(sequence.pages) for sequence in sequences), default=0)
@@ -81,27 +81,27 @@ class DecodeSteps:
             graph=size,
         )
 
-    def batch(self, size: int) -> Batch:
+    def batch(self, size: Size) -> Batch:
         """What the graph of `size` computes, wherever it was sent to."""
-        header, staging = self._header(size), self._staging
+        header, staging, here = self._header(size), self._staging, size.tokens
         return Batch(
             token_ids=header[IDS],
             drawn=staging.drawn,
             positions=header[POSITIONS],
-            query_starts=self._rows[: size + 1],
+            query_starts=self._rows[: here + 1],
             context_lens=header[LENGTHS],
-            page_table=staging.page_table[:size],
+            page_table=staging.page_table[:here],
             slots=header[SLOTS],
-            logits_at=self._rows[:size],
-            rope_bases=None if staging.rope_bases is None else staging.rope_bases[:size],
-            decodes=0 if self._deterministic else size,
-            blocks=self._blocks[: size if self._deterministic else 0],
+            logits_at=self._rows[:here],
+            rope_bases=None if staging.rope_bases is None else staging.rope_bases[:here],
+            decodes=0 if self._deterministic else here,
+            blocks=self._blocks[: here if self._deterministic else 0],
             invariant=self._deterministic,
         )
 
-    def ignoring(self, size: int) -> Tensor:
-        """Which rows ignore end tokens: int32 [size]."""
+    def ignoring(self, size: Size) -> Tensor:
+        """Which rows ignore end tokens: int32 [B]."""
         return self._header(size)[IGNORES]
 
-    def _header(self, size: int) -> Tensor:
-        return self._staging.header[: room_for(size)].view(FIELDS, -1)[:, :size]
+    def _header(self, size: Size) -> Tensor:
+        return self._staging.header[: room_for(size)].view(FIELDS, -1)[:, : size.tokens]

@@ -14,19 +14,19 @@ from engine.models.batch import Batch
 from engine.models.cache import KVCache
 from engine.models.decoder import Decoder
 from engine.runtime import decode_steps, mixed_steps
-from engine.runtime.batch import Step
+from engine.runtime.batch import Size, Step
 from engine.runtime.decode_steps import DecodeSteps, batch_sizes
-from engine.runtime.mixed_steps import MixedSteps, token_sizes
+from engine.runtime.mixed_steps import MixedSteps, mixed_sizes
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 from engine.runtime.staging import Staging
 
 
 class Sizes(NamedTuple):
-    """Which graphs there are: for so many sequences that decode, and for so many tokens of mixed steps."""
+    """Which graphs there are, in order: for so many sequences that decode, and for mixed steps."""
 
     decode: list[int]
-    mixed: list[int]
+    mixed: list[Size]
 
     @property
     def largest(self) -> Sizes:
@@ -37,7 +37,8 @@ class Sizes(NamedTuple):
 def graph_sizes(*, max_batch_size: int, num_tokens_per_iter: int, deterministic: bool) -> Sizes:
     """The graphs of an engine. A `deterministic` model has none of mixed steps: it launches each product once for
     every tile of tokens, thousands of kernels in a graph."""
-    return Sizes(batch_sizes(max_batch_size), [] if deterministic else token_sizes(num_tokens_per_iter))
+    mixed = [] if deterministic else mixed_sizes(budget=num_tokens_per_iter, max_batch_size=max_batch_size)
+    return Sizes(batch_sizes(max_batch_size), mixed)
 
 
 class Graphs:
@@ -61,55 +62,56 @@ class Graphs:
         not `captured` is computed kernel by kernel, padded all the same: on a CPU too."""
         self._model, self._cache, self._drawn = model, cache, drawn
         device = model.device
-        rooms = [decode_steps.room_for(size) for size in sizes.decode]
-        rooms += [mixed_steps.room_for(size, max_batch_size) for size in sizes.mixed]
+        rooms = [decode_steps.room_for(Size(size)) for size in sizes.decode]
+        rooms += [mixed_steps.room_for(size) for size in sizes.mixed]
         self._staging = Staging(
             model, cache, drawn, room=max(rooms), max_batch_size=max_batch_size, session_len=session_len
         )
         self._decode = DecodeSteps(self._staging, sizes.decode, deterministic=model.deterministic)
-        self._mixed = MixedSteps(self._staging, sizes.mixed, max_batch_size=max_batch_size)
+        self._mixed = MixedSteps(self._staging, sizes.mixed)
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self._draws = model.ranks is None or model.ranks.rank == 0
         rows = max_batch_size if self._draws else 0
         self.logits = torch.empty(rows, model.config.vocab_size, dtype=model.dtype, device=device)
-        self._graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         if captured:
             pool = torch.cuda.graph_pool_handle()
-            graphs = [*((size, False) for size in sizes.decode), *((size, True) for size in sizes.mixed)]
-            for size, mixed in sorted(graphs, reverse=True):  # the largest first: the others fit into its memory
-                self._capture(size, mixed, pool)
+            # The largest first: the others fit into its memory.
+            for size in sorted([*self._decode.sizes, *self._mixed.sizes], reverse=True):
+                self._capture(size, pool)
 
     def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int) -> Step | None:
         """What a plan is computed from by a graph; None where none fits. `rows` is that of `build_batch`, `number` that
         of this step."""
         for steps in (self._decode, self._mixed):
-            if size := steps.size_for(plan):
+            if (size := steps.size_for(plan)) is not None:
                 return steps.step_of(plan, rows, number, size)
         return None
 
     def replay(self, step: Step, number: int) -> None:
         """Compute a step, of this rank's `step_of` or of rank 0's, which has the same `number`."""
+        assert step.graph is not None
         self._staging.send(step, number)
         if self._graphs:
-            self._graphs[step.mixed, step.graph].replay()
+            self._graphs[step.graph].replay()
         else:
-            self._compute(step.graph, step.mixed, self._model.logits)
+            self._compute(step.graph, self._model.logits)
 
     @torch.inference_mode()
-    def _capture(self, size: int, mixed: bool, pool: Any) -> None:
-        steps = self._mixed if mixed else self._decode
+    def _capture(self, size: Size, pool: Any) -> None:
+        steps = self._mixed if size.room else self._decode
         self._staging.send(steps.step_of(Plan(()), {}, 0, size), 0)  # a step of nothing but padding
-        self._compute(size, mixed, self._model.rehearse)
+        self._compute(size, self._model.rehearse)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # NCCL has threads of its own, which must not break off the capture.
         mode = "global" if self._model.ranks is None else "thread_local"
         with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
-            self._compute(size, mixed, self._model.logits)
-        self._graphs[mixed, size] = graph
+            self._compute(size, self._model.logits)
+        self._graphs[size] = graph
 
-    def _compute(self, size: int, mixed: bool, logits_of: Callable[[Batch, KVCache], Tensor]) -> None:
-        steps = self._mixed if mixed else self._decode
+    def _compute(self, size: Size, logits_of: Callable[[Batch, KVCache], Tensor]) -> None:
+        steps = self._mixed if size.room else self._decode
         batch = steps.batch(size)
         logits = logits_of(batch, self._cache)
         ranks, rows = self._model.ranks, len(batch.logits_at)

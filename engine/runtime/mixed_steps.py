@@ -10,30 +10,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.models.batch import QUERY_BLOCK, Batch
-from engine.runtime.batch import Step, aligned, bases_of, fields_of
+from engine.runtime.batch import Size, Step, aligned, bases_of, fields_of
 from engine.runtime.scheduler import Plan
 from engine.runtime.sequence import Sequence
 from engine.runtime.staging import Staging
 
 Integers = TypeVar("Integers", Tensor, NDArray[np.int32])
-SIZES = (16, 32, 64, 128, 192, 256, *range(384, 1025, 128), *range(1280, 2049, 256))
+TOKENS = (16, 32, 64, 128, 192, 256, *range(384, 1025, 128), *range(1280, 2049, 256))
+# A graph for so few sequences beside the one for the largest batch, where that is at least twice as many; and up to so
+# many tokens, beyond which the difference is lost in the whole.
+FEW, LITTLE = 64, 1024
 
 
-def token_sizes(budget: int) -> list[int]:
-    """Numbers of tokens that have a graph, in steps with at most `budget` tokens.
+def mixed_sizes(*, budget: int, max_batch_size: int) -> list[Size]:
+    """The graphs for steps with at most `budget` tokens, in order.
 
     A padded token costs what any token costs, about 20 us in a model of 7 billion, so steps are of 128 tokens from 256
     on, 2.5 ms at most. They end at 2048 tokens, which a device computes for as long as the host takes to launch the
-    kernels one by one; memory for the activations of the largest is held for good (docs/decisions/0093).
+    kernels one by one; memory for the activations of the largest is held for good. A padded sequence costs a row of
+    logits and 32 programs of decode attention a layer, which end at once: 1.5 ms for 256 of them
+    (docs/decisions/0093).
     """
-    most = min(budget, SIZES[-1])
-    return [*(size for size in SIZES if size < most), most]
+    most = min(budget, TOKENS[-1])
+    sizes = []
+    for tokens in [*(size for size in TOKENS if size < most), most]:
+        room = min(max_batch_size, tokens)  # each sequence has at least one token
+        if room >= 2 * FEW and tokens <= LITTLE:
+            sizes.append(Size(tokens, FEW))
+        sizes.append(Size(tokens, room))
+    return sizes
 
 
-def blocks_in(size: int) -> int:
-    """Blocks of QUERY_BLOCK tokens that a graph of `size` tokens computes attention for, filled or not: enough for 16
-    prompts in any step and for prompts of 64 tokens in a full one. Each costs a few programs that end at once."""
-    return max(1, min(size // 2, size // 64 + 16))
+def blocks_in(tokens: int) -> int:
+    """Blocks of QUERY_BLOCK tokens that a graph of so many tokens computes attention for, filled or not: enough for 8
+    prompts in any step, and for prompts of 64 tokens in a full one. One costs as many programs as there are heads,
+    which end at once."""
+    return max(1, min(tokens // 2, tokens // 64 + 8))
 
 
 class MixedSteps:
@@ -45,42 +57,41 @@ class MixedSteps:
     leaves there the blocks' attention writes over. Padded rows of logits are those of the first token.
     """
 
-    def __init__(self, staging: Staging, sizes: list[int], *, max_batch_size: int) -> None:
+    def __init__(self, staging: Staging, sizes: list[Size]) -> None:
         self.sizes = sizes
         self._staging = staging
-        self._most = max_batch_size
 
-    def size_for(self, plan: Plan) -> int:
-        """The size of the graph that computes a plan; 0 where none does."""
+    def size_for(self, plan: Plan) -> Size | None:
+        """The graph that computes a plan; None where none does."""
         sequences = plan.sequences
         if any(sequence.scored for sequence in sequences):
-            return 0
+            return None
         tokens = sum(sequence.scheduled for sequence in sequences)
         blocks = sum(-(-one.scheduled // QUERY_BLOCK) for one in sequences if one.scheduled > 1)
-        large_enough = [size for size in self.sizes if size >= tokens]
+        large_enough = [size for size in self.sizes if size.tokens >= tokens and size.room >= len(sequences)]
         # Very many very short prompts are not worth a graph of many times their tokens.
-        return next((size for size in large_enough[:2] if blocks_in(size) >= blocks), 0)
+        return next((size for size in large_enough[:3] if blocks_in(size.tokens) >= blocks), None)
 
-    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: int) -> Step:
+    def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: Size) -> Step:
         """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""
         fields, decodes = fields_of(plan, page_len=self._staging.page_len, rows=rows)
-        lengths = [room_for(size, self._most), fields.page_table.size]
+        lengths = [room_for(size), fields.page_table.size]
         flat, table = self._staging.host(number, lengths)
         table[:] = fields.page_table.reshape(-1)
-        header = self._layout(size, flat)
+        header = _layout(size, flat)
         total = int(fields.query_starts[-1])
         _fill(header["token_ids"], fields.token_ids, 0)
         _fill(header["positions"], fields.positions, 0)
         _fill(header["slots"], fields.slots, self._staging.spare_slot)
         _fill(header["query_starts"], fields.query_starts, total)
-        header["query_starts"][-1] = size
+        header["query_starts"][-1] = size.tokens
         _fill(header["context_lens"], fields.context_lens, 0)
         _fill(header["decode_lens"], fields.context_lens[:decodes], 0)
         _fill(header["logits_at"], fields.logits_at, 0)
         _fill(header["ignoring"], [sequence.sampling.ignore_eos for sequence in plan.drawing], 0)
         blocks = header["blocks"].reshape(-1, 2)
         blocks[: len(fields.blocks)] = fields.blocks
-        blocks[len(fields.blocks) :] = len(header["context_lens"]) - 2, 0
+        blocks[len(fields.blocks) :] = size.room, 0
         return Step(
             integers=self._staging.integers(number, lengths),
             lengths=lengths,
@@ -89,13 +100,11 @@ class MixedSteps:
             decodes=decodes,
             bases=bases_of(plan),
             graph=size,
-            mixed=True,
         )
 
-    def batch(self, size: int) -> Batch:
+    def batch(self, size: Size) -> Batch:
         """What the graph of `size` computes, wherever it was sent to."""
-        header, staging = self._layout(size, self._staging.header), self._staging
-        sequences = len(header["context_lens"])
+        header, staging, sequences = _layout(size, self._staging.header), self._staging, size.room + 2
         return Batch(
             token_ids=header["token_ids"],
             drawn=staging.drawn,
@@ -106,41 +115,42 @@ class MixedSteps:
             slots=header["slots"],
             logits_at=header["logits_at"],
             rope_bases=None if staging.rope_bases is None else staging.rope_bases[:sequences],
-            decodes=len(header["decode_lens"]),
+            decodes=size.room,
             decode_lens=header["decode_lens"],
             blocks=header["blocks"].view(-1, 2),
         )
 
-    def ignoring(self, size: int) -> Tensor:
+    def ignoring(self, size: Size) -> Tensor:
         """Which rows of logits ignore end tokens: int32 [R]."""
-        return self._layout(size, self._staging.header)["ignoring"]
-
-    def _layout(self, size: int, flat: Integers) -> dict[str, Integers]:
-        """The fields of a header."""
-        fields, start = {}, 0
-        for name, length in _lengths(size, self._most).items():
-            fields[name] = flat[start : start + length]
-            start += aligned(length)
-        return fields
+        return _layout(size, self._staging.header)["ignoring"]
 
 
-def room_for(size: int, max_batch_size: int) -> int:
-    """Integers in the header of a step of `size` tokens."""
-    return sum(map(aligned, _lengths(size, max_batch_size).values()))
+def room_for(size: Size) -> int:
+    """Integers in the header of a step."""
+    return sum(map(aligned, _lengths(size).values()))
 
 
-def _lengths(size: int, max_batch_size: int) -> dict[str, int]:
-    sequences = min(max_batch_size, size)  # each has at least one token
+def _layout(size: Size, flat: Integers) -> dict[str, Integers]:
+    """The fields of a header."""
+    fields, start = {}, 0
+    for name, length in _lengths(size).items():
+        fields[name] = flat[start : start + length]
+        start += aligned(length)
+    return fields
+
+
+def _lengths(size: Size) -> dict[str, int]:
+    tokens, sequences = size
     return {
-        "token_ids": size,
-        "positions": size,
-        "slots": size,
+        "token_ids": tokens,
+        "positions": tokens,
+        "slots": tokens,
         "query_starts": sequences + 3,
         "context_lens": sequences + 2,
         "decode_lens": sequences,
         "logits_at": sequences,
         "ignoring": sequences,
-        "blocks": 2 * blocks_in(size),
+        "blocks": 2 * blocks_in(tokens),
     }
 
 

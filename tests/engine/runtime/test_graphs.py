@@ -5,7 +5,7 @@ import torch
 
 from engine.config import Sampling
 from engine.models.cache import KVCache
-from engine.runtime.batch import Step
+from engine.runtime.batch import Size, Step
 from engine.runtime.channel import HEADER, pack, unpack
 from engine.runtime.decode_steps import batch_sizes
 from engine.runtime.engine import Engine
@@ -51,12 +51,12 @@ def unpadded(engine: Engine) -> Engine:
 
 
 def count_steps(engine, monkeypatch):
-    """What the graphs of an engine compute from now on: the kinds and sizes of steps, None where there is no graph."""
+    """The graphs that an engine uses from now on, None for a step without one."""
     graphs, seen = engine._runner._graphs, []
 
     def step_of(*arguments):
         step = given(*arguments)
-        seen.append(step and (step.mixed, step.graph))
+        seen.append(step and step.graph)
         return step
 
     given = graphs.step_of
@@ -79,7 +79,7 @@ def test_answers_are_the_same_with_graphs(way, temperature, monkeypatch):
         expected, answers = (engine.generate(PROMPTS, samplings) for engine in (plain, made))
         assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
         made.check()
-    assert None not in seen and {mixed for mixed, _ in seen} == {False, True}
+    assert None not in seen and {size.room > 0 for size in seen} == {False, True}
     assert (made._scheduler.num_preemptions > 0) == way.startswith("preempted")
 
 
@@ -89,7 +89,7 @@ def test_another_rank_computes_the_same_from_what_it_is_told(monkeypatch):
     monkeypatch.setattr(one._runner, "_tell", lambda step: told.append(pack(step.message())[HEADER:]))
     one.generate(PROMPTS, Sampling(temperature=0, max_new_tokens=8))
     steps = [Step.of_message(unpack(message)) for message in told]
-    assert {step.mixed for step in steps} == {False, True} and all(step.graph for step in steps)
+    assert {step.graph.room > 0 for step in steps} == {False, True}
     for step in steps:
         other._runner.follow(step)
         other._runner._drawn.tolist()  # waits, as rank 0 does before it goes on
@@ -105,7 +105,7 @@ def test_what_fits_no_graph_is_computed_without(monkeypatch):
     made.score(PROMPTS[:2], lambda item, start, logits: scores.append(logits.cpu()))
     assert not seen, "scored sequences need the logits of all tokens"
     long = [number % 60 for number in range(39)]
-    monkeypatch.setattr(made._runner._graphs._mixed, "sizes", [16])
+    monkeypatch.setattr(made._runner._graphs._mixed, "sizes", [Size(16, 4)])
     option = Sampling(temperature=0, max_new_tokens=1)
     answer = made.generate([long], option)[0]
     assert seen == [None]

@@ -1,5 +1,6 @@
 """Padded steps, which graphs compute on a GPU, computed kernel by kernel against the same steps without padding."""
 
+import itertools
 import random
 
 import pytest
@@ -9,10 +10,10 @@ from engine.config import Sampling
 from engine.models.batch import QUERY_BLOCK
 from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
-from engine.runtime.batch import build_batch
+from engine.runtime.batch import Size, build_batch
 from engine.runtime.cache import PageTable
 from engine.runtime.graphs import Graphs, Sizes
-from engine.runtime.mixed_steps import blocks_in, token_sizes
+from engine.runtime.mixed_steps import blocks_in, mixed_sizes
 from engine.runtime.scheduler import Plan, Scheduler
 from engine.runtime.sequence import Sequence
 from tests.engine.models.tiny import quantized, random_weights, tiny_config
@@ -23,15 +24,17 @@ PAGE_LEN, PAGES, MOST = 4, 60, 8
 
 
 def test_sizes_end_within_the_budget_and_padding_is_bounded():
-    for budget in (1, 3, 16, 100, 512, 2048, 8192):
-        sizes = token_sizes(budget)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == min(budget, 2048)
-        for tokens in range(257, sizes[-1] + 1):
-            assert next(size for size in sizes if size >= tokens) - tokens < 256
-        for size in sizes:  # 16 prompts fit whatever their lengths, and more where each has at least 64 tokens
-            prompts = min(16, size // 2)
-            longest = [size - 2 * (prompts - 1)] + [2] * (prompts - 1)
-            assert sum(-(-length // QUERY_BLOCK) for length in longest) <= blocks_in(size) or size < 2
+    for budget, batch in itertools.product((1, 3, 16, 100, 512, 2048, 8192), (1, 4, 64, 100, 256, 300)):
+        sizes = mixed_sizes(budget=budget, max_batch_size=batch)
+        largest = min(budget, 2048)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == (largest, min(batch, largest)) and len(sizes) <= 25
+        assert all(0 < size.room <= size.tokens for size in sizes)
+        for sequences, tokens in itertools.product({1, batch}, range(257, largest + 1)):
+            assert next(one for one in sizes if one.tokens >= tokens and one.room >= sequences).tokens - tokens < 256
+        for tokens, _ in sizes:  # 8 prompts fit whatever their lengths, and more where each has at least 64 tokens
+            prompts = max(1, min(8, tokens // 2))
+            longest = [tokens - 2 * (prompts - 1)] + [2] * (prompts - 1)
+            assert sum(-(-length // QUERY_BLOCK) for length in longest) <= blocks_in(tokens)
 
 
 def scales_of(config, kv):
@@ -55,6 +58,8 @@ class Both:
         make = lambda pages: KVCache(  # noqa: E731
             model.config, num_pages=pages, page_len=PAGE_LEN, device=model.device, dtype=model.dtype, scales=scales
         )
+        sizes = mixed_sizes(budget=budget, max_batch_size=MOST)
+        sizes = [Size(tokens, fewer) for tokens, room in sizes for fewer in sorted({min(3, room), room})]
         self.plain, self.padded = make(PAGES), make(PAGES + 1)
         self.drawn = torch.zeros(MOST, dtype=torch.int64, device=model.device)
         self.graphs = Graphs(
@@ -64,7 +69,7 @@ class Both:
             eos_token_ids=(1,),
             max_batch_size=MOST,
             session_len=64,
-            sizes=Sizes([1, 2, MOST], token_sizes(budget)),
+            sizes=Sizes([1, 2, MOST], sizes),
             captured=captured,
         )
         self.rows: dict[Sequence, int] = {}
@@ -83,7 +88,7 @@ class Both:
         step = self.graphs.step_of(plan, rows, self.steps)
         assert step is not None and step.draws == len(drawing)
         counts = [sequence.scheduled for sequence in plan.sequences]
-        assert step.mixed or counts == [1] * len(counts)
+        assert step.graph.room or counts == [1] * len(counts)
         self.graphs.replay(step, self.steps)
         found = self.graphs.logits[: len(drawing)]
         assert found.isfinite().all()
@@ -159,7 +164,7 @@ def test_a_step_of_nothing_but_padding_touches_the_spare_page_alone():
         for steps in (graphs._decode, graphs._mixed):
             for size in steps.sizes:
                 step = steps.step_of(Plan(()), {}, 0, size)
-                assert (step.draws, step.graph, step.mixed) == (0, size, steps is graphs._mixed)
+                assert (step.draws, step.graph) == (0, size)
                 graphs.replay(step, 0)
                 assert graphs.logits[: len(steps.batch(size).logits_at)].isfinite().all()
     for pages in both.padded.layers:
