@@ -1,7 +1,8 @@
-"""`ingot bench tune`: the fastest configuration of every matrix product on this GPU, in a table."""
+"""`ingot bench tune`: the fastest configuration of every matrix product and of attention on this GPU, in a table."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from benchmarks.options import option, read_options
 from benchmarks.shapes import SHAPES, shape
 
 ABOUT = """
-Times the configurations of the matrix products (int4, int8 and dense) at the sizes of a model's shape, and writes the
-fastest into the table of this device, which the engine reads when it serves; nothing is tuned while serving. A device
+Times the configurations of the matrix products (int4, int8 and dense) at the sizes of a model's shape, and of decode
+attention over each kind of cache (`decode_attention`), and writes the fastest into the table of this device, which the engine reads when it serves; nothing is tuned while serving. A device
 without a table runs on defaults. What is not reached in the time keeps the row that it had. Prints a line a product.
 """
+
+
+ATTENTION = "decode_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench tune", about=ABOUT)
+    import torch
+
     from benchmarks.subject import find_device
 
     device = find_device(options.device)
@@ -34,18 +40,29 @@ def main(argv: list[str]) -> int:
         raise ValueError("kernels are tuned on a GPU, and this machine has none; on a CPU there is nothing to tune.")
     from engine.kernels import tune, tuning
 
-    known = (*tune.MODULES, *tune.NORMED)
+    known = (*tune.MODULES, *tune.NORMED, ATTENTION)
     operations = known if options.operations == ("all",) else options.operations
     if unknown := [op for op in operations if op not in known]:
         raise ValueError(f"operations={unknown[0]} is not known; there are {', '.join(known)}.")
+    folder, begun = options.out or tuning.TABLES, time.monotonic()
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if ATTENTION in operations:
+        from benchmarks.tune_attention import tune_attention
+        from engine.kernels.device import facts
+
+        rows = tune_attention(shape(options.shape), device, seconds=options.seconds, report=report)
+        tuning.write(facts(torch.device(device)).name, rows, tune.versions(), folder)
     path = tune.tune(
         device,
-        seconds=options.seconds,
+        seconds=options.seconds - (time.monotonic() - begun),
         shapes=products(options.shape),
         rows=options.tokens or tune.ROWS,
         operations=operations,
-        folder=options.out or tuning.TABLES,
-        report=lambda line: print(line, flush=True),
+        folder=folder,
+        report=report,
     )
     print(path)
     return 0

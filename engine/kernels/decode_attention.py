@@ -8,12 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
+from engine.kernels import tuning
 from engine.kernels.decode_kernels import decode_group, decode_one
 from engine.kernels.dependent_launch import options
-from engine.kernels.device import INTERPRETER, facts
+from engine.kernels.device import INTERPRETER, Device, facts
 from engine.kernels.page_rows import TOKENS, pointers, storage_of
 from engine.kernels.reference import Pages
 from engine.kernels.splits import TILES, buffers
+from engine.kernels.tuning import Config
 
 LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
@@ -28,6 +30,26 @@ def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
     return max(1, min(1 << (wanted.bit_length() - 1) if wanted else 1, MOST_SPLITS))
 
 
+def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int) -> Config:
+    """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
+    `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
+    that is unknown."""
+    found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
+    if found is None:
+        one = kind == "one"
+        warps = 4 if one or stored == TOKENS.value else 2
+        found = {"block": 32 if one else 64, "stages": 3, "warps": warps}
+    return found
+
+
+def candidates(kind: str) -> list[Config]:
+    """The configurations that tuning tries: block, stages, warps."""
+    one = ((32, 3, 4), (32, 3, 2), (32, 2, 4), (32, 4, 4), (16, 3, 1), (16, 3, 2), (16, 4, 4), (64, 2, 4), (64, 3, 8))
+    group = ((64, 3, 2), (64, 2, 2), (64, 3, 4), (64, 2, 4), (128, 2, 4), (32, 3, 1), (32, 3, 2), (32, 4, 2))
+    tried = one if kind == "one" else group
+    return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
+
+
 def decode_attention(
     query: Tensor,
     pages: Pages,
@@ -37,14 +59,15 @@ def decode_attention(
     window: int | None = None,
     splits: int | None = None,
     out: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v for one token a sequence: query [B, heads, head_dim] -> the same shape.
 
     The last token of `context_lens` [B] is the query's own, whose K and V are in the pages already. A sequence of 0
-    tokens gets zeros.
+    tokens gets zeros. `config` overrides the table of the device; see `config_for`.
     """
     out = torch.empty_like(query) if out is None else out
-    _launch(query, pages, context_lens, page_table, scale, window, splits, out)
+    _launch(query, pages, context_lens, page_table, scale, window, splits, out, config)
     return out
 
 
@@ -101,6 +124,7 @@ def _launch(
     window: int | None,
     splits: int | None,
     out: Tensor,
+    config: Config | None = None,
     **turning: Any,
 ) -> None:
     batch, heads, head_dim = out.shape
@@ -119,7 +143,8 @@ def _launch(
     one_row = group == 1
     kernel = decode_one if one_row else decode_group
     rows = {} if one_row else {"rows": max(triton.next_power_of_2(group), 16)}
-    stored = storage_of(pages)
+    stored, device = storage_of(pages), facts(query.device)
+    config = config or config_for(device, "one" if one_row else "group", stored, kv_heads, head_dim, batch)
     unused: dict[str, Any] = dict.fromkeys(("cos", "sin", "query_scale", "query_norm", "key_norm", "slots"), query)
     unused |= {"query_stride": 0, "eps": 0.0, "turns": False, "norms": False, "scaled": False}
     kernel[(splits, kv_heads, batch)](
@@ -139,12 +164,12 @@ def _launch(
         page_len=page_len,
         head_dim=head_dim,
         padded=padded if one_row else max(padded, 16),
-        block=32 if one_row else 64,
+        block=config["block"],
         stored=stored,
         splits=splits,
-        stages=1 if facts(query.device) == INTERPRETER else 3,
-        num_warps=2 if not one_row and stored != TOKENS.value else 4,
+        stages=1 if device == INTERPRETER else config["stages"],
+        num_warps=config["warps"],
         **rows,
         **(unused | turning),
-        **options(facts(query.device)),
+        **options(device),
     )

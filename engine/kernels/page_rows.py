@@ -47,6 +47,13 @@ def places(table, first, token, head, kv_heads: tl.constexpr, page_len: tl.const
 
 
 @triton.jit
+def _byte(word):
+    """The lowest byte as float32: the last digits of 2^23, and that subtracted. An instruction that converts integers
+    runs at an eighth of the rate of others, and would be what attention over bytes takes."""
+    return ((word & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
 def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr, plain: tl.constexpr):
     """Rows at `place` as they are stored: [block, padded], bytes as float32 0..255."""
     if plain:
@@ -59,8 +66,8 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
         mask = inside[:, None] & (column < words)[None, :]
         pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
         word = tl.load(pointer, mask=mask, other=0)
-        even = tl.join((word & 255).to(tl.float32), ((word >> 16) & 255).to(tl.float32))
-        odd = tl.join(((word >> 8) & 255).to(tl.float32), ((word >> 24) & 255).to(tl.float32))
+        even = tl.join(_byte(word), _byte(word >> 16))
+        odd = tl.join(_byte(word >> 8), _byte(word >> 24))
         rows = tl.join(even, odd).reshape(word.shape[0], padded)
     return rows
 
