@@ -11,11 +11,10 @@ from benchmarks.shapes import SHAPES, shape
 
 ABOUT = """
 Times the configurations of the matrix products (int4, int8 and dense) at the sizes of a model's shape, and of decode
-attention over each kind of cache (`decode_attention`), and writes the fastest into the table of this device, which the engine reads when it serves; nothing is tuned while serving. A device
-without a table runs on defaults. What is not reached in the time keeps the row that it had. Prints a line a product.
+attention over each kind of cache (`decode_attention`), and writes the fastest into the table of this device, which the
+engine reads when it serves; nothing is tuned while serving. A device without a table runs on defaults. What is not
+reached in the time keeps the row that it had. Prints a line a product.
 """
-
-
 ATTENTION = "decode_attention"
 
 
