@@ -162,6 +162,43 @@ def int8_linear(setting: Setting) -> Iterator[Case]:
         )
 
 
+@register("normed_int8_linear")
+def normed_int8_linear(setting: Setting) -> Iterator[Case]:
+    """int8 q, k and v, and gate and up, of the norm of the residual stream; `apart` takes a kernel for the norm."""
+    for outputs, inputs in layer_products(setting.config)[::2]:
+        yield _made_int8(setting, "normed_int8_linear", outputs, inputs, streams=2)
+
+
+@register("rounded_int8_linear")
+def rounded_int8_linear(setting: Setting) -> Iterator[Case]:
+    """int8 o of what attention gives; `apart` takes a kernel for the rounding."""
+    yield _made_int8(setting, "rounded_int8_linear", *layer_products(setting.config)[1], streams=0)
+
+
+def _made_int8(setting: Setting, op: str, outputs: int, inputs: int, *, streams: int) -> Case:
+    """A product that makes its int8 rows, of two `streams` and a norm or of rows of floats."""
+    run = implementations(op, setting.device, "engine.kernels.normed_linear", reference=LINEARS)
+    if "normed_linear" in run:
+        run["apart"] = functools.partial(run["normed_linear"], bias=None, config={"kernel": "apart"})
+
+    def make() -> tuple[Any, ...]:
+        rows = [values(setting, setting.tokens, inputs) for _ in range(max(streams, 1))]
+        norm = (values(setting, inputs), setting.config.norm_eps) if streams else ()
+        weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=setting.device)
+        return *rows, *norm, weight, torch.rand(outputs, device=setting.device) / inputs
+
+    read = (setting.tokens * 3 + 1) * inputs if streams else setting.tokens * inputs
+    return Case(
+        kernel=op,
+        size=f"{setting.tokens} of {outputs}x{inputs}",
+        inputs=make,
+        run=run,
+        bytes=outputs * inputs + (read + setting.tokens * outputs) * setting.dtype.itemsize,
+        operations=2 * setting.tokens * outputs * inputs,
+        int8=True,
+    )
+
+
 def layer_products(config: ModelConfig) -> list[tuple[int, int]]:
     """(outputs, inputs) of the four products of a layer: q, k and v, and gate and up, as one each."""
 

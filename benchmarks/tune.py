@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("kernels are tuned on a GPU, and this machine has none; on a CPU there is nothing to tune.")
     from engine.kernels import tune, tuning
 
-    known = (*tune.MODULES, *tune.NORMED, ATTENTION)
+    known = (*tune.MODULES, *tune.FUSED, ATTENTION)
     operations = known if options.operations == ("all",) else options.operations
     if unknown := [op for op in operations if op not in known]:
         raise ValueError(f"operations={unknown[0]} is not known; there are {', '.join(known)}.")

@@ -20,6 +20,7 @@ from engine.kernels import dependent_launch, int4_gemv
 from engine.kernels.device import Device, facts
 from engine.kernels.int4_gemv import bases, load_pairs, load_words, multiply, store
 from engine.kernels.int4_weights import Int4Weights
+from engine.kernels.load_order import in_order
 from engine.kernels.tuning import Config
 
 # What the normed rows may take of a multiprocessor's shared memory, so that several programs fit.
@@ -126,17 +127,6 @@ def _operand_layout(tokens, warps):
 
 
 @gluon.jit
-def _in_order(WARPS: gl.constexpr):
-    """Keeps loads where they are written: ptxas would move them all to the end of a turn, behind the products, but
-    moves none past what orders the memory of a warp's lanes."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    lane = gl.arange(0, 32 * WARPS, layout=LAYOUT)
-    gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _normed(total, factor, eps, WIDTH: gl.constexpr):
     """`reference.rms_norm` of one row: the steps of `norm._norm`."""
     wide = total.to(gl.float32)
@@ -238,6 +228,6 @@ def _normed_gemv(
             pairs = pairs[GROUPS:]
             for group in gl.static_range(GROUPS):
                 pairs = pairs + (load_pairs(scale_zero_ptr, block, tile, end, group, GROUPS, ROWS, WARPS),)
-            _in_order(WARPS)
+            in_order(WARPS)
         store(sums, turn * ROWS, bias_ptr, y_ptr, m, n, HAS_BIAS, GATED, ROWS, MMA)
         turn = following

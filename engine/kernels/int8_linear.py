@@ -1,15 +1,18 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """y = x W^T with int8 x and W: an exact integer sum, then the scales of x's rows and of W's rows and the bias.
 
-Few rows of x run by `_int8_columns`, W being the left operand and the sum split among programs: its time is that of
-reading W. Many run by `_int8_tiles`, persistent programs fed by the copy engine (sm_90 and newer).
+Up to four rows of x run by `int8_gemv` where a table chooses it. Few run by `_int8_columns`, W being the left operand
+and the sum split among programs: its time is that of reading W. Many run by `_int8_tiles`, persistent programs fed by
+the copy engine (sm_90 and newer).
 (Above 300 lines: two kernels of one product, and the choice between them.)
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 import triton
@@ -48,12 +51,31 @@ def int8_linear(
     if config is None or not runs(config, m, n, k, device):
         config = default_config(m, n, k, device)
     x, weight = x.contiguous(), weight.contiguous()
+    if config["kernel"] == "gemv":
+        gemv = gemv_module(device)
+        assert gemv is not None, "a configuration that does not run here"
+        y: Tensor = gemv.multiply_codes(x, x_scales, weight, weight_scales, bias, dtype, config)
+        return y
     run = {"columns": _run_columns, "tiles": _run_tiles, "library": _run_library}[config["kernel"]]
     return run(x, x_scales, weight, weight_scales, bias, dtype, config)
 
 
+@functools.cache
+def gemv_module(device: Device) -> ModuleType | None:
+    """`int8_gemv`, where the card and this Triton have what it needs."""
+    if device.capability < (8, 0):
+        return None
+    try:
+        return importlib.import_module("engine.kernels.int8_gemv")
+    except ImportError:  # Gluon is experimental: a Triton whose Gluon is another one runs the plain kernels
+        return None
+
+
 def runs(config: Config, m: int, n: int, k: int, device: Device) -> bool:
     """Whether the configuration's kernel can do this product here."""
+    if config["kernel"] == "gemv":
+        gemv = gemv_module(device)
+        return gemv is not None and bool(gemv.runs(m, k, device))
     if config["kernel"] == "tiles":
         return device.capability >= (9, 0) and k % 16 == 0
     if config["kernel"] == "library":
@@ -95,7 +117,8 @@ def default_config(m: int, n: int, k: int, device: Device) -> Config:
 
 def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries for a product of m rows."""
-    found: list[dict[str, Any]] = []
+    gemv = gemv_module(device)
+    found: list[Config] = list(gemv.candidates(m, device)) if gemv is not None else []
     if m <= 512:
         block_m = max(16, min(128, triton.next_power_of_2(m)))
         for block_n, warps in ((64, 4), (128, 8), (128, 4)):

@@ -45,6 +45,26 @@ def normed_int4_linear(
     return product(reference.rms_norm(total, norm, eps), weights, bias), total
 
 
+def normed_int8_linear(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.int8_linear` of `reference.rms_norm_int8` of total = residual + delta [M, in], and total."""
+    total = residual + delta
+    rows = reference.rms_norm_int8(total, norm, eps)
+    return reference.int8_linear(*rows, weight, weight_scales, bias, delta.dtype), total
+
+
+def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.int8_linear` of `reference.quantize_rows` of x [M, in], in its type."""
+    return reference.int8_linear(*reference.quantize_rows(x), weight, weight_scales, bias, x.dtype)
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [..., in] and weight [out, in] of one type; summed in float32, rounded once."""
     y = x.float() @ weight.float().t()

@@ -1,4 +1,7 @@
-"""Products of the RMS norm of the residual stream: in one kernel where rows are few, else a norm and a product."""
+"""Products of what is made of rows first, in one kernel where rows are few, else in two.
+
+Made are the RMS norm of the residual stream, and int8 rows.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from engine.kernels import int4_linear, tuning
+from engine.kernels import activation, int4_linear, int8_linear, tuning
 from engine.kernels.device import Device, facts
 from engine.kernels.int4_weights import Int4Weights
-from engine.kernels.norm import add_rms_norm
+from engine.kernels.norm import add_rms_norm, add_rms_norm_int8
 from engine.kernels.tuning import Config
 
-# Up to so many rows are normed by the product, on a card without a table.
+# Up to so many rows are made by the product, on a card without a table.
 FEW_ROWS = 4
-# More rows than that are never normed by the product, and need no row in a table.
+# More rows than that are never made by the product, and need no row in a table.
 MOST_ROWS = 8
-# A norm and a product, each a kernel; the product runs by its own table.
+# Two kernels; the product runs by its own table.
 APART = {"kernel": "apart"}
 
 
@@ -53,10 +56,62 @@ def normed_int4_linear(
     return y, total
 
 
+def normed_int8_linear(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`int8_linear` of what `add_rms_norm_int8` gives for delta and residual [M, in], and their sum, in their type.
+
+    What `normed_int4_linear` says of sums of squares is true here too.
+    """
+    config, gemv = _int8_config("normed_int8_linear", delta, weight, config)
+    if gemv is None:
+        values, scales, total = add_rms_norm_int8(delta, residual, norm, eps)
+        return int8_linear.int8_linear(values, scales, weight, weight_scales, bias, delta.dtype), total
+    y, total = gemv.multiply_normed(delta, residual, norm, eps, weight, weight_scales, bias, config)
+    return y, total
+
+
+def rounded_int8_linear(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """`int8_linear` of what `quantize_rows` gives for x [M, in], in its type."""
+    config, gemv = _int8_config("rounded_int8_linear", x, weight, config)
+    if gemv is None:
+        return int8_linear.int8_linear(*activation.quantize_rows(x), weight, weight_scales, bias, x.dtype)
+    y: Tensor = gemv.multiply_rows(x, weight, weight_scales, bias, config)
+    return y
+
+
 def int4_candidates(m: int, device: Device) -> Sequence[Config]:
     """The configurations of `normed_int4_linear` that tuning tries for m rows."""
     kernel = _int4_module(device)
     return [APART, *(kernel.candidates(m, device) if kernel is not None else ())]
+
+
+def int8_candidates(m: int, device: Device) -> Sequence[Config]:
+    """The same of `normed_int8_linear` and `rounded_int8_linear`."""
+    gemv = int8_linear.gemv_module(device)
+    return [APART, *(gemv.candidates(m, device) if gemv is not None else ())]
+
+
+def _int8_config(op: str, x: Tensor, weight: Tensor, config: Config | None) -> tuple[Config, ModuleType | None]:
+    """How x [M, in] is multiplied: a configuration, and the module of the one kernel, or none where there are two."""
+    (m, k), n, device = x.shape, len(weight), facts(x.device)
+    if config is None and m <= MOST_ROWS:
+        config = tuning.lookup(op, device.name, n, k, m)
+    gemv = int8_linear.gemv_module(device)
+    if gemv is None or not gemv.runs(m, k, device):
+        return APART, None
+    if config is None:
+        config = gemv.default_config(device) if m <= FEW_ROWS else APART
+    return config, None if config["kernel"] == "apart" else gemv
 
 
 def _int4_kernel(device: Device, m: int, dtype: torch.dtype, weights: Int4Weights) -> ModuleType | None:

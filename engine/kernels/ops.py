@@ -31,14 +31,16 @@ __all__ = [
     "int8_linear",
     "likeliest",
     "normed_int4_linear",
+    "normed_int8_linear",
     "pack_int4",
     "packs_int4",
     "paged_attention",
     "quantize_rows",
     "rms_norm",
-    "rope_attention",
     "rms_norm_int8",
+    "rope_attention",
     "rope_write_kv",
+    "rounded_int8_linear",
     "row_maxima",
     "silu_and_mul",
     "silu_and_mul_int8",
@@ -100,6 +102,29 @@ def int8_linear(
     if cpu_linear.multiplies_int8(x, weight):
         return cpu_linear.int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
     return reference.int8_linear(x, x_scales, weight, weight_scales, bias, dtype)
+
+
+def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`int8_linear` of what `quantize_rows` gives for x [T, in], in its type."""
+    if on_kernels(x) and x.dtype in HALVES:
+        return _kernels("normed_linear").rounded_int8_linear(x, weight, weight_scales, bias)
+    return int8_linear(*quantize_rows(x), weight, weight_scales, bias, x.dtype)
+
+
+def normed_int8_linear(
+    delta: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`int8_linear` of what `add_rms_norm_int8` gives, in the type of delta, and the sum."""
+    if on_kernels(delta) and delta.dtype in HALVES:
+        return _kernels("normed_linear").normed_int8_linear(delta, residual, norm, eps, weight, weight_scales, bias)
+    values, scales, total = add_rms_norm_int8(delta, residual, norm, eps)
+    return int8_linear(values, scales, weight, weight_scales, bias, total.dtype), total
 
 
 def packs_int4(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> bool:

@@ -13,7 +13,9 @@ ROUNDER = tl.constexpr(12582912.0)
 @triton.jit
 def round_row(x):
     """`reference.quantize_rows` of one row in float32: codes and scale."""
-    return round_by(x, tl.max(tl.abs(x), axis=0))
+    size = tl.abs(x)
+    # A maximum passes over what is not a number; such a row's scale is not to be finite.
+    return round_by(x, tl.max(tl.where(size == size, size, float("inf")), axis=0))
 
 
 @triton.jit

@@ -36,8 +36,10 @@ ROTATED_BYTES = 400_000_000
 LAUNCHES = 32
 REPLAYS = 5
 MODULES = {"int4_linear": int4_linear, "int8_linear": int8_linear, "dense_linear": dense_linear}
-# The same of what a norm gives, by products that read the residual stream.
-NORMED = {"normed_int4_linear": "int4_linear"}
+# The same of what is made of rows first: the norm of the residual stream, or int8 rows.
+NORMED = {"normed_int4_linear": "int4_linear", "normed_int8_linear": "int8_linear"}
+ROUNDED = {"rounded_int8_linear": "int8_linear"}
+FUSED = {**NORMED, **ROUNDED}
 EPS = 1e-5
 
 
@@ -53,7 +55,7 @@ class Product:
     rotated_bytes: int | None = None  # None: ROTATED_BYTES
 
     def __post_init__(self) -> None:
-        self.kind = NORMED.get(self.op, self.op)
+        self.kind = FUSED.get(self.op, self.op)
         self.generator = torch.Generator(self.device).manual_seed(0)
         first = self._weight()
         self.weight_bytes = sum(tensor.nbytes for tensor in _tensors(first))
@@ -80,6 +82,10 @@ class Product:
         x = self.inputs(m)
         if self.op == "normed_int4_linear":
             return normed_linear.normed_int4_linear(x[0], x[1], x[2], EPS, weight, None, config)[0]
+        if self.op == "normed_int8_linear":
+            return normed_linear.normed_int8_linear(x[0], x[1], x[2], EPS, weight[0], weight[1], None, config)[0]
+        if self.op in ROUNDED:
+            return normed_linear.rounded_int8_linear(x[0], weight[0], weight[1], None, config)
         if self.op == "int4_linear":
             return int4_linear.int4_linear(x[0], weight, None, config)
         if self.op == "int8_linear":
@@ -96,7 +102,11 @@ class Product:
     def _exact(self, m: int) -> Tensor:
         if m not in self._products:
             x, weight = self.inputs(m), self.weights[0]
-            if self.op == "int8_linear":
+            if self.kind == "int8_linear":
+                if self.op in NORMED:
+                    x = reference.rms_norm_int8(x[0] + x[1], x[2], EPS)
+                elif self.op in ROUNDED:
+                    x = reference.quantize_rows(x[0])
                 exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
             else:
                 dense = weight.dequantize(torch.float32) if self.kind == "int4_linear" else weight.float()
@@ -111,8 +121,9 @@ class Product:
 
     def candidates(self, m: int) -> list[Config]:
         device = facts(self.device)
-        if self.op in NORMED:
-            return list(normed_linear.int4_candidates(m, device))
+        if self.op in FUSED:
+            of_kind = normed_linear.int4_candidates if self.kind == "int4_linear" else normed_linear.int8_candidates
+            return list(of_kind(m, device))
         return list(MODULES[self.op].candidates(m, self.n, self.k, device))
 
     def _weight(self) -> Any:
@@ -124,7 +135,7 @@ class Product:
             scale = (torch.rand(shape, **integers) * 0.02 + 0.01).half().view(torch.int16).to(torch.int32)
             zero = torch.randint(0, 16, shape, **integers).to(torch.int32)
             return Int4Weights(words, scale | ((zero | FLOAT16_1024) << 16), self.n, self.k, GROUP_SIZE)
-        if self.op == "int8_linear":
+        if self.kind == "int8_linear":
             weight = torch.randint(-127, 128, (self.n, self.k), dtype=torch.int8, **integers)
             return weight, torch.rand(self.n, **integers) * 1e-3 + 1e-3
         return torch.randn(self.n, self.k, dtype=self.dtype, **integers) * 0.02
@@ -172,7 +183,7 @@ def tune(
     seconds: float = 600.0,
     shapes: Sequence[tuple[int, int]] = (*SHAPES, HEAD),
     rows: Sequence[int] = ROWS,
-    operations: Sequence[str] = (*MODULES, *NORMED),
+    operations: Sequence[str] = (*MODULES, *FUSED),
     folder: Path = tuning.TABLES,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -188,7 +199,7 @@ def tune(
     found = []
     for n, k in shapes:
         # What writes the residual stream has no more outputs than inputs, and reads no norm.
-        possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ())]
+        possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ROUNDED)]
         for op in [op for op in possible if op in operations]:
             product = Product(op, n, k, device)
             for m in rows if op in MODULES else (m for m in rows if m <= normed_linear.MOST_ROWS):

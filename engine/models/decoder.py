@@ -1,4 +1,7 @@
-"""The one decoder of all dense families: layers of norm, qkv, rotary, attention, o, norm, gate-up, down; norm; head."""
+"""The one decoder of all dense families: layers of norm, qkv, rotary, attention, o, norm, gate-up, down; norm; head.
+
+(Above 300 lines: a layer and its model, each step with what it takes and gives.)
+"""
 
 from __future__ import annotations
 

@@ -112,10 +112,17 @@ class Int8Linear:
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         """A float tensor is quantized row by row first; the result has its type."""
-        rows = x if isinstance(x, Int8Rows) else Int8Rows(*ops.quantize_rows(x), x.dtype)
-        values = rows.values.reshape(-1, rows.values.shape[-1])
-        out = ops.int8_linear(values, rows.scales.reshape(-1), self.weight, self.scales, self.bias, rows.dtype)
-        return out.view(*rows.values.shape[:-1], len(self.weight))
+        if isinstance(x, Int8Rows):
+            shape, values = x.values.shape, x.values.reshape(-1, x.values.shape[-1])
+            out = ops.int8_linear(values, x.scales.reshape(-1), self.weight, self.scales, self.bias, x.dtype)
+        else:
+            shape = x.shape
+            out = ops.rounded_int8_linear(x.reshape(-1, shape[-1]), self.weight, self.scales, self.bias)
+        return out.view(*shape[:-1], len(self.weight))
+
+    def forward_normed(self, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`forward_normed` below."""
+        return ops.normed_int8_linear(delta, hidden, norm, eps, self.weight, self.scales, self.bias)
 
 
 class MixedLinear:
@@ -160,10 +167,10 @@ def reads_int8(linear: Linear) -> bool:
 def forward_normed(linear: Linear, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `linear` makes of the RMS norm of total = hidden + delta [T, in], and total.
 
-    Here is decided whether that is one operation, which takes one kernel where rows are few: for 4-bit weights in the
-    order of a GPU's kernels. `TiledLinear` is none of them, so rows of a deterministic model never depend on it.
+    Here is decided whether that is one operation, which takes one kernel where rows are few on a GPU: for int8 weights,
+    and 4-bit ones in the order of a GPU's kernels. `TiledLinear` is none, so a deterministic model never depends on it.
     """
-    if isinstance(linear, GatedInt4Linear) or (isinstance(linear, PackedInt4Linear) and not linear.on_cpu):
+    if isinstance(linear, GatedInt4Linear | Int8Linear) or (isinstance(linear, PackedInt4Linear) and not linear.on_cpu):
         return linear.forward_normed(delta, hidden, norm, eps)
     if reads_int8(linear):
         values, scales, total = ops.add_rms_norm_int8(delta, hidden, norm, eps)

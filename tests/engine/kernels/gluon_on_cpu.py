@@ -144,6 +144,10 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
     loads is nothing."""
     if asm.startswith("bar.warp.sync"):
         return operands[0]
+    if asm.startswith("dp4a"):
+        words, codes, sums = (operand.contiguous().as_subclass(torch.Tensor) for operand in operands)
+        bytes_of = [each.view(torch.int8).view(*each.shape, 4).int() for each in (words, codes)]
+        return values((bytes_of[0] * bytes_of[1]).sum(-1).int() + sums)
     assert pack == 2
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
     results = len(dtype)
@@ -228,6 +232,19 @@ class Language(types.ModuleType):
 
     def broadcast(self, first, second):
         return tuple(values(tensor) for tensor in torch.broadcast_tensors(first, second))
+
+    def max(self, value, axis):
+        return values(value.amax(axis))
+
+    def abs(self, value):
+        return value.abs()
+
+    def div_rn(self, first, second):
+        return values(first) / second
+
+    def fma(self, first, second, third):
+        """In float64 the product is exact."""
+        return values((first.double() * second.double() + third.double()).float())
 
     def rsqrt(self, value):
         return value.rsqrt()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="test_normed_linear run
 
 @pytest.fixture(scope="module")
 def kernels():
-    _, gemv, normed_gemv = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "int4_normed_gemv")
+    _, gemv, _, normed_gemv = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "load_order", "int4_normed_gemv")
     return gemv, normed_gemv
 
 

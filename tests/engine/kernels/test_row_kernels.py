@@ -76,6 +76,14 @@ def test_parts_of_rows_are_rounded_as_the_whole_rows(inputs, dtype, gated):
     assert activation.row_maxima(rows.to(DEVICE), gated=gated)[0].item() == torch.inf
 
 
+def test_a_row_with_what_is_not_a_number_has_no_finite_scale():
+    x = torch.ones(2, 40, dtype=torch.float16)
+    x[0, 3], x[1, 5] = torch.nan, torch.inf
+    rounded = activation.quantize_rows(x.to(DEVICE))
+    normed = norm.rms_norm_int8(x.to(DEVICE), torch.ones(40, dtype=torch.float16, device=DEVICE), EPS)
+    assert not torch.isfinite(rounded[1]).any() and not torch.isfinite(normed[1]).any()
+
+
 def test_a_row_of_zeros_has_a_scale():
     values, scales = activation.quantize_rows(torch.zeros(2, 40, dtype=torch.float16, device=DEVICE))
     assert not values.any()
