@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -226,6 +227,8 @@ class Decoder:
             )
             for layer in range(config.num_layers)
         ]
+        kinds = [layer.kind for layer in self.layers]
+        self._kinds = [place for place, kind in enumerate(kinds) if kind not in kinds[:place]]
         self._norm = weights[names.FINAL_NORM].to(device, dtype)
         self._head = self._read_head(weights)
 
@@ -242,11 +245,13 @@ class Decoder:
 
     def rehearse(self, batch: Batch, cache: KVCache) -> Tensor:
         """`logits` by one layer of each kind, which means nothing: afterwards what steps of this shape run is compiled,
-        and libraries have the memory that they keep. Of several ranks by all layers: all must make the same sums."""
-        kinds = [layer.kind for layer in self.layers]
-        different = [layer for i, layer in enumerate(self.layers) if layer.kind not in kinds[:i]]
-        different = [*different, *different[:1]][: len(self.layers)]  # the first begins in another way than the others
-        return self._logits(batch, cache, different if self.ranks is None else self.layers)
+        and libraries have the memory that they keep. Ranks that differ in them, who must make the same sums all the
+        same, go through all layers."""
+        layers = [self.layers[place] for place in self._kinds]
+        layers = [*layers, layers[0]][: len(self.layers)]  # the first begins in another way than the others
+        if self.ranks is not None and not self.ranks.agree(zlib.crc32(repr(self._kinds).encode()), self.device):
+            layers = self.layers
+        return self._logits(batch, cache, layers)
 
     def _logits(self, batch: Batch, cache: KVCache | None, layers: Sequence[DecoderLayer]) -> Tensor:
         hidden, rope = begin_step(self.config, self._embedding, batch)

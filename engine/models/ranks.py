@@ -42,6 +42,10 @@ class Ranks:
         dist.all_reduce(told, op=dist.ReduceOp.MIN)
         return int(told)
 
+    def agree(self, number: int, device: torch.device) -> bool:
+        """Whether all ranks say the same number."""
+        return self.least(number, device) == -self.least(-number, device)
+
     def share(self, x: Tensor) -> None:
         """Rank 0's x, in the x of all ranks."""
         dist.broadcast(x, src=0)

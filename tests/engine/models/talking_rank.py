@@ -21,6 +21,7 @@ def talk(ranks):
     assert torch.equal(ranks.sum(ours.int()), torch.arange(6).view(2, 3).int() * total)
     assert torch.equal(ranks.max(ours * (-1) ** rank), torch.arange(6.0).view(2, 3))
     assert ranks.least((1 << 40) - rank, CPU) == (1 << 40) - size + 1
+    assert ranks.agree(-7, CPU) and not ranks.agree(rank, CPU)
     gathered = ranks.gather(ours.t())  # which is not contiguous
     expected = torch.cat([torch.arange(6.0).view(2, 3).t() * (each + 1) for each in range(size)], dim=-1)
     assert torch.equal(gathered, expected if rank == 0 else ours.t())

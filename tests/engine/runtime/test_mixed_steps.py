@@ -166,6 +166,7 @@ def test_a_step_of_nothing_but_padding_touches_the_spare_page_alone():
                 step = steps.step_of(Plan(()), {}, 0, size)
                 assert (step.draws, step.graph) == (0, size)
                 graphs.replay(step, 0)
+                graphs._compute(size, both.model.rehearse)
                 assert graphs.logits[: len(steps.batch(size).logits_at)].isfinite().all()
     for pages in both.padded.layers:
         assert not pages.key[:-1].any() and not pages.value[:-1].any()
