@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """y = x W^T + b with 4-bit weights: which kernel runs a product, and the kernels in plain Triton.
 
-Any card and any group size runs through plain Triton. A card that can runs few rows by `int4_gemv` and, from sm_90,
-more rows by `int4_gluon`; many rows run as one dense product after `dequantize`.
+Any card and any group size runs through plain Triton. A card that can runs few rows by `int4_gemv` or `int4_stream`
+and, from sm_90, more rows by `int4_gluon`; many rows run as one dense product after `dequantize`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.kernels.tuning import Config
 # Above this many rows of x a dense product of dequantized weights is faster, on a card without a table.
 DENSE_ROWS = 256
 # In Gluon, the first that can do a product being the default.
-FRAGMENT_KERNELS = ("gemv", "gluon")
+FRAGMENT_KERNELS = ("gemv", "gluon", "stream")
 
 
 def int4_linear(
@@ -89,8 +89,8 @@ def fragment_kernels(device: Device) -> dict[str, ModuleType]:
 def default_config(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> Config:
     """The configuration of a product that no table knows.
 
-    kernel: gemv, gluon, triton or dense. For triton: block_n rows of W and block_m rows of x a program, the sum over
-    inputs split among `splits` programs, warps a program, stages of the pipeline.
+    kernel: gemv, gluon, stream, triton or dense. For triton: block_n rows of W and block_m rows of x a program, the
+    sum over inputs split among `splits` programs, warps a program, stages of the pipeline.
     """
     if m > DENSE_ROWS:
         return {"kernel": "dense"}

@@ -5,8 +5,6 @@ Made are the RMS norm of the residual stream, and int8 rows.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -48,11 +46,11 @@ def normed_int4_linear(
         config = tuning.lookup("normed_int4_linear", device.name, weights.out_features, weights.in_features, m)
     fused = _int4_kernel(device, m, delta.dtype, weights)
     if config is None and fused is not None and m <= FEW_ROWS:
-        config = fused.default_config(device)
+        config = fused.default_config(m, weights, device)
     if config is None or config["kernel"] == "apart" or fused is None:
         normed, total = add_rms_norm(delta, residual, norm, eps)
         return int4_linear.int4_linear(normed, weights, bias, gated=gated), total
-    y, total = fused.run(delta, residual, norm, eps, weights, bias, config, gated=gated)
+    y, total = fused.run_normed(delta, residual, norm, eps, weights, bias, config, gated=gated)
     return y, total
 
 
@@ -89,10 +87,10 @@ def rounded_int8_linear(
     return y
 
 
-def int4_candidates(m: int, device: Device) -> Sequence[Config]:
+def int4_candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations of `normed_int4_linear` that tuning tries for m rows."""
-    kernel = _int4_module(device)
-    return [APART, *(kernel.candidates(m, device) if kernel is not None else ())]
+    stream = int4_linear.fragment_kernels(device).get("stream")
+    return [APART, *(stream.candidates(m, n, k, device) if stream is not None else ())]
 
 
 def int8_candidates(m: int, device: Device) -> Sequence[Config]:
@@ -116,12 +114,5 @@ def _int8_config(op: str, x: Tensor, weight: Tensor, config: Config | None) -> t
 
 def _int4_kernel(device: Device, m: int, dtype: torch.dtype, weights: Int4Weights) -> ModuleType | None:
     """The module of the one kernel, where it can do this product."""
-    kernel = _int4_module(device)
-    return kernel if kernel is not None and m and kernel.runs(m, dtype, weights, device) else None
-
-
-@functools.cache
-def _int4_module(device: Device) -> ModuleType | None:
-    if "gemv" not in int4_linear.fragment_kernels(device):
-        return None
-    return importlib.import_module("engine.kernels.int4_normed_gemv")
+    stream = int4_linear.fragment_kernels(device).get("stream")
+    return stream if stream is not None and m and stream.runs(m, dtype, weights, device) else None

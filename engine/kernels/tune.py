@@ -122,8 +122,9 @@ class Product:
     def candidates(self, m: int) -> list[Config]:
         device = facts(self.device)
         if self.op in FUSED:
-            of_kind = normed_linear.int4_candidates if self.kind == "int4_linear" else normed_linear.int8_candidates
-            return list(of_kind(m, device))
+            if self.kind == "int4_linear":
+                return list(normed_linear.int4_candidates(m, self.n, self.k, device))
+            return list(normed_linear.int8_candidates(m, device))
         return list(MODULES[self.op].candidates(m, self.n, self.k, device))
 
     def _weight(self) -> Any:

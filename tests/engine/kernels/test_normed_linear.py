@@ -32,7 +32,7 @@ def test_int4(m, n, k, group, dtype):
         expected, stream_after = linear_reference.normed_int4_linear(
             delta, residual, norm, EPS, weights, bias, gated=gated
         )
-        for config in (None, *normed_linear.int4_candidates(m, facts(delta.device))):
+        for config in (None, *normed_linear.int4_candidates(m, n, k, facts(delta.device))):
             given = (delta, residual, norm, EPS, weights, bias, config)
             y, total = normed_linear.normed_int4_linear(*given, gated=gated)
             assert y.shape == expected.shape and y.dtype == dtype

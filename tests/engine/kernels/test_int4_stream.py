@@ -1,4 +1,4 @@
-"""What the product that computes its norm computes, run as plain Python (see gluon_on_cpu)."""
+"""What the product by few programs computes, of a norm and of plain rows, run as plain Python (see gluon_on_cpu)."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="test_normed_linear run
 
 @pytest.fixture(scope="module")
 def kernels():
-    _, gemv, _, normed_gemv = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "load_order", "int4_normed_gemv")
-    return gemv, normed_gemv
+    _, gemv, _, stream = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "load_order", "int4_stream")
+    return gemv, stream
 
 
 def shares(rows, warps, ahead):
@@ -36,16 +36,17 @@ def shares(rows, warps, ahead):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_product_that_computes_its_norm(kernels, m, n, k, group, config, programs, gated, dtype):
-    gemv, normed_gemv = kernels
+    gemv, stream = kernels
     delta, residual = normal(m, k, dtype=dtype), normal(m, k, dtype=dtype, seed=7) * 4
     norm = (normal(k, dtype=torch.float32, seed=8) * 0.1 + 1).to(dtype)
     weights, bias = int4(n, k, group), None if m == 1 else normal(n, dtype=dtype, seed=5)
     kept = residual.clone()
-    y, total = normed_gemv.run(
+    y, total = stream.run_normed(
         delta, residual, norm, 1e-5, weights, bias, {**config, "programs": programs}, gated=gated
     )
     assert torch.equal(total, residual + delta) and torch.equal(residual, kept)
     normed = reference.rms_norm(total, norm, 1e-5)
     # The same rows by the product alone: the order of sums over warps is the same.
     expected = gemv.run(normed, weights, bias, config, gated=gated)
+    assert torch.equal(stream.run(normed, weights, bias, {**config, "programs": programs}, gated=gated), expected)
     assert y.dtype == dtype and error(y, expected) < (2e-4 if dtype == torch.float16 else 1.5e-3)

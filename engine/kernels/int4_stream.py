@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment"
 # ruff: noqa: RUF005  (Gluon has no unpacking)
-"""`int4_gemv` of an RMS norm: the residual sum, the norm and the product that reads it, in one kernel.
+"""y = x W^T with 4-bit weights and up to eight rows of x, which can be the RMS norm of the residual stream.
 
-Every program computes the normed rows for itself, in shared memory, while its first weights are on their way. So there
-are few programs, each of which goes on to further rows of W without a pause in its loads.
+The products are those of `int4_gemv`. Here every program has all rows of x in shared memory, and computes the residual
+sum and the norm for itself where x is one, while its first weights are on their way. So there are few programs, each of
+which goes on to further rows of W without a pause in its loads.
 """
 
 from __future__ import annotations
@@ -20,44 +21,51 @@ from engine.kernels import dependent_launch, int4_gemv
 from engine.kernels.device import Device, facts
 from engine.kernels.int4_gemv import bases, load_pairs, load_words, multiply, store
 from engine.kernels.int4_weights import Int4Weights
-from engine.kernels.load_order import in_order
+from engine.kernels.load_order import barrier, in_order
 from engine.kernels.tuning import Config
 
-# What the normed rows may take of a multiprocessor's shared memory, so that several programs fit.
-MOST_BYTES = 64 * 1024
+# What the rows of x may take of a multiprocessor's shared memory.
+MOST_BYTES = 128 * 1024
 
 
 def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
-    """Whether this kernel can do a product here."""
-    fits = _padded_rows(m) * _padded_inputs(weights.in_features, 8) * 2 <= MOST_BYTES
+    """Whether this kernel can do a product here, x being a norm or not."""
+    fits = _padded_rows(m) * _padded_inputs(weights.in_features, 16) * 2 <= MOST_BYTES
     return int4_gemv.runs(m, dtype, weights, device) and fits
 
 
-def default_config(device: Device) -> dict[str, Any]:
+def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
     """That of `int4_gemv`, and how many programs share out the rows of W (0: one for every `rows` blocks)."""
-    return {"kernel": "gemv", "rows": 1, "warps": 8, "ahead": 4, "programs": 2 * device.multiprocessors}
+    return {"kernel": "stream", "rows": 1, "warps": 8, "ahead": 4, "programs": 2 * device.multiprocessors}
 
 
-def candidates(m: int, device: Device) -> Sequence[Config]:
+def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries."""
     if m > int4_gemv.MOST_ROWS:
         return []
+    shared = _padded_rows(m) * _padded_inputs(k, 4) * 2
     return [
-        {"kernel": "gemv", "rows": rows, "warps": warps, "ahead": ahead, "programs": share * device.multiprocessors}
+        {"kernel": "stream", "rows": rows, "warps": warps, "ahead": ahead, "programs": share * device.multiprocessors}
         for rows, warps, ahead, shares in (
-            (1, 4, 4, (3, 4)),
+            (1, 4, 4, (2, 3, 4)),
             (1, 8, 2, (2, 3)),
-            (1, 8, 4, (0, 2)),
+            (1, 8, 4, (0, 1, 2)),
             (1, 16, 2, (1, 2)),
             (2, 4, 2, (0, 3, 4)),
             (2, 4, 4, (2,)),
             (2, 8, 2, (1, 2)),
         )
         for share in shares
+        if share * shared <= 200_000
     ]
 
 
-def run(
+def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *, gated: bool = False) -> Tensor:
+    """The product for x [M, in], M up to 8; `gated` as in `int4_linear`."""
+    return _launch(x.contiguous(), None, None, 0.0, None, weights, bias, config, gated)
+
+
+def run_normed(
     delta: Tensor,
     residual: Tensor,
     norm: Tensor,
@@ -69,18 +77,33 @@ def run(
     gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The product of the norm of total = residual + delta [M, in], M up to 8, and total. `gated`: see `int4_linear`."""
-    m, n, k = len(delta), weights.out_features, weights.in_features
-    rows, warps, tiles = config["rows"], config["warps"], weights.words.shape[1]
-    y = torch.empty(m, n // 2 if gated else n, dtype=delta.dtype, device=delta.device)
     total = torch.empty_like(residual)
+    stream = delta.contiguous(), residual.contiguous(), norm, eps, total
+    return _launch(*stream, weights, bias, config, gated), total
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    weights: Int4Weights,
+    bias: Tensor | None,
+    config: Config,
+    gated: bool,
+) -> Tensor:
+    m, n, k = len(x), weights.out_features, weights.in_features
+    rows, warps, tiles = config["rows"], config["warps"], weights.words.shape[1]
+    y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     turns = -(-n // (16 * rows))
     programs = min(config["programs"] or turns, turns)
-    _normed_gemv[(programs,)](
-        delta.contiguous(),
-        residual.contiguous(),
-        norm,
+    _stream[(programs,)](
+        x,
+        x if residual is None else residual,
+        x if norm is None else norm,
         eps,
-        total,
+        y if total is None else total,
         weights.words.view(torch.int16),
         weights.scale_zero,
         y if bias is None else bias,
@@ -89,6 +112,7 @@ def run(
         n,
         tiles,
         turns,
+        NORMS=norm is not None,
         GROUP=weights.group_size,
         HAS_BIAS=bias is not None,
         GATED=gated,
@@ -100,9 +124,9 @@ def run(
         AHEAD=min(config["ahead"], -(-tiles // warps)),
         STEPS=-(-tiles // warps),
         num_warps=warps,
-        **dependent_launch.options(facts(delta.device)),
+        **dependent_launch.options(facts(x.device)),
     )
-    return y, total
+    return y
 
 
 def _padded_rows(m: int) -> int:
@@ -152,8 +176,8 @@ def _operands(shared, step, TOKENS: gl.constexpr, WARPS: gl.constexpr, MMA: gl.c
 
 
 @gluon.jit(do_not_specialize=["m", "n", "tiles", "turns"])
-def _normed_gemv(
-    delta_ptr,
+def _stream(
+    x_ptr,
     residual_ptr,
     norm_ptr,
     eps,
@@ -166,6 +190,7 @@ def _normed_gemv(
     n,
     tiles,
     turns,
+    NORMS: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
@@ -189,35 +214,39 @@ def _normed_gemv(
         for group in gl.static_range(GROUPS):
             pairs = pairs + (load_pairs(scale_zero_ptr, turn * ROWS, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
     column = gl.arange(0, PADDED, layout=ROW)
-    factor = gl.load(norm_ptr + column, mask=column < WIDTH, other=0.0).to(gl.float32)
+    if NORMS:
+        factor = gl.load(norm_ptr + column, mask=column < WIDTH, other=0.0).to(gl.float32)
     if PDL:
         dependent_launch.depend()
     # [token, step, warp, 4, 4, 8]: what the rows of a matrix instruction's operand are lies in one run of memory.
     INPUTS: gl.constexpr = PADDED // (128 * WARPS)
     shared = gl.allocate_shared_memory(
-        delta_ptr.dtype.element_ty,
+        x_ptr.dtype.element_ty,
         [TOKENS, INPUTS, WARPS, 4, 4, 8],
         gl.SwizzledSharedLayout(1, 1, 1, [5, 0, 4, 3, 2, 1]),
     )
-    totals = ()
+    found = ()
     for token in gl.static_range(TOKENS):
         inside = (column < WIDTH) & (token < m)
-        total = gl.load(delta_ptr + token * WIDTH + column, mask=inside, other=0.0).to(gl.float32)
-        total += gl.load(residual_ptr + token * WIDTH + column, mask=inside, other=0.0).to(gl.float32)
-        totals = totals + (total.to(delta_ptr.dtype.element_ty),)
+        row = gl.load(x_ptr + token * WIDTH + column, mask=inside, other=0.0)
+        if NORMS:
+            rest = gl.load(residual_ptr + token * WIDTH + column, mask=inside, other=0.0)
+            row = (row.to(gl.float32) + rest.to(gl.float32)).to(row.dtype)
+        found = found + (row,)
     for token in gl.static_range(TOKENS):
-        inside = (column < WIDTH) & (token < m) & (turn == 0)
-        gl.store(total_ptr + token * WIDTH + column, totals[token], mask=inside)
-        normed = _normed(totals[token], factor, eps, WIDTH)
-        shared.slice(token, 1, 0).store(normed.reshape([1, INPUTS, WARPS, 4, 4, 8]))
+        row = found[token]
+        if NORMS:
+            inside = (column < WIDTH) & (token < m) & (turn == 0)
+            gl.store(total_ptr + token * WIDTH + column, row, mask=inside)
+            row = _normed(row, factor, eps, WIDTH)
+        shared.slice(token, 1, 0).store(row.reshape([1, INPUTS, WARPS, 4, 4, 8]))
+    barrier()
     while turn < turns:
         sums = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
         following = turn + gl.num_programs(0)
         for step in gl.static_range(STEPS):
             inputs = _operands(shared, step, TOKENS, WARPS, MMA)
-            sums = multiply(
-                sums, words[0], pairs[:GROUPS], inputs, delta_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA
-            )
+            sums = multiply(sums, words[0], pairs[:GROUPS], inputs, x_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA)
             # What was used is replaced by what comes AHEAD tiles later, of the following turn near the end of one.
             if step + AHEAD < STEPS:
                 block, tile, end = turn * ROWS, (step + AHEAD) * WARPS, tiles
