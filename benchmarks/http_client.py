@@ -1,6 +1,6 @@
 """A small HTTP/1.1 client for streams of server-sent events, so that the client is not what is measured.
 
-It keeps the time and the bytes of every piece, and reads them when the run is over.
+It keeps the time and the bytes of every piece that arrives, and reads them when the run is over.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import asyncio
 import json
 import time
 import urllib.parse
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
-LIMIT = 1 << 24
 DATA = b"data: "
 DONE = b"[DONE]"
 
@@ -52,35 +53,57 @@ def address_of(url: str, key: str | None = None) -> Address:
 
 async def get(address: Address, path: str) -> dict[str, Any]:
     """The JSON object at `path`; ValueError, in the server's words, for any status but 200."""
-    reader, writer = await _connect(address)
-    try:
-        writer.write(_head(address, "GET", path))
-        return _object(await _status(reader), await reader.read())
-    finally:
-        writer.close()
+    return _object(await _exchange(address, _head(address, "GET", path)))
 
 
-async def stream(address: Address, path: str, content: Mapping[str, Any]) -> Answered:
-    """Post `content`, with streaming asked for, and read the answer to its end. ValueError where it is refused, breaks
-    off, or tells no usage."""
+async def stream(address: Address, path: str, content: Mapping[str, Any]) -> Streamed:
+    """Post `content`, with streaming asked for, and keep all that comes until the connection ends."""
     body = json.dumps({**content, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    asked = time.perf_counter()
-    reader, writer = await _connect(address)
-    arrived: list[tuple[float, bytes]] = []
-    try:
-        writer.write(_head(address, "POST", path, body))
-        status, headers = await _status(reader)
+    return await _exchange(address, _head(address, "POST", path, body))
+
+
+class Streamed(asyncio.Protocol):
+    """What a server sent: pieces of bytes, each with its time."""
+
+    def __init__(self, request: bytes) -> None:
+        self.asked = time.perf_counter()
+        self.arrived: list[tuple[float, bytes]] = []
+        self.ended = asyncio.get_running_loop().create_future()
+        self._request = request
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)  # uvloop's are of no class of asyncio
+
+    def data_received(self, data: bytes) -> None:
+        self.arrived.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def answered(self) -> Answered:
+        """The streamed answer. ValueError, in the server's words, where it was refused, broke off, or told no usage."""
+        whole = b"".join(piece for _, piece in self.arrived)
+        status, headers, begin = _status(whole)
         if status != 200 or headers.get("transfer-encoding") != "chunked":
-            _object((status, headers), await reader.read())
-            raise ValueError(f"{address.host}:{address.port} did not stream its answer.")
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            piece = await reader.readexactly(size + 2)
-            arrived.append((time.perf_counter(), piece[:-2]))
-    except (asyncio.IncompleteReadError, ConnectionError) as error:
-        raise ValueError(f"the stream of {address.host}:{address.port} broke off.") from error
-    finally:
-        writer.close()
-    return _read(asked, arrived)
+            _object(self)
+            raise ValueError("the server did not stream its answer.")
+        return _read(self.asked, self._chunks(whole, begin))
+
+    def _chunks(self, whole: bytes, begin: int) -> list[tuple[float, bytes]]:
+        """The chunks of the body, which begins there, each with the time at which its last byte came."""
+        ends = list(accumulate(len(piece) for _, piece in self.arrived))
+        found: list[tuple[float, bytes]] = []
+        while (line := whole.find(b"\r\n", begin)) > 0 and (size := int(whole[begin:line].split(b";")[0], 16)):
+            begin = line + 2 + size + 2
+            last = line + 2 + size - 1
+            if last >= len(whole):
+                break
+            found.append((self.arrived[bisect_right(ends, last)][0], whole[line + 2 : last + 1]))
+        else:
+            if line > 0:
+                return found
+        raise ValueError("a stream broke off.")
 
 
 def _read(asked: float, arrived: list[tuple[float, bytes]]) -> Answered:
@@ -104,11 +127,18 @@ def _read(asked: float, arrived: list[tuple[float, bytes]]) -> Answered:
     return Answered(asked, tuple(pieces), arrived[-1][0], tokens)
 
 
-async def _connect(address: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _exchange(address: Address, request: bytes) -> Streamed:
     try:
-        return await asyncio.open_connection(address.host, address.port, limit=LIMIT)
+        transport, received = await asyncio.get_running_loop().create_connection(
+            lambda: Streamed(request), address.host, address.port
+        )
     except OSError as error:
         raise ValueError(f"no server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
+    try:
+        await received.ended
+    finally:
+        transport.close()
+    return received
 
 
 def _head(address: Address, method: str, path: str, body: bytes = b"") -> bytes:
@@ -120,21 +150,23 @@ def _head(address: Address, method: str, path: str, body: bytes = b"") -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-async def _status(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {}
-    for line in head[1:]:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-    return int(head[0].split()[1]), headers
+def _status(whole: bytes) -> tuple[int, dict[str, str], int]:
+    """Status, headers, and where the body begins."""
+    head, _, _ = whole.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    words = first.split()
+    return int(words[1]) if len(words) > 1 else 0, headers, len(head) + 4
 
 
-def _object(status: tuple[int, Mapping[str, str]], body: bytes) -> dict[str, Any]:
+def _object(received: Streamed) -> dict[str, Any]:
+    whole = b"".join(piece for _, piece in received.arrived)
+    status, _, begin = _status(whole)
     try:
-        content = json.loads(body)
-        message = content["error"]["message"] if status[0] != 200 else ""
+        content = json.loads(whole[begin:])
+        message = content["error"]["message"] if status != 200 else ""
     except (ValueError, KeyError, TypeError):
         content, message = {}, "no JSON came"
-    if status[0] != 200 or not isinstance(content, dict):
-        raise ValueError(f"the server answered {status[0]}: {message}")
+    if status != 200 or not isinstance(content, dict):
+        raise ValueError(f"the server answered {status}: {message}")
     return content

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.cold import workspace_of
-from benchmarks.http_client import Address, Answered, address_of, get, stream
+from benchmarks.http_client import Address, Answered, Streamed, address_of, get, stream
 from benchmarks.options import option, read_options
 from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
 from benchmarks.timeline import percentile, run
 from benchmarks.workload import Request
+from server import event_loop
 
 ABOUT = """
 Sends requests to /v1/completions as a Poisson process of each rate, one row a rate: requests and tokens a second, and
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
         if options.artifact or options.folder or options.shape:
             raise ValueError("url= names a running server: leave artifact=, folder= and shape= out.")
         address = address_of(options.url, os.environ.get("INGOT_API_KEY"))
-        model = asyncio.run(get(address, "/v1/models"))["data"][0]["id"]
+        model = event_loop.run(get(address, "/v1/models"))["data"][0]["id"]
         at_rates(options, address, {**provenance(), "engine": "server", "model": model}, vocab_size=None)
         return 0
     subject = find_subject(options)
@@ -97,8 +98,8 @@ def main(argv: list[str]) -> int:
                     at_rates(options, address, common, vocab_size=subject.config.vocab_size)
                 if not together:
                     break
-                asyncio.run(send(address, together, [0.0] * len(together)))  # the first time is not counted
-                through_http = asyncio.run(send(address, together, [0.0] * len(together)))
+                event_loop.run(send(address, together, [0.0] * len(together)))  # the first time is not counted
+                through_http = event_loop.run(send(address, together, [0.0] * len(together)))
             compared.append(overhead(subject, together, batch, through_http))
     if compared:
         compared.sort(key=lambda row: float(str(row["http_overhead"])))
@@ -112,7 +113,7 @@ def at_rates(options: Options, address: Address, common: dict[str, object], *, v
     """A row for each rate. Without a known vocabulary prompts are of the ids that every model has."""
     for rate in options.rates:
         requests = asked(options, vocab_size or 256)
-        answers = asyncio.run(send(address, requests, workload.arrivals(len(requests), rate, seed=options.seed)))
+        answers = event_loop.run(send(address, requests, workload.arrivals(len(requests), rate, seed=options.seed)))
         row = {
             **common,
             "case": "rate",
@@ -153,9 +154,9 @@ async def send(address: Address, requests: Sequence[Request], times: Sequence[fl
     name = models["data"][0]["id"]
     begun = time.perf_counter()
 
-    async def one(request: Request, at: float) -> Answered:
+    async def one(request: Request, at: float) -> Streamed:
         await asyncio.sleep(max(at - (time.perf_counter() - begun), 0))
-        answer = await stream(
+        return await stream(
             address,
             "/v1/completions",
             {
@@ -166,14 +167,20 @@ async def send(address: Address, requests: Sequence[Request], times: Sequence[fl
                 "ignore_eos": True,
             },
         )
-        if answer.tokens != request.new_tokens:
-            raise ValueError(
-                f"the server gave {answer.tokens} tokens where {request.new_tokens} were asked for, after a prompt of "
-                f"{len(request.prompt_ids)}. If its session_len ends there, give lengths that fit: input=16 output=64."
-            )
-        return answer
 
-    return await asyncio.gather(*(one(request, at) for request, at in zip(requests, times, strict=True)))
+    streams = await asyncio.gather(*(one(request, at) for request, at in zip(requests, times, strict=True)))
+    # Read when all have come: what reads one would delay the others.
+    return [whole(request, each.answered()) for request, each in zip(requests, streams, strict=True)]
+
+
+def whole(request: Request, answer: Answered) -> Answered:
+    """The answer; ValueError where it has come short."""
+    if answer.tokens != request.new_tokens:
+        raise ValueError(
+            f"the server gave {answer.tokens} tokens where {request.new_tokens} were asked for, after a prompt of "
+            f"{len(request.prompt_ids)}. If its session_len ends there, give lengths that fit: input=16 output=64."
+        )
+    return answer
 
 
 def figures(requests: Sequence[Request], answers: Sequence[Answered]) -> dict[str, object]:
@@ -253,7 +260,7 @@ def started(subject: Subject, folder: Path, batch: int) -> Iterator[Address]:
                 last = said.read().strip().splitlines()[-1:] or ["it said nothing"]
                 raise ValueError(f"the server did not start: {last[0].removeprefix('ingot: ')}")
             address = address_of(url)
-            asyncio.run(until_it_answers(address))
+            event_loop.run(until_it_answers(address))
             yield address
         finally:
             process.send_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import socket
@@ -23,9 +24,11 @@ from cli.overrides import ServeCommand, compose_serve
 from cli.target import Target, choose_goldens, find_target, open_tokenizer
 from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.tokenizer import Tokenizer
+from server import event_loop
 from server.admission import Admission
 from server.app import create_app
 from server.config import AppConfig, ServeConfig, check_exposure
+from server.connection import connection_class
 from server.keys import Keys, read_key_lines
 from server.traces import Traces
 
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
         model_name=command.serve.model_name,
     )
     with listening_socket(command.serve.host, command.serve.port) as listener:
-        return asyncio.run(serve(target, command.serve, keys, tls, listener, traces))
+        return event_loop.run(serve(target, command.serve, keys, tls, listener, traces))
 
 
 def options_text() -> str:
@@ -195,6 +198,7 @@ async def serve(
             keys=keys,
             cors_origins=config.cors_origins,
             max_body_bytes=config.max_body_bytes,
+            body_timeout=config.body_timeout,
             max_requests=config.max_requests,
             request_timeout=config.request_timeout,
             session_timeout=config.session_timeout,
@@ -203,8 +207,11 @@ async def serve(
             traces=traces,
         )
         app = create_app(client, tokenizer, app_config)
-        options = {"log_config": LOG, "access_log": config.access_log == "text", **tls}
+        connection = connection_class(config.head_timeout, app.state.metrics.refused)
+        options = {"http": connection, "log_config": LOG, "access_log": config.access_log == "text", **tls}
         server = Server(uvicorn.Config(app, timeout_graceful_shutdown=SECONDS_TO_FINISH, **options))
+        gc.collect()
+        gc.freeze()  # what is there now stays, and no collection amid requests looks at it again
         listener.listen(2048)  # whoever reads the URL can connect
         announce(target, client, listener, num_keys=len(keys), scheme="https" if tls else "http")
         serving = asyncio.create_task(server.serve(sockets=[listener]))

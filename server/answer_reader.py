@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.runtime.event import Event, TokenLogprob
 from server.logprobs import LogprobQueue
 from server.tool_parser import CallPiece, ToolParser
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(NamedTuple):
     """What one event adds. `finish_reason` is OpenAI's; `logprobs` is None where they were not asked for."""
 
     content: str = ""

@@ -109,7 +109,7 @@ class ChatShape:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _line(self, choices: list[Choice], usage: dict[str, Any] | None = None) -> str:
-        tail = f',"usage":{encoded(usage)}' if self._with_usage else ""
+        tail = "" if not self._with_usage else ',"usage":null' if usage is None else f',"usage":{encoded(usage)}'
         return f'data: {self._chunk_head},"choices":{encoded(choices)}{tail}}}\n\n'
 
 

@@ -34,7 +34,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
     app.include_router(docs_router("Ingot"))
     add_error_handlers(app)
     admission = app.state.admission = Admission(most=config.max_requests)
-    metrics = Metrics(config.model.name)
+    metrics = app.state.metrics = Metrics(config.model.name)
     generation = Generation(client, tokenizer, config.model, admission, metrics, timeout=config.request_timeout)
     app.include_router(OpenAIEndpoints(generation).router)
     app.include_router(Tokenization(generation).router)
@@ -89,7 +89,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: AppConfig) ->
         return JSONResponse({"status": "ready"})
 
     # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, most=config.max_body_bytes)
+    app.add_middleware(BodyLimit, most=config.max_body_bytes, seconds=config.body_timeout, refused=metrics.refused)
     if config.keys:
         app.add_middleware(KeyGuard, keys=config.keys)
     if config.cors_origins:

@@ -58,6 +58,8 @@ class ServeConfig:
     tls_key_file: str | None = None
     cors_origins: list[str] = field(default_factory=list)
     max_body_bytes: int = 8 << 20
+    head_timeout: float = 20.0
+    body_timeout: float = 60.0
     max_requests: int = 1024
     request_timeout: float | None = None
     drain_timeout: float = 60.0
@@ -92,6 +94,8 @@ class ServeConfig:
                 'a list of origins such as [https://example.org], or ["*"] for all',
             ),
             ("max_body_bytes", 1024 <= self.max_body_bytes <= 1 << 28, f"from 1024 to {1 << 28}"),
+            ("head_timeout", 0 < self.head_timeout < math.inf, "a number of seconds above 0"),
+            ("body_timeout", 0 < self.body_timeout < math.inf, "a number of seconds above 0"),
             ("max_requests", self.max_requests >= 1, "at least 1"),
             (
                 "request_timeout",
@@ -179,15 +183,17 @@ class ServedModel:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
     """What the application needs beside an engine. With `keys`, every route asks for one of them. Pages of no
-    origins but `cors_origins` can read answers. A key may have `max_requests` answers waiting or running, and none may
-    take more than `request_timeout` seconds. Sessions that the server keeps are forgotten after `session_timeout`
-    idle seconds, and beyond `max_sessions` of one key. A line of JSON about every request goes to
-    `access_log`, and spans about those that generate to `traces`."""
+    origins but `cors_origins` can read answers. A body has at most `max_body_bytes`, and `body_timeout` seconds to
+    come. A key may have `max_requests` answers waiting or running, and none may take more than `request_timeout`
+    seconds. Sessions that the server keeps are forgotten after `session_timeout` idle seconds, and beyond
+    `max_sessions` of one key. A line of JSON about every request goes to `access_log`, and spans about those that
+    generate to `traces`."""
 
     model: ServedModel
     keys: Keys = field(default_factory=dict)
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 8 << 20
+    body_timeout: float = 60.0
     max_requests: int = 1024
     request_timeout: float | None = None
     session_timeout: float = 3600.0

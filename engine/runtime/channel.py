@@ -23,7 +23,8 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(content: bytes) -> Message:
-    message: Message = msgpack.unpackb(content)
+    """The message; its lists are tuples, which are quicker to make."""
+    message: Message = msgpack.unpackb(content, use_list=False)
     return message
 
 

@@ -1,4 +1,4 @@
-"""What crosses between a client and its engine process: dataclasses as msgpack's lists and maps, and back."""
+"""What crosses between a client and its engine process: options as msgpack's maps, events as its lists, and back."""
 
 from __future__ import annotations
 
@@ -32,30 +32,10 @@ def unpack_sampling(packed: dict[str, Any]) -> Sampling:
     return Sampling(**options)
 
 
-def pack_event(event: Event) -> list[Any]:
-    """A list, by hand: dataclasses.astuple would copy deeply, for every token of every request."""
-    counts = [event.prompt_tokens, event.cached_tokens, event.completion_tokens]
-    logprobs = [[each.token_id, each.logprob, each.top] for each in event.logprobs]
-    return [event.request_id, event.token_ids, event.text, event.finish_reason, *counts, event.admitted, logprobs]
-
-
-def unpack_event(packed: list[Any]) -> Event:
-    request_id, token_ids, text, finish_reason, *counts, admitted, logprobs = packed
-    prompt_tokens, cached_tokens, completion_tokens = counts
-    return Event(
-        request_id=request_id,
-        token_ids=tuple(token_ids),
-        text=text,
-        finish_reason=finish_reason,
-        prompt_tokens=prompt_tokens,
-        cached_tokens=cached_tokens,
-        completion_tokens=completion_tokens,
-        admitted=admitted,
-        logprobs=tuple(
-            TokenLogprob(token_id=token, logprob=logprob, top=tuple((other, value) for other, value in top))
-            for token, logprob, top in logprobs
-        ),
-    )
+def unpack_event(packed: tuple[Any, ...]) -> Event:
+    """The event of which only the tuple has arrived."""
+    event = Event._make(packed)
+    return event._replace(logprobs=tuple(map(TokenLogprob._make, event.logprobs))) if event.logprobs else event
 
 
 DEFAULT = Sampling()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, Grammar
 from engine.runtime.channel import Channel, Message
-from engine.runtime.messages import pack_event, unpack_sampling
+from engine.runtime.messages import unpack_sampling
 from engine.storage import artifacts
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Service:
                 events = self._engine.step()
                 self._unfinished -= {event.request_id for event in events if event.finish_reason}
                 if events:
-                    self._channel.send({"type": "events", "events": [pack_event(event) for event in events]})
+                    self._channel.send({"type": "events", "events": events})
 
     def _take(self, message: Message) -> None:
         match message["type"]:
@@ -142,7 +143,7 @@ class Service:
         sampling = unpack_sampling(message["sampling"])
         try:
             self._engine.add(
-                message["prompt_ids"],
+                list(message["prompt_ids"]),
                 sampling,
                 request_id=request_id,
                 owner=message.get("owner", ""),
@@ -174,6 +175,8 @@ def main() -> int:
             return 1
         channel.send(ready)
         engine.on_rank_death(end)
+        gc.collect()
+        gc.freeze()  # what is there now stays, and no collection between two steps looks at it again
         Service(engine, channel).run()
     except (EOFError, ConnectionError):
         pass  # the client is gone: nobody is left to work for

@@ -31,6 +31,43 @@ def test_a_stream_without_text_or_with_an_error_is_refused() -> None:
         http_client._read(0.0, [(1.0, event(error={"message": "no more"}))])
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def received(*pieces: bytes) -> http_client.Streamed:
+    async def make() -> http_client.Streamed:
+        return http_client.Streamed(b"")
+
+    streamed = asyncio.run(make())
+    streamed.asked, streamed.arrived = 0.5, [(1.0 + number, piece) for number, piece in enumerate(pieces)]
+    return streamed
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+def test_a_piece_has_come_with_its_last_byte() -> None:
+    first, second, end = chunk(TEXT), chunk(TEXT), chunk(USAGE) + b"0\r\n\r\n"
+    answer = received(HEAD + first[:-2], first[-2:] + second[:-3], second[-3:] + end).answered()
+    assert (answer.asked, answer.pieces, answer.ended, answer.tokens) == (0.5, (1.0, 3.0), 3.0, 7)
+    for size in (1, 3, 1000):
+        whole = HEAD + first + second + end
+        answer = received(*(whole[at : at + size] for at in range(0, len(whole), size))).answered()
+        assert (len(answer.pieces), answer.tokens) == (2, 7)
+
+
+@pytest.mark.parametrize("cut", [3, 4, 6, 30, 130])
+def test_a_stream_that_breaks_off_is_refused(cut: int) -> None:
+    whole = HEAD + chunk(TEXT) + chunk(USAGE) + b"0\r\n\r\n"
+    with pytest.raises(ValueError, match="broke off"):
+        received(whole[:-cut]).answered()
+    with pytest.raises(ValueError, match="answered 0: no JSON came"):
+        received().answered()
+    with pytest.raises(ValueError, match="answered 400: too much"):
+        received(b'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"message": "too much"}}').answered()
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

@@ -50,7 +50,7 @@ def test_a_running_server_and_what_it_refuses(tmp_path: Path, capsys: pytest.Cap
         assert main([*asked, "input=40", "output=50"]) == 1
         assert "gave 24 tokens where 50 were asked for" in capsys.readouterr().err
         with pytest.raises(ValueError, match="404"):
-            asyncio.run(stream(address, "/v1/completions", {"model": "other", "prompt": [4]}))
+            asyncio.run(stream(address, "/v1/completions", {"model": "other", "prompt": [4]})).answered()
 
 
 def test_figures_are_those_of_the_answers() -> None:

@@ -12,8 +12,10 @@ import uvicorn
 from engine.config import EngineConfig
 from engine.runtime.client import EngineClient
 from engine.runtime.tokenizer import Tokenizer
+from server import event_loop
 from server.app import create_app
 from server.config import AppConfig, ServedModel
+from server.connection import connection_class
 
 KEY = "a-test-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -33,7 +35,9 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, artifact_id: str | None, config: EngineConfig, **options: object) -> Iterator[Served]:
+def serving(
+    folder: Path, artifact_id: str | None, config: EngineConfig, *, head_timeout: float = 20.0, **options: object
+) -> Iterator[Served]:
     """`options` are more fields of AppConfig. Without an `artifact_id` the folder is taken unverified."""
     ready: threading.Event = threading.Event()
     found: list[Served] = []
@@ -45,7 +49,8 @@ def serving(folder: Path, artifact_id: str | None, config: EngineConfig, **optio
         async with EngineClient(folder, config, verify=artifact_id is not None, artifact_id=artifact_id) as client:
             model = ServedModel(name="tiny", artifact_id=artifact_id, recipe="fp16", verdict="pass")
             app = create_app(client, tokenizer, AppConfig(model=model, **{"keys": {"test": KEY}, **options}))
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+            connection = connection_class(head_timeout, app.state.metrics.refused)
+            server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, http=connection))
             task = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.01)
@@ -59,7 +64,7 @@ def serving(folder: Path, artifact_id: str | None, config: EngineConfig, **optio
 
     def thread() -> None:
         try:
-            asyncio.run(run())
+            event_loop.run(run())
         except BaseException as error:
             errors.append(error)
         finally:

@@ -5,7 +5,7 @@ import pytest
 
 from engine.runtime.channel import HEADER, LARGEST, Channel, content_length, pack, unpack
 
-MESSAGES = [{"type": "add", "ids": [1, 2**40], "text": "你好"}, {"type": "x", "none": None, "long": "y" * 10**6}]
+MESSAGES = [{"type": "add", "ids": (1, 2**40), "text": "你好"}, {"type": "x", "none": None, "long": "y" * 10**6}]
 
 
 @pytest.fixture

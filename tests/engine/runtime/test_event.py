@@ -1,4 +1,3 @@
-import dataclasses
 import subprocess
 import sys
 
@@ -17,8 +16,8 @@ def test_an_event_is_a_value():
         cached_tokens=2,
         completion_tokens=2,
     )
-    assert event == dataclasses.replace(event)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    assert event == event._replace() != event._replace(text="y")
+    with pytest.raises(AttributeError):
         event.text = "y"
 
 

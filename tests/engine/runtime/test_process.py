@@ -27,7 +27,7 @@ def test_messages_arrive_whole_however_they_are_cut(ends: tuple[socket.socket, s
     ours, theirs = ends
     channel = Channel(theirs)
     assert channel.receive(wait=False) == []
-    messages = [{"type": "add", "prompt_ids": list(range(count)), "text": "é😀"} for count in (0, 5, 3000)]
+    messages = [{"type": "add", "prompt_ids": tuple(range(count)), "text": "é😀"} for count in (0, 5, 3000)]
     content = b"".join(pack(message) for message in messages)
     received = []
     for start in range(0, len(content), 777):
@@ -117,7 +117,7 @@ def test_the_service_answers_in_order(ends: tuple[socket.socket, socket.socket])
     assert [answer["type"] for answer in answers] == ["accepted", "refused", "accepted", "state", "events"]
     assert answers[1]["message"] == "no prompt"
     assert answers[3]["unfinished"] == 1
-    assert answers[4]["events"] == [["r1", [7], "x", "length", 2, 1, 1, 0.0, []]]
+    assert answers[4]["events"] == (("r1", (7,), "x", "length", 2, 1, 1, (), 0.0),)
     assert ("add", [1, 2], Sampling(max_new_tokens=3, stop=("a", "b")), "me", 3) in engine.calls
     assert ("abort", "r3") in engine.calls
 

@@ -1,5 +1,4 @@
 import asyncio
-from dataclasses import replace
 
 import pytest
 
@@ -69,7 +68,7 @@ def test_what_a_slow_reader_missed_comes_as_one_event_and_none_is_lost():
     arrivals = []
     stream.on_arrival = lambda: arrivals.append(len(stream._waiting))
     for number in range(1000):
-        stream.put(replace(event(tokens=number + 1), token_ids=(number,), text=f"{number} "))
+        stream.put(event(tokens=number + 1)._replace(token_ids=(number,), text=f"{number} "))
     assert len(arrivals) == 1000
     assert max(arrivals) <= MOST_WAITING, "what waits for a reader is bounded"
     [whole] = stream.take()
@@ -81,7 +80,7 @@ def test_what_a_slow_reader_missed_comes_as_one_event_and_none_is_lost():
 
 def test_events_with_log_probabilities_stay_apart():
     stream = Stream(lambda _: None, "a")
-    scored = replace(event(), logprobs=(TokenLogprob(token_id=7, logprob=-1.0),))
+    scored = event()._replace(logprobs=(TokenLogprob(token_id=7, logprob=-1.0),))
     for each in (event(), event(), scored, scored, event("stop")):
         stream.put(each)
     assert [len(each.token_ids) for each in stream.take()] == [2, 1, 1, 1]
