@@ -35,7 +35,7 @@ from engine.storage.config_ini import engine_config_of
 from engine.storage.workspace import Workspace
 
 # On a GPU prompts are let in every so many steps while many sequences decode; see `Scheduler`.
-PREFILL_INTERVAL = 8
+PREFILL_INTERVAL = 4
 # On a CPU the steps that several owners share are no longer than that; see `ShortSteps`.
 MOST_DECODES = 24
 
