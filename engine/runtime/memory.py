@@ -25,8 +25,8 @@ GRAPH = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """Bytes of a device: `weights` and `pages` as allocated, `workspace` as measured for a full step and the graphs,
-    `free` what is left. On a CPU only `free` is known."""
+    """Bytes of a device: `weights` and `pages` as allocated, `workspace` as measured for a full step and the largest
+    graphs (with MARGIN, and GRAPH for each of them), `free` what is left. On a CPU only `free` is known."""
 
     weights: int
     pages: int
@@ -42,7 +42,8 @@ class MemoryReport:
 def working_memory(
     model: Decoder, config: EngineConfig, *, session_len: int, scales: KVScales | PerToken | None
 ) -> int:
-    """Bytes that the largest step and the graphs take on a GPU, measured by running both over one page."""
+    """Bytes that the largest step and the graphs take on a GPU, measured by running it and capturing the largest of
+    both kinds, into whose memory the others fit, over one page."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info(model.device)[0]
