@@ -50,6 +50,9 @@ def test_buckets(m, size):
 
 @pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_tables_hold_rows_of_known_operations(path):
+    attention = {f"decode_{kind}_{kept}" for kind in ("one", "group") for kept in ("plain", "channels", "tokens")}
+    fused = {"normed_int4_linear", "normed_int8_linear", "rounded_int8_linear"}
     for held in json.loads(path.read_text())["rows"]:
-        assert held["op"] in ("int4_linear", "int8_linear", "dense_linear")
-        assert held["m"] in tuning.BUCKETS and held["n"] > 0 and held["k"] > 0 and "kernel" in held["config"]
+        assert held["op"] in {"int4_linear", "int8_linear", "dense_linear"} | fused | attention
+        assert held["m"] in tuning.BUCKETS and held["n"] > 0 and held["k"] > 0
+        assert ("block" if held["op"] in attention else "kernel") in held["config"]
