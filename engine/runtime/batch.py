@@ -65,8 +65,13 @@ class Step:
 
     @classmethod
     def of_message(cls, message: Mapping[str, Any]) -> Step:
-        graph = Size(*message["graph"]) if message["graph"] else None
-        return cls(**{**message, "graph": graph, "integers": np.frombuffer(message["integers"], dtype=np.int32)})
+        fields = {
+            "integers": np.frombuffer(message["integers"], dtype=np.int32),
+            "lengths": list(message["lengths"]),  # lists come as tuples
+            "bases": list(message["bases"]),
+            "graph": Size(*message["graph"]) if message["graph"] else None,
+        }
+        return cls(**{**message, **fields})
 
 
 _NONE = np.empty(0, dtype=np.int32)
