@@ -175,19 +175,25 @@ def rounded_int8_linear(setting: Setting) -> Iterator[Case]:
     yield _made_int8(setting, "rounded_int8_linear", *layer_products(setting.config)[1], streams=0)
 
 
-def _made_int8(setting: Setting, op: str, outputs: int, inputs: int, *, streams: int) -> Case:
-    """A product that makes its int8 rows, of two `streams` and a norm or of rows of floats."""
+@register("gated_int8_linear")
+def gated_int8_linear(setting: Setting) -> Iterator[Case]:
+    """int8 down of silu(gate) * up; `apart` takes a kernel for that."""
+    yield _made_int8(setting, "gated_int8_linear", *layer_products(setting.config)[3], streams=0, parts=2)
+
+
+def _made_int8(setting: Setting, op: str, outputs: int, inputs: int, *, streams: int, parts: int = 1) -> Case:
+    """A product that makes its int8 rows, of two `streams` and a norm or of rows of floats in `parts`."""
     run = implementations(op, setting.device, "engine.kernels.normed_linear", reference=LINEARS)
     if "normed_linear" in run:
         run["apart"] = functools.partial(run["normed_linear"], bias=None, config={"kernel": "apart"})
 
     def make() -> tuple[Any, ...]:
-        rows = [values(setting, setting.tokens, inputs) for _ in range(max(streams, 1))]
+        rows = [values(setting, setting.tokens, parts * inputs) for _ in range(max(streams, 1))]
         norm = (values(setting, inputs), setting.config.norm_eps) if streams else ()
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=setting.device)
         return *rows, *norm, weight, torch.rand(outputs, device=setting.device) / inputs
 
-    read = (setting.tokens * 3 + 1) * inputs if streams else setting.tokens * inputs
+    read = (setting.tokens * 3 + 1) * inputs if streams else setting.tokens * parts * inputs
     return Case(
         kernel=op,
         size=f"{setting.tokens} of {outputs}x{inputs}",

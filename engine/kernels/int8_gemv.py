@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment,var-annotated"
 # ruff: noqa: RUF005  (Gluon has no unpacking)
-"""y = x W^T of int8 and up to four rows of x, which the kernel can make itself: by rounding rows of floats, or the RMS
-norm of the residual stream. The time is that of reading W.
+"""y = x W^T of int8 and up to four rows of x, which the kernel can make itself by rounding rows of floats, silu(gate) *
+up, or the RMS norm of the residual stream. The time is that of reading W.
 
 Every program keeps the codes of x in shared memory. A warp has whole rows of W, and goes on to further ones without a
 pause in its loads; four products are one instruction (dp4a). For NVIDIA cards from sm_80.
+(Above 300 lines: one kernel with four sources of x, a function each.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from triton.experimental.gluon import language as gl
 
 from engine.kernels import dependent_launch
 from engine.kernels.device import Device, facts
+from engine.kernels.int4_fragments import silu
 from engine.kernels.load_order import barrier, in_order
 from engine.kernels.tuning import Config
 
@@ -35,8 +37,10 @@ def runs(m: int, k: int, device: Device) -> bool:
     return 1 <= m <= MOST_ROWS and device.capability >= (8, 0) and k % 16 == 0 and fits
 
 
-def default_config(device: Device) -> dict[str, Any]:
+def default_config(device: Device, *, gated: bool = False) -> dict[str, Any]:
     """rows: of W a warp at a time; warps a program; chunks of 512 inputs ahead of each warp; programs in all."""
+    if gated:  # what every program has to compute first is much: as few of them as can be
+        return {"kernel": "gemv", "rows": 1, "warps": 16, "ahead": 8, "programs": device.multiprocessors}
     return {"kernel": "gemv", "rows": 2, "warps": 8, "ahead": 8, "programs": 2 * device.multiprocessors}
 
 
@@ -72,6 +76,13 @@ def multiply_rows(x: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | No
     """The same of `reference.quantize_rows`, for x [M, in] float16 or bfloat16; [M, out] of its type."""
     y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     _launch("rows", x.contiguous(), None, None, 0.0, None, None, weight, w_scales, bias, y, c)
+    return y
+
+
+def multiply_gated(gate_up: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | None, c: Config) -> Tensor:
+    """The same of `reference.silu_and_mul_int8`, for gate_up [M, 2 in] float16 or bfloat16."""
+    y = torch.empty(len(gate_up), len(weight), dtype=gate_up.dtype, device=gate_up.device)
+    _launch("gated", gate_up.contiguous(), None, None, 0.0, None, None, weight, w_scales, bias, y, c)
     return y
 
 
@@ -155,12 +166,16 @@ def _load_chunk(w_ptr, turn, step, turns, n, WIDTH: gl.constexpr, ROWS: gl.const
 
 
 @gluon.jit
-def _codes(x):
-    """`rounding.round_row` as words of four codes, and the scale. The quotient is corrected by its remainder, so it is
-    the nearest number as a division's is."""
+def _size(x):
+    """|x|, infinite where x is not a number: a maximum would pass over that."""
     size = gl.abs(x)
-    largest = gl.max(gl.where(size == size, size, float("inf")), 0)  # a maximum passes over what is not a number
-    scale = gl.div_rn(gl.maximum(largest, 1e-7), 127.0)
+    return gl.where(size == size, size, float("inf"))
+
+
+@gluon.jit
+def _codes(x, scale):
+    """`rounding.round_by` as words of four codes. The quotient is corrected by its remainder, so it is the nearest
+    number as a division's is."""
     finite = scale < float("inf")
     divisor = gl.where(finite, scale, 0.0)
     inverse = gl.where(finite, gl.div_rn(1.0, scale), 0.0)
@@ -170,7 +185,12 @@ def _codes(x):
     code = ((quotient + ROUNDER) - ROUNDER).to(gl.int32) & 255
     even, odd = code.reshape([x.shape[0] // 4, 2, 2]).split()
     low, high = (even | (odd << 8)).split()
-    return low | (high << 16), scale
+    return low | (high << 16)
+
+
+@gluon.jit
+def _scale(largest):
+    return gl.div_rn(gl.maximum(largest, 1e-7), 127.0)
 
 
 @gluon.jit
@@ -209,7 +229,8 @@ def _gemv(
 ):
     """Every num_programs-th turn of ROWS rows of W a warp: STEPS chunks, loaded AHEAD chunks before use.
 
-    SOURCE: x is "codes", int32 words of four with scales; "rows" of floats; or the "norm" of residual + x.
+    SOURCE: x is "codes", int32 words of four with scales; "rows" of floats; "gated", gate and up side by side; or the
+    "norm" of residual + x.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
     turn = gl.program_id(0)
@@ -224,13 +245,15 @@ def _gemv(
     if PDL:
         dependent_launch.depend()
     shared = gl.allocate_shared_memory(gl.int32, [TOKENS, PADDED // 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    PIECE: gl.constexpr = min(PADDED, 256 * WARPS)
+    PIECES: gl.constexpr = (WIDTH + PIECE - 1) // PIECE
     found, scales = (), ()
     for token in gl.static_range(TOKENS):
         if SOURCE == "codes":
             inside = (word < WIDTH // 4) & (token < m)
             found = found + (gl.load(x_ptr + token * (WIDTH // 4) + word, mask=inside, other=0),)
             scales = scales + (gl.load(x_scales + token, mask=token < m, other=0.0),)
-        else:
+        elif SOURCE != "gated":
             inside = (column < WIDTH) & (token < m)
             value = gl.load(x_ptr + token * WIDTH + column, mask=inside, other=0.0)
             if SOURCE == "norm":
@@ -240,15 +263,31 @@ def _gemv(
     for token in gl.static_range(TOKENS):
         if SOURCE == "codes":
             codes = found[token]
+            shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
+        elif SOURCE == "gated":
+            # In pieces, of which there need not be a power of two.
+            parts, largest = (), gl.zeros([PIECE], gl.float32, ROW)
+            for piece in gl.static_range(PIECES):
+                place = piece * PIECE + gl.arange(0, PIECE, layout=ROW)
+                first, inside = x_ptr + token * (2 * WIDTH) + place, (place < WIDTH) & (token < m)
+                gate = gl.load(first, mask=inside, other=0.0).to(gl.float32)
+                part = silu(gate) * gl.load(first + WIDTH, mask=inside, other=0.0).to(gl.float32)
+                parts, largest = parts + (part,), gl.maximum(largest, _size(part))
+            scale = _scale(gl.max(largest, 0))
+            for piece in gl.static_range(PIECES):
+                codes = _codes(parts[piece], scale).reshape([1, PIECE // 4])
+                shared.slice(token, 1, 0).slice(piece * (PIECE // 4), PIECE // 4, 1).store(codes)
+            scales = scales + (scale,)
         else:
             wide = found[token].to(gl.float32)
             if SOURCE == "norm":
                 inside = (column < WIDTH) & (token < m) & (turn == 0)
                 gl.store(total_ptr + token * WIDTH + column, found[token], mask=inside)
                 wide = wide * gl.rsqrt(gl.sum(wide * wide, 0) / WIDTH + eps) * factor
-            codes, scale = _codes(wide)
+            scale = _scale(gl.max(_size(wide), 0))
+            codes = _codes(wide, scale)
+            shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
             scales = scales + (scale,)
-        shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
     barrier()  # the only one: from here on no warp waits for another
     nothing = gl.zeros([ROWS * WARPS, 128], gl.int32, LAYOUT)
     while turn < turns:

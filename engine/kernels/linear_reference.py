@@ -65,6 +65,11 @@ def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: 
     return reference.int8_linear(*reference.quantize_rows(x), weight, weight_scales, bias, x.dtype)
 
 
+def gated_int8_linear(gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.int8_linear` of `reference.silu_and_mul_int8` of gate_up [M, 2 * in], in its type."""
+    return reference.int8_linear(*reference.silu_and_mul_int8(gate_up), weight, weight_scales, bias, gate_up.dtype)
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [..., in] and weight [out, in] of one type; summed in float32, rounded once."""
     y = x.float() @ weight.float().t()

@@ -1,6 +1,6 @@
 """Products of what is made of rows first, in one kernel where rows are few, else in two.
 
-Made are the RMS norm of the residual stream, and int8 rows.
+Made are the RMS norm of the residual stream, and int8 rows: of that, of floats, or of gate and up.
 """
 
 from __future__ import annotations
@@ -87,6 +87,18 @@ def rounded_int8_linear(
     return y
 
 
+def gated_int8_linear(
+    gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """`int8_linear` of what `silu_and_mul_int8` gives for gate_up [M, 2 * in], in its type."""
+    config, gemv = _int8_config("gated_int8_linear", gate_up, weight, config)
+    if gemv is None:
+        rows = activation.silu_and_mul_int8(gate_up)
+        return int8_linear.int8_linear(*rows, weight, weight_scales, bias, gate_up.dtype)
+    y: Tensor = gemv.multiply_gated(gate_up, weight, weight_scales, bias, config)
+    return y
+
+
 def int4_candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations of `normed_int4_linear` that tuning tries for m rows."""
     stream = int4_linear.fragment_kernels(device).get("stream")
@@ -94,21 +106,23 @@ def int4_candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
 
 
 def int8_candidates(m: int, device: Device) -> Sequence[Config]:
-    """The same of `normed_int8_linear` and `rounded_int8_linear`."""
+    """The same of `normed_int8_linear`, `rounded_int8_linear` and `gated_int8_linear`."""
     gemv = int8_linear.gemv_module(device)
     return [APART, *(gemv.candidates(m, device) if gemv is not None else ())]
 
 
 def _int8_config(op: str, x: Tensor, weight: Tensor, config: Config | None) -> tuple[Config, ModuleType | None]:
-    """How x [M, in] is multiplied: a configuration, and the module of the one kernel, or none where there are two."""
-    (m, k), n, device = x.shape, len(weight), facts(x.device)
+    """How rows made of x are multiplied: a configuration, and the module of the one kernel, or none where there are
+    two."""
+    m, (n, k), device = len(x), weight.shape, facts(x.device)
+    gated = op == "gated_int8_linear"
     if config is None and m <= MOST_ROWS:
         config = tuning.lookup(op, device.name, n, k, m)
     gemv = int8_linear.gemv_module(device)
     if gemv is None or not gemv.runs(m, k, device):
         return APART, None
     if config is None:
-        config = gemv.default_config(device) if m <= FEW_ROWS else APART
+        config = gemv.default_config(device, gated=gated) if m <= (1 if gated else FEW_ROWS) else APART
     return config, None if config["kernel"] == "apart" else gemv
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "dense_linear",
     "draw_tokens",
     "gated_int4_linear",
+    "gated_int8_linear",
     "int4_linear",
     "int8_linear",
     "likeliest",
@@ -109,6 +110,13 @@ def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: 
     if on_kernels(x) and x.dtype in HALVES:
         return _kernels("normed_linear").rounded_int8_linear(x, weight, weight_scales, bias)
     return int8_linear(*quantize_rows(x), weight, weight_scales, bias, x.dtype)
+
+
+def gated_int8_linear(gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`int8_linear` of what `silu_and_mul_int8` gives for gate_up [T, 2 * in], in its type."""
+    if on_kernels(gate_up) and gate_up.dtype in HALVES:
+        return _kernels("normed_linear").gated_int8_linear(gate_up, weight, weight_scales, bias)
+    return int8_linear(*silu_and_mul_int8(gate_up), weight, weight_scales, bias, gate_up.dtype)
 
 
 def normed_int8_linear(

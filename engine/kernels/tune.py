@@ -36,9 +36,9 @@ ROTATED_BYTES = 400_000_000
 LAUNCHES = 32
 REPLAYS = 5
 MODULES = {"int4_linear": int4_linear, "int8_linear": int8_linear, "dense_linear": dense_linear}
-# The same of what is made of rows first: the norm of the residual stream, or int8 rows.
+# The same of what is made of rows first: the norm of the residual stream, or int8 rows of floats or of gate and up.
 NORMED = {"normed_int4_linear": "int4_linear", "normed_int8_linear": "int8_linear"}
-ROUNDED = {"rounded_int8_linear": "int8_linear"}
+ROUNDED = {"rounded_int8_linear": "int8_linear", "gated_int8_linear": "int8_linear"}
 FUSED = {**NORMED, **ROUNDED}
 EPS = 1e-5
 
@@ -67,7 +67,7 @@ class Product:
     def inputs(self, m: int) -> tuple[Tensor, ...]:
         """x of m rows as the operation takes it; of one of NORMED a delta, the stream and the norm's weight."""
         if m not in self._inputs:
-            x = self._normal(m, self.k)
+            x = self._normal(m, 2 * self.k if self.op == "gated_int8_linear" else self.k)
             if self.op in NORMED:
                 self._inputs[m] = x, self._normal(m, self.k), self._normal(self.k)
             else:
@@ -85,7 +85,9 @@ class Product:
         if self.op == "normed_int8_linear":
             return normed_linear.normed_int8_linear(x[0], x[1], x[2], EPS, weight[0], weight[1], None, config)[0]
         if self.op in ROUNDED:
-            return normed_linear.rounded_int8_linear(x[0], weight[0], weight[1], None, config)
+            run = getattr(normed_linear, self.op)
+            y: Tensor = run(x[0], weight[0], weight[1], None, config)
+            return y
         if self.op == "int4_linear":
             return int4_linear.int4_linear(x[0], weight, None, config)
         if self.op == "int8_linear":
@@ -106,7 +108,8 @@ class Product:
                 if self.op in NORMED:
                     x = reference.rms_norm_int8(x[0] + x[1], x[2], EPS)
                 elif self.op in ROUNDED:
-                    x = reference.quantize_rows(x[0])
+                    gated = self.op == "gated_int8_linear"
+                    x = reference.silu_and_mul_int8(x[0]) if gated else reference.quantize_rows(x[0])
                 exact = reference.int8_linear(x[0], x[1], weight[0], weight[1], None, torch.float32)
             else:
                 dense = weight.dequantize(torch.float32) if self.kind == "int4_linear" else weight.float()

@@ -19,6 +19,7 @@ from engine.models.cache import KVCache, KVPages
 from engine.models.linear import (
     DenseLinear,
     GatedInt4Linear,
+    Int8Linear,
     Int8Rows,
     Linear,
     forward_normed,
@@ -178,6 +179,8 @@ class DecoderLayer:
         qkv, hidden = self._forward_normed(self._qkv, hidden, delta, self._attention_norm)
         delta = self._output.forward(self._attend_cached(qkv, batch, pages, rope))
         gate_up, hidden = self._forward_normed(self._gate_up, hidden, delta, self._mlp_norm)
+        if isinstance(self._down, Int8Linear) and not isinstance(self._gate_up, GatedInt4Linear):
+            return hidden, self._down.forward_gated(gate_up)
         return hidden, self._down.forward(self._activated(gate_up))
 
     def _forward_normed(
