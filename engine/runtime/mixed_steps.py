@@ -42,10 +42,10 @@ def mixed_sizes(*, budget: int, max_batch_size: int) -> list[Size]:
 
 
 def blocks_in(tokens: int) -> int:
-    """Blocks of QUERY_BLOCK tokens that a graph of so many tokens computes attention for, filled or not: enough for 8
-    prompts in any step, and for prompts of 64 tokens in a full one. One costs as many programs as there are heads,
+    """Blocks of QUERY_BLOCK tokens that a graph of so many tokens computes attention for, filled or not: enough for
+    16 prompts in any step, and for prompts of 64 tokens in a full one. One costs as many programs as there are heads,
     which end at once."""
-    return max(1, min(tokens // 2, tokens // 64 + 8))
+    return max(1, min(tokens // 2, tokens // 64 + 16))
 
 
 class MixedSteps:

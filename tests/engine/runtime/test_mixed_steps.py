@@ -31,8 +31,8 @@ def test_sizes_end_within_the_budget_and_padding_is_bounded():
         assert all(0 < size.room <= size.tokens for size in sizes)
         for sequences, tokens in itertools.product({1, batch}, range(257, largest + 1)):
             assert next(one for one in sizes if one.tokens >= tokens and one.room >= sequences).tokens - tokens < 256
-        for tokens, _ in sizes:  # 8 prompts fit whatever their lengths, and more where each has at least 64 tokens
-            prompts = max(1, min(8, tokens // 2))
+        for tokens, _ in sizes:  # 16 prompts fit whatever their lengths, and more where each has at least 64 tokens
+            prompts = max(1, min(16, tokens // 2))
             longest = [tokens - 2 * (prompts - 1)] + [2] * (prompts - 1)
             assert sum(-(-length // QUERY_BLOCK) for length in longest) <= blocks_in(tokens)
 
