@@ -37,10 +37,8 @@ def runs(m: int, k: int, device: Device) -> bool:
     return 1 <= m <= MOST_ROWS and device.capability >= (8, 0) and k % 16 == 0 and fits
 
 
-def default_config(device: Device, *, gated: bool = False) -> dict[str, Any]:
+def default_config(device: Device) -> dict[str, Any]:
     """rows: of W a warp at a time; warps a program; chunks of 512 inputs ahead of each warp; programs in all."""
-    if gated:  # what every program has to compute first is much: as few of them as can be
-        return {"kernel": "gemv", "rows": 1, "warps": 16, "ahead": 8, "programs": device.multiprocessors}
     return {"kernel": "gemv", "rows": 2, "warps": 8, "ahead": 8, "programs": 2 * device.multiprocessors}
 
 

@@ -17,7 +17,8 @@ from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.norm import add_rms_norm, add_rms_norm_int8
 from engine.kernels.tuning import Config
 
-# Up to so many rows are made by the product, on a card without a table.
+# Up to so many rows are made by the product, on a card without a table; those of silu * up, which has not been timed on
+# a card yet, where a table says so.
 FEW_ROWS = 4
 # More rows than that are never made by the product, and need no row in a table.
 MOST_ROWS = 8
@@ -122,7 +123,7 @@ def _int8_config(op: str, x: Tensor, weight: Tensor, config: Config | None) -> t
     if gemv is None or not gemv.runs(m, k, device):
         return APART, None
     if config is None:
-        config = gemv.default_config(device, gated=gated) if m <= (1 if gated else FEW_ROWS) else APART
+        config = gemv.default_config(device) if m <= FEW_ROWS and not gated else APART
     return config, None if config["kernel"] == "apart" else gemv
 
 
