@@ -28,6 +28,8 @@ class Answer:
         return piece
 
     def _advance(self, text: str) -> str:
+        if not self._stop:
+            return text
         if self.stopped:
             return ""
         text = self._held + text

@@ -8,21 +8,23 @@ import time
 from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.runtime.cache import PageTable, page_digest
 from engine.runtime.fairness import ShortSteps, WaitingLine, prompt_limits, unfair
 from engine.runtime.sequence import PENDING, Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """One step: every sequence here has `scheduled` > 0 and pages for all its tokens."""
 
     sequences: tuple[Sequence, ...]
 
-    @property
+    @cached_property
     def drawing(self) -> list[Sequence]:
-        """The sequences that get a new token from this step, in the order in which `commit` takes the tokens."""
+        """The sequences that get a new token from this step, in the order in which `commit` takes the tokens: to be
+        asked for before the step is taken in."""
         return [sequence for sequence in self.sequences if sequence.draws]
 
 
@@ -194,8 +196,10 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Make findable what is written and whose tokens are known."""
+        if not self._shares(sequence) or sequence.cached < (sequence.published + 1) * self.pages.page_len:
+            return  # most steps fill no page
         full = min(sequence.cached, sequence.known) // self.pages.page_len
-        if self._shares(sequence) and sequence.published < full:
+        if sequence.published < full:
             digests = self._digests(sequence)
             for index in range(sequence.published, full):
                 self.pages.publish(sequence.pages[index], digests[index])
@@ -237,10 +241,11 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence pages for all its tokens, if there are so many."""
-        missing = self.pages.pages_for(len(sequence)) - len(sequence.pages)
+        missing = self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
         if missing > self.pages.num_available:
             return False
-        sequence.pages += self.pages.allocate(missing)
+        if missing:
+            sequence.pages += self.pages.allocate(missing)
         return True
 
     def _prompt_limits(self) -> dict[str, int]:

@@ -137,8 +137,9 @@ class IncrementalDecoder:
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` finish."""
         token_bytes = self._tokenizer.token_bytes
-        joined = b"".join(token_bytes(token_id, skip_special=self._skip_special) for token_id in ids)
-        return self._stripped(self._utf8.decode(joined))
+        joined = b"".join([token_bytes(token_id, skip_special=self._skip_special) for token_id in ids])
+        text = self._utf8.decode(joined)
+        return self._stripped(text) if self._strip else text
 
     def flush(self) -> str:
         """What is left when no more ids come: U+FFFD for an unfinished character, else nothing."""
