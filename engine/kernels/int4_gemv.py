@@ -120,28 +120,45 @@ def pair_layout(rows, warps):
 
 
 @gluon.jit
-def load_words(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
-    """int16 [P, 8] of tiles tile .. tile + WARPS - 1, one a warp; zeros past the last tile."""
+def word_pointers(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """Pointers to the int16 [P, 8] of tiles tile .. tile + WARPS - 1, one a warp."""
     LAYOUT: gl.constexpr = word_layout(ROWS, WARPS)
     p = gl.arange(0, 64 * ROWS * WARPS, layout=gl.SliceLayout(1, LAYOUT))
     here = tile + p // (64 * ROWS)
     first = ((block // 4 * tiles + here) * 2 + p // 32 % 2) * 128 + (block % 4 + p // 64 % ROWS) * 32 + p % 32
     inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
-    pointers = words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :]
-    return gl.load(pointers, mask=(here < tiles)[:, None], other=0)
+    return words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :]
 
 
 @gluon.jit
-def load_pairs(
+def pair_pointers(
     scale_zero_ptr, block, tile, tiles, group, GROUPS: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr
 ):
-    """Scales and zeros int32 [Q, 2] of a group of each of the tiles; scales of 0 past the last tile."""
+    """Pointers to the scales and zeros int32 [Q, 2] of a group of each of the tiles."""
     LAYOUT: gl.constexpr = pair_layout(ROWS, WARPS)
     q = gl.arange(0, 8 * ROWS * WARPS, layout=gl.SliceLayout(1, LAYOUT))
     here = tile + q // (8 * ROWS)
     first = ((block // 4 * tiles + here) * GROUPS + group) * 64 + (block % 4 + q // 8 % ROWS) * 16 + q % 8 * 2
     half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=(here < tiles)[:, None], other=0)
+    return scale_zero_ptr + first[:, None] + half[None, :]
+
+
+@gluon.jit
+def _load_words(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """What `word_pointers` points to; zeros past the last tile."""
+    p = gl.arange(0, 64 * ROWS * WARPS, layout=gl.SliceLayout(1, word_layout(ROWS, WARPS)))
+    pointers = word_pointers(words_ptr, block, tile, tiles, ROWS, WARPS)
+    return gl.load(pointers, mask=(tile + p // (64 * ROWS) < tiles)[:, None], other=0)
+
+
+@gluon.jit
+def _load_pairs(
+    scale_zero_ptr, block, tile, tiles, group, GROUPS: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr
+):
+    """What `pair_pointers` points to; scales of 0 past the last tile."""
+    q = gl.arange(0, 8 * ROWS * WARPS, layout=gl.SliceLayout(1, pair_layout(ROWS, WARPS)))
+    pointers = pair_pointers(scale_zero_ptr, block, tile, tiles, group, GROUPS, ROWS, WARPS)
+    return gl.load(pointers, mask=(tile + q // (8 * ROWS) < tiles)[:, None], other=0)
 
 
 @gluon.jit
@@ -255,9 +272,9 @@ def _gemv(
     block = gl.program_id(0) * ROWS
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
-        words = words + (load_words(words_ptr, block, step * WARPS, tiles, ROWS, WARPS),)
+        words = words + (_load_words(words_ptr, block, step * WARPS, tiles, ROWS, WARPS),)
         for group in gl.static_range(GROUPS):
-            pairs = pairs + (load_pairs(scale_zero_ptr, block, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
+            pairs = pairs + (_load_pairs(scale_zero_ptr, block, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
     if PDL:
         dependent_launch.depend()
     total = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
@@ -268,8 +285,8 @@ def _gemv(
             total = multiply(total, words[0], pairs[:GROUPS], inputs, x_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA)
             # What was used is replaced by the same step of the next turn, and the tuples go round once a turn.
             tile += AHEAD * WARPS
-            words = words[1:] + (load_words(words_ptr, block, tile, tiles, ROWS, WARPS),)
+            words = words[1:] + (_load_words(words_ptr, block, tile, tiles, ROWS, WARPS),)
             pairs = pairs[GROUPS:]
             for group in gl.static_range(GROUPS):
-                pairs = pairs + (load_pairs(scale_zero_ptr, block, tile, tiles, group, GROUPS, ROWS, WARPS),)
+                pairs = pairs + (_load_pairs(scale_zero_ptr, block, tile, tiles, group, GROUPS, ROWS, WARPS),)
     store(total, block, bias_ptr, y_ptr, m, n, HAS_BIAS, GATED, ROWS, MMA)

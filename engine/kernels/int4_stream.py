@@ -19,13 +19,23 @@ from triton.experimental.gluon import language as gl
 
 from engine.kernels import dependent_launch, int4_gemv
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_gemv import bases, load_pairs, load_words, multiply, store
+from engine.kernels.int4_gemv import (
+    bases,
+    multiply,
+    pair_layout,
+    pair_pointers,
+    store,
+    word_layout,
+    word_pointers,
+)
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.load_order import barrier, in_order
 from engine.kernels.tuning import Config
 
 # What the rows of x may take of a multiprocessor's shared memory.
 MOST_BYTES = 128 * 1024
+# int16 from one tile of inputs to the next.
+TILE = gl.constexpr(2048)
 
 
 def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
@@ -151,6 +161,32 @@ def _operand_layout(tokens, warps):
 
 
 @gluon.jit
+def _load_words(places, step, end, WHOLE: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """The words of each warp's tile `step`, `places` being those of tile 0: addresses that differ by a constant. In
+    place of tile `end` and what follows are any bits; with WHOLE there is none of them."""
+    p = gl.arange(0, 64 * ROWS * WARPS, layout=gl.SliceLayout(1, word_layout(ROWS, WARPS)))
+    if WHOLE:
+        found = gl.load(places + step * WARPS * TILE)
+    else:
+        found = gl.load(places + step * WARPS * TILE, mask=(step * WARPS + p // (64 * ROWS) < end)[:, None])
+    return found
+
+
+@gluon.jit
+def _load_pairs(
+    places, step, group, end, WHOLE: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr
+):
+    """The scales and zeros of a group of it, scales of 0 from tile `end` on."""
+    q = gl.arange(0, 8 * ROWS * WARPS, layout=gl.SliceLayout(1, pair_layout(ROWS, WARPS)))
+    offset = (step * WARPS * GROUPS + group) * 64
+    if WHOLE:
+        found = gl.load(places + offset)
+    else:
+        found = gl.load(places + offset, mask=(step * WARPS + q // (8 * ROWS) < end)[:, None], other=0)
+    return found
+
+
+@gluon.jit
 def _normed(total, factor, eps, WIDTH: gl.constexpr):
     """`reference.rms_norm` of one row: the steps of `norm._norm`."""
     wide = total.to(gl.float32)
@@ -208,11 +244,14 @@ def _stream(
     ROW: gl.constexpr = gl.BlockedLayout([min(8, PADDED // (32 * WARPS))], [32], [WARPS], [0])
     GROUPS: gl.constexpr = 128 // GROUP
     turn = gl.program_id(0)
+    WHOLE: gl.constexpr = WIDTH % (128 * WARPS) == 0
     words, pairs = (), ()
+    word_places = word_pointers(words_ptr, turn * ROWS, 0, tiles, ROWS, WARPS)
+    pair_places = pair_pointers(scale_zero_ptr, turn * ROWS, 0, tiles, 0, GROUPS, ROWS, WARPS)
     for step in gl.static_range(AHEAD):
-        words = words + (load_words(words_ptr, turn * ROWS, step * WARPS, tiles, ROWS, WARPS),)
+        words = words + (_load_words(word_places, step, tiles, WHOLE, ROWS, WARPS),)
         for group in gl.static_range(GROUPS):
-            pairs = pairs + (load_pairs(scale_zero_ptr, turn * ROWS, step * WARPS, tiles, group, GROUPS, ROWS, WARPS),)
+            pairs = pairs + (_load_pairs(pair_places, step, group, tiles, WHOLE, GROUPS, ROWS, WARPS),)
     column = gl.arange(0, PADDED, layout=ROW)
     if NORMS:
         factor = gl.load(norm_ptr + column, mask=column < WIDTH, other=0.0).to(gl.float32)
@@ -243,20 +282,32 @@ def _stream(
     barrier()
     while turn < turns:
         sums = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
-        following = turn + gl.num_programs(0)
+        following, end = turn + gl.num_programs(0), tiles
         for step in gl.static_range(STEPS):
             inputs = _operands(shared, step, TOKENS, WARPS, MMA)
             sums = multiply(sums, words[0], pairs[:GROUPS], inputs, x_ptr.dtype.element_ty, GROUPS, ROWS, WARPS, MMA)
             # What was used is replaced by what comes AHEAD tiles later, of the following turn near the end of one.
-            if step + AHEAD < STEPS:
-                block, tile, end = turn * ROWS, (step + AHEAD) * WARPS, tiles
-            else:
-                block, tile = following * ROWS, (step + AHEAD - STEPS) * WARPS
+            if step + AHEAD == STEPS:
+                word_places = word_pointers(words_ptr, following * ROWS, 0, tiles, ROWS, WARPS)
+                pair_places = pair_pointers(scale_zero_ptr, following * ROWS, 0, tiles, 0, GROUPS, ROWS, WARPS)
                 end = gl.where(following < turns, tiles, 0)
-            words = words[1:] + (load_words(words_ptr, block, tile, end, ROWS, WARPS),)
+            words = words[1:] + (
+                _load_words(word_places, (step + AHEAD) % STEPS, end, WHOLE and step + AHEAD < STEPS, ROWS, WARPS),
+            )
             pairs = pairs[GROUPS:]
             for group in gl.static_range(GROUPS):
-                pairs = pairs + (load_pairs(scale_zero_ptr, block, tile, end, group, GROUPS, ROWS, WARPS),)
+                pairs = pairs + (
+                    _load_pairs(
+                        pair_places,
+                        (step + AHEAD) % STEPS,
+                        group,
+                        end,
+                        WHOLE and step + AHEAD < STEPS,
+                        GROUPS,
+                        ROWS,
+                        WARPS,
+                    ),
+                )
             in_order(WARPS)
         store(sums, turn * ROWS, bias_ptr, y_ptr, m, n, HAS_BIAS, GATED, ROWS, MMA)
         turn = following
