@@ -114,12 +114,28 @@ def test_activations_that_are_not_finite_are_named_by_layer_and_sample(tmp_path)
     assert sample > 0 and list(damaged.root.iterdir()) == []
 
 
-@pytest.mark.parametrize("way", ["search=none", "awq", "int4 head"])
-@pytest.mark.parametrize("shape", [(1, 2), (1, 3)])
-def test_a_few_tokens_are_data(tmp_path, way, shape):
-    """Gram matrices of rank 2: everything is finite, and the same again."""
+@pytest.mark.parametrize("way", ["awq", "gptq", "awq+gptq", "symmetric"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_stop_being_finite_while_weights_are_quantized_are_named(tmp_path, way, value):
+    """The walk measures inputs by their Gram matrices alone."""
     build = a_build(tmp_path)
-    data = {"samples": shape[0], "sequence_length": shape[1]}
+    calibrated = build.calibrate()
+    token = int(load_file(calibrated / "blocks.safetensors")["tokens"][0, 4])
+    embedding = Checkpoint(tmp_path / "model").tensor("model.embed_tokens.weight").clone()
+    embedding[token, 3] = value
+    (tmp_path / "other").mkdir()
+    damaged = a_build(tmp_path / "other", replace={"model.embed_tokens.weight": embedding})
+    with pytest.raises(ValueError, match=r"Layer 0: the input of self_attn\..* NaN or Inf .* calibration sample 0\."):
+        damaged.quantize(WAYS[way], calibrated)
+    assert list(damaged.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["search=none", "awq", "gptq", "symmetric", "int4 head"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_few_tokens_are_data(tmp_path, way, tokens):
+    """Gram matrices of rank 1 and 3: everything is finite, and the same again."""
+    build = a_build(tmp_path)
+    data = {"samples": 1, "sequence_length": tokens}
     first = bytes_of(build.quantize(WAYS[way], build.calibrate(**data)))
     again = bytes_of(build.quantize(WAYS[way], build.calibrate(**data)))
     assert first == again
@@ -127,11 +143,12 @@ def test_a_few_tokens_are_data(tmp_path, way, shape):
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
 
 
-def test_one_token_over_and_over_is_data(tmp_path):
+@pytest.mark.parametrize("way", ["search=none", "awq", "gptq", "awq+gptq"])
+def test_one_token_over_and_over_is_data(tmp_path, way):
     build = a_build(tmp_path, text="cat" * 4000)
     calibrated = build.calibrate()
     assert len(set(load_file(calibrated / "blocks.safetensors")["tokens"].flatten().tolist())) <= 3
-    tensors = load_file(build.quantize(W4A16, calibrated) / "weights.safetensors")
+    tensors = load_file(build.quantize(WAYS[way], calibrated) / "weights.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
 
 
