@@ -17,7 +17,7 @@ from tests.pipelines.stage import FP16, W8A8
 
 TOKENS = list(range(3, 40))
 GRANULARITIES = get_args(KVGranularity)
-VALUES = "model.layers.1.self_attn.v_proj"
+KEYS, VALUES = "model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +41,9 @@ def test_heads_without_weights_and_channels_that_never_move_are_kept_exactly(tmp
     values[16:] = 0.0  # the other one has a V that is its bias for every token
     bias = torch.zeros(32)
     bias[16:] = torch.linspace(-2, 2, 16)
-    names = {
-        f"model.layers.1.self_attn.{m}_proj.bias": torch.zeros(n) for m, n in (("q", 64), ("k", 32), ("o", HIDDEN))
-    }
-    weights = {"model.layers.1.self_attn.k_proj.weight": keys, f"{VALUES}.weight": values, f"{VALUES}.bias": bias}
-    build = a_build(tmp_path, replace=weights | names, attention_bias=True)
+    weights = {f"{KEYS}.weight": keys, f"{KEYS}.bias": torch.zeros(32)}
+    weights |= {f"{VALUES}.weight": values, f"{VALUES}.bias": bias}
+    build = a_build(tmp_path, replace=weights, attention_bias=True)
     folder = build.artifact(FP16, "kv8", granularity=granularity)
     seen = load_file(build.root / "calibrate/blocks.safetensors")["tokens"][0].tolist()
     wanted, found = load_checkpoint(tmp_path / "model")(packed([seen]), None), through_the_cache(folder, seen)
