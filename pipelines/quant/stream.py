@@ -184,8 +184,11 @@ class Joined:
     def add(self, statistics: Statistics) -> None:
         """Join what was seen in the next sample."""
         # A Gram matrix that is not finite has a diagonal that is not.
-        looked_at = [values.diagonal() if name == "gram" else values for name, values in statistics.items()]
-        sums = [values.sum() for values in looked_at]
+        sums = [
+            (values.diagonal() if name == "gram" else values).sum()
+            for name, values in statistics.items()
+            if name != "tokens"  # a number on the CPU
+        ]
         self._finite.append(torch.stack(sums).isfinite().all())
         self._statistics = statistics if self._statistics is None else join(self._statistics, statistics)
 
