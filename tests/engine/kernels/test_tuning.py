@@ -56,3 +56,14 @@ def test_shipped_tables_hold_rows_of_known_operations(path):
         assert held["op"] in {"int4_linear", "int8_linear", "dense_linear"} | fused | attention
         assert held["m"] in tuning.BUCKETS and held["n"] > 0 and held["k"] > 0
         assert ("block" if held["op"] in attention else "kernel") in held["config"]
+
+
+@pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_rings_can_be_filled(path):
+    """A tile of x must never wait for a place that is given back only after it: see `int4_gluon.default_config`."""
+    held = [row["config"] for row in json.loads(path.read_text())["rows"] if row["config"].get("kernel") == "gluon"]
+    assert held
+    for config in held:
+        turn, ahead, ring, slot, wait = (config[name] for name in ("turn", "ahead", "ring", "slot", "wait"))
+        assert turn % ahead == turn % slot == slot % wait == ring % wait == 0, config
+        assert ring > slot or ring == slot == turn, config
