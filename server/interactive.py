@@ -128,7 +128,7 @@ class Interactive:
             job = Job(prompt=0, prompt_ids=prompt_ids, sampling=sampling)
             answers = await self._generation.open(arrival, [job])
         conversation.stop = answers.stop
-        lines = self._lines(answers, conversation, turns, len(prompt_ids))
+        lines = self._lines(answers, conversation, turns, len(prompt_ids), ending)
 
         def close() -> None:
             answers.close()
@@ -150,9 +150,15 @@ class Interactive:
         return await self._generation.rendered(arrival, lambda: tokenizer.encode_chat(turns), size=size, param="prompt")
 
     async def _lines(
-        self, answers: Answers, conversation: Conversation, turns: list[dict[str, Any]], prompt: int
+        self,
+        answers: Answers,
+        conversation: Conversation,
+        turns: list[dict[str, Any]],
+        prompt: int,
+        ending: _Ending,
     ) -> AsyncGenerator[str, None]:
-        """LMDeploy's lines of JSON. What was said so far is kept, whichever way the round ends."""
+        """LMDeploy's lines of JSON. What was said so far is kept, whichever way the round ends; it has ended when its
+        last line is sent: who has read that may ask for the next."""
         history, texts = conversation.tokens, []
         try:
             async with aclosing(answers.batches()) as batches:
@@ -162,6 +168,8 @@ class Interactive:
                         reason = "stop" if event.finish_reason == "abort" else event.finish_reason
                         conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
                         conversation.tokens = prompt + event.completion_tokens
+                        if reason:
+                            ending.close()
                         if event.text or reason:
                             line = _line(
                                 event.text,
@@ -172,6 +180,7 @@ class Interactive:
                             )
                             yield json.dumps(line, ensure_ascii=False) + "\n"
         except EngineError as error:
+            ending.close()
             yield json.dumps(engine_error_body(error)) + "\n"
 
 

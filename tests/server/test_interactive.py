@@ -1,10 +1,13 @@
 """LMDeploy's own surface: its chat with sessions, its encoder, and its chat request body."""
 
+import asyncio
 import json
 import threading
+from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import StreamingResponse
 
 from tests.server.running import HEADERS, Served
 
@@ -76,6 +79,18 @@ def test_a_stream_is_lines_of_json(served: Served) -> None:
     assert "".join(line["text"] for line in lines) == whole["text"]
     assert [line["finish_reason"] for line in lines] == [None] * (len(lines) - 1) + ["length"]
     assert lines[-1]["tokens"] == 6
+
+
+def test_who_has_read_the_last_line_may_ask_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def then_busy_elsewhere(*arguments: Any) -> None:
+        await sent(*arguments)
+        await asyncio.sleep(0.3)
+
+    sent = StreamingResponse.__call__
+    monkeypatch.setattr(StreamingResponse, "__call__", then_busy_elsewhere)
+    asked = {"prompt": "the cat", "session_id": 8, "stream": True, **GREEDY}
+    for _ in range(2):
+        assert post(served, "/v1/chat/interactive", **asked).status_code == 200
 
 
 def test_a_round_can_be_stopped_and_what_was_said_is_kept(roomy: Served) -> None:
