@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from json.encoder import encode_basestring
 from typing import Any
 
 from engine.runtime.client import EngineError
@@ -19,6 +20,7 @@ from server.event_stream import DONE, encoded, event_line
 from server.logprobs import chat_logprobs, completion_logprobs
 
 Choice = dict[str, Any]
+quoted = encode_basestring  # as `encoded` writes a text
 
 
 class ChatShape:
@@ -57,6 +59,7 @@ class ChatShape:
         their own, as OpenAI sends them."""
         readers = [self._reader() for _ in range(count)]
         sent = [0] * count
+        plain = [self._around_text(index) for index in range(count)]
         try:
             openings = [opening for index in range(count) if (opening := self.opening(index))]
             if openings:
@@ -66,7 +69,10 @@ class ChatShape:
                     lines: list[str] = []
                     for index, event in batch:
                         delta = readers[index].read(event)
-                        lines += [self._line([piece]) for piece in self.pieces(index, delta, offset=sent[index])]
+                        if delta.content and delta.logprobs is None and not delta.calls:
+                            lines.append(quoted(delta.content).join(plain[index]))
+                        else:
+                            lines += [self._line([piece]) for piece in self.pieces(index, delta, offset=sent[index])]
                         sent[index] += len(delta.content)
                         if delta.finish_reason:
                             lines.append(self._line([self.ending(index, delta.finish_reason)]))
@@ -104,6 +110,13 @@ class ChatShape:
 
     def ending(self, index: int, finish_reason: str) -> Choice:
         return {**self._chunk(index, {}), "finish_reason": finish_reason}
+
+    def _around_text(self, index: int) -> list[str]:
+        """A chunk of nothing but text, in two parts: what comes before the text, and after it. Nearly all chunks are
+        such, and of these only the text differs."""
+        mark = uuid.uuid4().hex
+        [piece] = self.pieces(index, Delta(content=mark), offset=0)
+        return self._line([piece]).split(quoted(mark))
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> Choice:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

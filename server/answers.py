@@ -98,20 +98,22 @@ class Answers:
         """(number of the answer, event) of all answers until each is finished: what has come, as soon as there is any.
         A reader who is slow gets more at once."""
         ready = dict.fromkeys(range(len(self._streams)))
-        arrived = asyncio.Event()
+        new_future = asyncio.get_running_loop().create_future
+        arrived = new_future()
 
         def note(index: int) -> None:
             ready[index] = None
-            arrived.set()
+            if not arrived.done():
+                arrived.set_result(None)
 
         for index, stream in enumerate(self._streams):
             stream.on_arrival = partial(note, index)
         unfinished = len(self._streams)
         try:
             while unfinished:
-                while not ready:
-                    arrived.clear()
-                    await arrived.wait()
+                if not ready:
+                    arrived = new_future()
+                    await arrived
                 batch: list[tuple[int, Event]] = []
                 for index in list(ready):
                     stream = self._streams[index]

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from engine.runtime.client import EngineClient, EngineError
 from engine.runtime.event import Event
+from server.token_metrics import TokenMetrics
 
 SECONDS_FOR_FIGURES = 2.0
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -46,14 +47,14 @@ class Metrics:
             return made.labels(model_name)
 
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were taken in.")
-        self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens of prompts that the prefix cache was asked for.")
         self.prefix_hits = counter("prefix_cache_hits", "Tokens of prompts that the prefix cache had.")
         self.aborted = counter(
             "request_aborted", "Requests that ended before their answer: by a client, or a deadline."
         )
         self.first_token = histogram("time_to_first_token", "From the request to its first token.", FIRST)
-        self.inter_token = histogram("inter_token_latency", "Between two tokens of an answer.", BETWEEN)
+        self.tokens = TokenMetrics(model_name, BETWEEN)
+        registry.register(self.tokens)
         self.whole = histogram("e2e_request_latency", "From the request to the end of its answer.", WHOLE)
         self._success = Counter(
             "ingot:request_success", "Answers.", ["model_name", "finished_reason"], registry=registry
@@ -97,17 +98,17 @@ class Track:
     def take(self, index: int, event: Event) -> None:
         """An event of answer number `index` has come."""
         metrics, now, before = self._metrics, self._metrics.clock(), self._latest[index]
-        if event.token_ids:
+        if count := len(event.token_ids):
             if before is None:
                 metrics.first_token.observe(now - self._began)
                 metrics.prompt_tokens.inc(event.prompt_tokens)
                 metrics.prefix_queries.inc(event.prompt_tokens)
                 metrics.prefix_hits.inc(event.cached_tokens)
             else:
-                for _ in event.token_ids:  # several come at once to a reader who is slow, as if evenly spaced
-                    metrics.inter_token.observe((now - before) / len(event.token_ids))
+                # Several come at once to a reader who is slow: as if evenly spaced.
+                metrics.tokens.observe_gap((now - before) / count, count)
             self._latest[index] = now
-            metrics.generation_tokens.inc(len(event.token_ids))
+            metrics.tokens.generated += count
         if event.finish_reason is not None:
             self._unfinished -= 1
             metrics.whole.observe(now - self._began)

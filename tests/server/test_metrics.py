@@ -71,9 +71,13 @@ def test_every_token_after_the_first_piece_has_a_time_of_its_own() -> None:
             completion_tokens=0,
         )
         track.take(0, event)
-    [family] = metrics.inter_token.collect()
-    found = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
-    assert (found["count"], found["sum"]) == (4, 2.0)
+    text = generate_latest(metrics._registry).decode()
+    found = {line.split("{")[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("ingot:inter")}
+    assert found["ingot:inter_token_latency_seconds_count"] == 4
+    assert found["ingot:inter_token_latency_seconds_sum"] == 2.0
+    buckets = {bound: float(line.split()[1]) for line in text.splitlines() for bound in ("0.4", "0.5", "2.5", "+Inf")
+               if line.startswith(f'ingot:inter_token_latency_seconds_bucket{{le="{bound}",')}  # fmt: skip
+    assert buckets == {"0.4": 0, "0.5": 4, "2.5": 4, "+Inf": 4}
 
 
 def test_a_request_that_is_given_up_is_counted_once() -> None:
