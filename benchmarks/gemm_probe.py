@@ -1,4 +1,4 @@
-"""The matrix products of the GPU engine: checked, timed against cuBLAS and the floor, and tuned. One command, one GPU.
+r"""The matrix products of the GPU engine: checked, timed against cuBLAS and the floor, and tuned. One command, one GPU.
 (Above 300 lines: one script, of which every process runs a part.)
 
 Every family of kernels runs in processes of its own, so that one that fails takes no other with it. First all are
@@ -7,6 +7,10 @@ after the other, in CUDA graphs over rotated weights. Left in the folder: gemm.c
 checks.txt, logs, and the table of the device for engine/kernels/tuned/. The compact table is printed last.
 
     python -m benchmarks.gemm_probe [--seconds 240] [--out "$OUT"] [--families int4:gluon int8] [--rows 1 16 64]
+
+One form beside what the table chooses now and cuBLAS, in 100 s; the table left in the folder has the better one:
+    python -m benchmarks.gemm_probe --seconds 100 --families cublas int4:now int4:columns --rows 16 32 64 128 256 \
+        --shapes 12288x4096 22016x4096 4096x11008 4096x4096
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ FAMILIES = (
     "cublas",
     "int4:gemv",
     "int4:gluon",
+    "int4:columns",
     "int4:triton",
     "int4:dense",
     "int8:columns",
@@ -35,10 +40,28 @@ FAMILIES = (
     "dense:rows",
     "dense:columns",
 )
+# Not by default: what the table of the device chooses now, to measure one other family beside it.
+NOW = ("int4:now",)
 # Processes that compile and check a family side by side.
-COMPILERS = {"cublas": 0, "int4:gluon": 6, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 2, "dense:columns": 4}
+COMPILERS = {
+    "cublas": 0,
+    "int4:gluon": 6,
+    "int4:columns": 8,
+    "int4:gemv": 2,
+    "int8:columns": 4,
+    "int8:tiles": 2,
+    "dense:columns": 4,
+}
 # Relative shares of the time for measuring.
-SHARES = {"cublas": 2, "int4:gluon": 5, "int4:gemv": 2, "int8:columns": 4, "int8:tiles": 3, "dense:columns": 3}
+SHARES = {
+    "cublas": 2,
+    "int4:gluon": 5,
+    "int4:columns": 5,
+    "int4:gemv": 2,
+    "int8:columns": 4,
+    "int8:tiles": 3,
+    "dense:columns": 3,
+}
 # The rows of x that decide first; the others follow in the time that is left.
 FIRST_ROWS = (1, 16, 64, 256, 2048)
 SHARE_OF_CHECKS = 0.4
@@ -51,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=240.0, help="for everything (default 240)")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "/tmp/gemm_probe")))
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, metavar="FAMILY")
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES + NOW, metavar="FAMILY")
     parser.add_argument("--rows", nargs="*", type=int, default=[], help="numbers of rows of x (default: all)")
     parser.add_argument("--shapes", nargs="*", default=[], metavar="NxK", help="default: those of engine.kernels.tune")
     parser.add_argument("--worker", nargs=4, metavar=("PHASE", "FAMILY", "SHARD", "SECONDS"), help=argparse.SUPPRESS)
@@ -118,7 +141,7 @@ def cases(family: str, given: argparse.Namespace) -> Iterator[tuple[Any, int, li
     """(product, rows of x, configurations of the family), what decides first at the front; one product at a time."""
     import torch
 
-    from engine.kernels import tune
+    from engine.kernels import tune, tuning
     from engine.kernels.device import facts
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
@@ -134,8 +157,13 @@ def cases(family: str, given: argparse.Namespace) -> Iterator[tuple[Any, int, li
                 continue
             product = None
             for m in chosen:
-                probe = tune.MODULES[SPLIT_NAMES[kind]].candidates(m, n, k, facts(torch.device("cuda")))
-                configs = [config for config in probe if config["kernel"] == kernel]
+                device = facts(torch.device("cuda"))
+                if family in NOW:
+                    chosen_now = tuning.lookup(SPLIT_NAMES[kind], device.name, n, k, m)
+                    configs = [] if chosen_now is None else [chosen_now]
+                else:
+                    probe = tune.MODULES[SPLIT_NAMES[kind]].candidates(m, n, k, device)
+                    configs = [config for config in probe if config["kernel"] == kernel]
                 if configs:
                     product = product or tune.Product(SPLIT_NAMES[kind], n, k, torch.device("cuda"))
                     yield product, m, configs
@@ -150,8 +178,8 @@ def check(family: str, index: int, count: int, seconds: float, given: argparse.N
     deadline = time.monotonic() + seconds
     if family == "cublas":
         return
-    if index == 0:
-        odd_sizes(family)
+    if family not in NOW:
+        odd_sizes(family, index, count, deadline)
     tune.ROTATED_BYTES = 1
     number = 0
     for product, m, configs in cases(family, given):
@@ -180,8 +208,8 @@ def verify(name: str, product: Any, m: int, config: Any) -> bool:
     return error < 3e-3
 
 
-def odd_sizes(family: str) -> None:
-    """Every kernel of a family at sizes that fill no tile, in both types, with and without a bias."""
+def odd_sizes(family: str, index: int, count: int, deadline: float) -> None:
+    """A family at sizes that fill no tile, in both types: this process's part, as far as half of its time reaches."""
     import torch
 
     from engine.kernels import dense_linear, int4_linear, int8_linear, linear_reference, reference
@@ -191,12 +219,16 @@ def odd_sizes(family: str) -> None:
     kind, _, kernel = family.partition(":")
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(1)
+    number, middle = 0, (time.monotonic() + deadline) / 2
     module = {"int4": int4_linear, "int8": int8_linear, "dense": dense_linear}[kind]
     for n, k, group in ((72, 160, 32), (200, 384, 128), (1000, 1152, 128), (4104, 2048, 128), (136, 512, 64)):
         for m in (1, 2, 5, 8, 13, 16, 33, 64, 100, 129, 256, 300, 513):
             configs = [c for c in module.candidates(m, n, k, facts(device)) if c["kernel"] == kernel]
             for dtype in (torch.float16, torch.bfloat16):
                 for config in configs[:: max(1, len(configs) // 3)]:
+                    number += 1
+                    if number % count != index or time.monotonic() > middle:
+                        continue
                     bias = None if m % 2 else torch.randn(n, device=device, generator=generator).to(dtype)
                     x = torch.randn(m, k, device=device, generator=generator).to(dtype)
                     name = f"{family} {n}x{k} g{group} M={m} {dtype} bias={bias is not None} {json.dumps(config)}"
@@ -215,6 +247,10 @@ def odd_sizes(family: str) -> None:
                             exact = linear_reference.dense_linear(
                                 x.float(), reference.unpack_int4(qweight, qzeros, scales), bias
                             )
+                            if n % 16 == 0 and m in (33, 129) and dtype == torch.float16 and config is configs[0]:
+                                y = int4_linear.int4_linear(x, weights, bias, config, gated=True)
+                                gate, up = (part.flatten(1) for part in exact.view(m, -1, 2, 8).unbind(2))
+                                exact = torch.nn.functional.silu(gate) * up
                         elif kind == "int8":
                             values, x_scales = reference.quantize_rows(x)
                             weight, w_scales = reference.quantize_rows(
@@ -339,8 +375,8 @@ def summarize(out: Path) -> None:
     with (out / "best.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows(best[key] for key in sorted(best) if key[0] in FAMILIES)
-    names = [name for name in FAMILIES if any(key[0] == name for key in best)]
+        writer.writerows(best[key] for key in sorted(best) if key[0] in FAMILIES + NOW)
+    names = [name for name in FAMILIES + NOW if any(key[0] == name for key in best)]
     print(
         f"{device}: us, and times cuBLAS float16 in (); floor: bytes at 4.28 TB/s or products at 790 TFLOP/s, 2x int8"
     )

@@ -2,10 +2,7 @@
 """y = x W^T in float16 or bfloat16 for few rows of x on sm_90, as fast as W can be read.
 
 y^T = W x^T: tiles of W and of x go by the copy engine to a ring in shared memory, from where asynchronous matrix
-instructions take both. The tiles of W of all columns are one row of steps, of which every program takes an equal
-share, whether or not it ends with a column: the ring never runs empty between two columns, and no multiprocessor has
-more to read than another ("Stream-K", Osama et al. 2023). A column that several programs share is summed in the order
-of the programs by the last of them to arrive, so the same inputs give the same bits.
+instructions take both. Every program takes an equal share of the steps of all columns: see `shared_steps`.
 """
 
 from __future__ import annotations
@@ -27,14 +24,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import dependent_launch, splits
 from engine.kernels.device import Device, facts
+from engine.kernels.shared_steps import combine, next_step, thread_barrier
 from engine.kernels.tuning import Config
 
 MOST_ROWS = 256
 # What the rings of all programs of a multiprocessor may take of its 227 KB of shared memory: the rest is for barriers
 # and for the small kernels that start while this one ends.
 RING_BYTES = 204_800
-# Two names that Triton changed after 3.6.
-thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+# A name that Triton changed after 3.6.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -128,17 +125,6 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tenso
     return y
 
 
-@gluon.jit
-def _next_step(row, token, inner, tokens, inputs, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr):
-    """Where the tiles of the step after this one begin: along the inputs, then x's blocks, then W's rows."""
-    inner = inner + BLOCK_K
-    token = gl.where(inner >= inputs, token + BLOCK_M, token)
-    inner = gl.where(inner >= inputs, 0, inner)
-    row = gl.where(token >= tokens, row + BLOCK_N, row)
-    token = gl.where(token >= tokens, 0, token)
-    return row, token, inner
-
-
 @gluon.jit(do_not_specialize=["m", "n", "columns", "blocks", "steps"])
 def _columns(
     x_desc,
@@ -182,7 +168,7 @@ def _columns(
     for slot in range(gl.minimum(end - start, SLOTS)):
         mbarrier.expect(barriers.index(slot), BYTES)
         load_tile(w_desc, [w_row, w_inner], barriers.index(slot), w_ring.index(slot))
-        w_row, w_token, w_inner = _next_step(w_row, w_token, w_inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
+        w_row, w_token, w_inner = next_step(w_row, w_token, w_inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
     # x's descriptor is fetched as well, by asking for a tile past all rows: zeros, for which nothing is read.
     mbarrier.expect(barriers.index(SLOTS), x_desc.block_type.nbytes)
     load_tile(x_desc, [tokens, 0], barriers.index(SLOTS), x_ring.index(0))
@@ -191,11 +177,11 @@ def _columns(
     mbarrier.wait(barriers.index(SLOTS), 0)
     for slot in range(gl.minimum(end - start, SLOTS)):
         load_tile(x_desc, [token, inner], barriers.index(slot), x_ring.index(slot))
-        row, token, inner = _next_step(row, token, inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
+        row, token, inner = next_step(row, token, inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
 
     spot, phase, freed = 0, 0, 0
     for tile in range(start // steps, (end - 1) // steps + 1):
-        begin, first, last = tile * steps, gl.maximum(start, tile * steps), gl.minimum(end, (tile + 1) * steps)
+        first, last = gl.maximum(start, tile * steps), gl.minimum(end, (tile + 1) * steps)
         total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
         for step in range(first, last):
             mbarrier.wait(barriers.index(spot), phase)
@@ -207,7 +193,7 @@ def _columns(
                 mbarrier.expect(barriers.index(freed), BYTES)
                 load_tile(w_desc, [row, inner], barriers.index(freed), w_ring.index(freed))
                 load_tile(x_desc, [token, inner], barriers.index(freed), x_ring.index(freed))
-                row, token, inner = _next_step(row, token, inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
+                row, token, inner = next_step(row, token, inner, tokens, inputs, BLOCK_N, BLOCK_M, BLOCK_K)
             freed = spot
             spot = gl.where(freed == SLOTS - 1, 0, freed + 1)
             phase = gl.where(freed == SLOTS - 1, phase ^ 1, phase)
@@ -216,29 +202,9 @@ def _columns(
         row_inside = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         token_inside = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
         place = (row_inside * BLOCK_M)[:, None] + token_inside[None, :]
-        complete = last - first == steps
-        if last - first < steps:
-            # A program shares its first tile with those before it (place 0), its last with those after it (place 1).
-            own = partials + (program * 2 + (first == begin).to(gl.int32)) * (BLOCK_N * BLOCK_M) + place
-            # The programs of a tile: step s is of the first one whose share ends after it.
-            lowest = ((begin + 1) * programs - 1) // all_steps
-            highest = ((begin + steps) * programs - 1) // all_steps
-            # Who finds all others there need not store its part; most that end a share do.
-            complete = gl.atomic_add(arrivals + tile, 0, sem="acquire") == highest - lowest
-            if not complete:
-                gl.store(own, total)
-                thread_barrier()  # every thread's part is written before one thread counts the program in
-                complete = gl.atomic_add(arrivals + tile, 1, sem="acq_rel") == highest - lowest
-            if complete:
-                others = partials + place
-                if lowest < program:
-                    before = gl.load(others + (lowest * 2 + 1) * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-                    for other in range(lowest + 1, program):
-                        before += gl.load(others + other * (2 * BLOCK_N * BLOCK_M), cache_modifier=".cg")
-                    total = before + total
-                for other in range(program + 1, highest + 1):
-                    total += gl.load(others + other * (2 * BLOCK_N * BLOCK_M), cache_modifier=".cg")
-                gl.store(arrivals + tile, 0)
+        total, complete = combine(
+            total, place, partials, arrivals, tile, steps, first, last, all_steps, BLOCK_N * BLOCK_M
+        )
         if complete:
             y_row = tile // blocks * BLOCK_N + row_inside
             y_token = tile % blocks * BLOCK_M + token_inside

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import dependent_launch, splits
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import negative_zeros, silu, turns_apart, unpack_scaled
+from engine.kernels.int4_fragments import left_operand, silu, turns_apart
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -141,6 +141,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         arrivals,
         m,
         n,
+        y.shape[1] // 8,
         tiles,
         -(-n // 64),
         HAS_BIAS=bias is not None,
@@ -219,19 +220,6 @@ def _load_pairs(
 
 
 @gluon.jit
-def _left(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr):
-    """[BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 16] int16; no data moves."""
-    # [tile of rows, w, r, half] -> [(tile of rows, w, half, r)]
-    rows = pairs.reshape([BLOCK_N // 16, 8, 2]).permute([0, 2, 1]).reshape([BLOCK_N])
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, A), assert_trivial=True)
-    scale = rows.to(gl.int16).to(gl.float16, bitcast=True).to(dtype)
-    w = unpack_scaled(half, gl.expand_dims(negative_zeros(rows, dtype), 1), gl.expand_dims(scale, 1), dtype)
-    joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 16, i % 2, i // 2]
-    joined = joined.permute([0, 3, 2, 1]).reshape([BLOCK_N, 64])
-    return gl.convert_layout(joined, A, assert_trivial=True)
-
-
-@gluon.jit
 def _halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
     """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
     # [tile of rows, w, a, r, t, half, h, e] -> [(tile of rows, w, half, r), (a, t, e), h]
@@ -267,7 +255,7 @@ def _refill(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece % RING), ring.index(piece % RING))
 
 
-@gluon.jit(do_not_specialize=["m", "n", "tiles", "tile_rows"])
+@gluon.jit(do_not_specialize=["m", "n", "eighths", "tiles", "tile_rows"])
 def _gemm(
     x_desc,
     words_ptr,
@@ -278,6 +266,7 @@ def _gemm(
     arrivals,
     m,
     n,
+    eighths,
     tiles,
     tile_rows,
     HAS_BIAS: gl.constexpr,
@@ -296,8 +285,8 @@ def _gemm(
 ):
     """One tile of y^T [BLOCK_N, BLOCK_M], or a part of its sum.
 
-    RAGGED: the last program has fewer tiles of rows than the others. RING pieces of WAIT tiles of x are in shared
-    memory. FITS: they are all that a program reads, so nothing is refilled.
+    eighths: outputs of y a row, in eights. RAGGED: the last program has fewer tiles of rows than the others. RING
+    pieces of WAIT tiles of x are in shared memory. FITS: they are all that a program reads, so nothing is refilled.
     """
     gl.static_assert(FITS or SLOT == TURN or RING * WAIT > SLOT, "a tile would wait for the place of its own slot")
     WARPS: gl.constexpr = gl.num_warps()
@@ -330,7 +319,7 @@ def _gemm(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    left = _left(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+    left = left_operand(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
     for turn in range(turns):
         for step in gl.static_range(TURN):
             used = turn * (TURN // WAIT) + step // WAIT
@@ -343,7 +332,7 @@ def _gemm(
             # All products of the tile before are done now.
             if not FITS and step % SLOT == 0 and step > 0:
                 _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
-            second = _left(_halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
+            second = left_operand(_halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
             right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
             total = warpgroup_mma(second, right, total, is_async=True)
             tile, more = start + turn * TURN + step + AHEAD, step + AHEAD < TURN or turn + 1 < turns
@@ -353,7 +342,7 @@ def _gemm(
             )
             # The first half of the next tile is unpacked while the second of this one is multiplied.
             total = warpgroup_mma_wait(1, deps=[total])
-            left = _left(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+            left = left_operand(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
         # A product that is on its way from one turn to the next would make the compiler wait for each.
         total = warpgroup_mma_wait(0, deps=[total])
         if not FITS:
@@ -382,14 +371,13 @@ def _gemm(
         if GATED:
             gate, up = turns_apart(total, BLOCK_N // 16, BLOCK_M)
             result = silu(gate) * up
-            width = n // 2
         else:
             result = total
-            width = n
         ACROSS: gl.constexpr = COLUMNS // 8
         OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
         y = gl.convert_layout(result.to(dtype).permute([1, 0]), OUT)
         token = first_token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
         out_row = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
+        width = eighths * 8  # a multiple that the compiler knows: 16 bytes are stored at once
         mask = (token < m)[:, None] & (out_row < width)[None, :]
         gl.store(y_ptr + token.to(gl.int64)[:, None] * width + out_row[None, :], y, mask=mask)

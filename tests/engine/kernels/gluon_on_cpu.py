@@ -8,6 +8,7 @@ check: every conversion in these kernels is asserted to move nothing.
 """
 
 import importlib.util
+import math
 import re
 import sys
 import types
@@ -96,22 +97,23 @@ def allocate_shared_memory(dtype, shape, layout):
 
 
 class Descriptor:
-    """x [rows, inputs] in blocks, zeros outside; what the host makes and the kernel reads."""
+    """A tensor in blocks, zeros outside; what the host makes and the kernel reads."""
 
     def __init__(self, tensor, block, layout):
         self.tensor, self.block, self.layout, self.dtype = tensor, block, layout, tensor.dtype
-        self.block_type = types.SimpleNamespace(nbytes=block[0] * block[1] * tensor.element_size())
+        self.block_type = types.SimpleNamespace(nbytes=math.prod(block) * tensor.element_size())
 
     @staticmethod
     def from_tensor(tensor, block, layout):
         return Descriptor(tensor, block, layout)
 
 
-def copy(descriptor, place, barrier, shared):
-    row, column = (int(p) for p in place)
+def copy(descriptor, place, barrier, shared, pred=True):
+    if not pred:
+        return
     block = torch.zeros(descriptor.block, dtype=descriptor.dtype)
-    read = descriptor.tensor[row : row + block.shape[0], column : column + block.shape[1]]
-    block[: read.shape[0], : read.shape[1]] = read
+    read = descriptor.tensor[tuple(slice(int(p), int(p) + size) for p, size in zip(place, block.shape, strict=True))]
+    block[tuple(slice(size) for size in read.shape)] = read
     shared.tensor.copy_(block)
     left = int(barrier.tensor[0]) % PHASE - block.numel() * block.element_size()
     assert left >= 0, "a copy of bytes that are not expected"
@@ -123,12 +125,16 @@ def copy(descriptor, place, barrier, shared):
 PHASE = 1 << 32  # a barrier holds the phases that are completed, and below the bytes that are on their way
 
 
-def expect(barrier, nbytes):
+def expect(barrier, nbytes, pred=True):
+    if not pred:
+        return
     assert barrier.tensor[0] % PHASE == 0, "a copy to a place whose last one is not complete"
     barrier.tensor[0] += nbytes
 
 
-def wait(barrier, phase):
+def wait(barrier, phase, pred=True):
+    if not pred:
+        return
     done = int(barrier.tensor[0])
     assert done % PHASE == 0 and done // PHASE % 2 != int(phase), "this wait would not end"
 
@@ -193,6 +199,7 @@ class Language(types.ModuleType):
     def __init__(self, name):
         super().__init__(name)
         self.warps, self.ids, self.grid = 4, (0, 0, 0), (1, 1, 1)
+        self.order = reversed  # of programs: the last first
         self.float16, self.bfloat16, self.float32 = torch.float16, torch.bfloat16, torch.float32
         self.int16, self.int32, self.int64 = torch.int16, torch.int32, torch.int64
         self.constexpr, self.static_range = lambda value: value, range
@@ -272,7 +279,7 @@ class Language(types.ModuleType):
 
 
 class Kernel:
-    """A jitted function: called, it is the function; `[grid]` runs it for every program, the last first."""
+    """A jitted function: called, it is the function; `[grid]` runs it for every program, in the language's order."""
 
     def __init__(self, function, language):
         self.function, self.language = function, language
@@ -285,9 +292,9 @@ class Kernel:
             gl = self.language
             gl.warps, gl.grid = num_warps, (*grid, 1, 1)[:3]
             arguments = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            for z in reversed(range(gl.grid[2])):
-                for y in reversed(range(gl.grid[1])):
-                    for x in reversed(range(gl.grid[0])):
+            for z in gl.order(range(gl.grid[2])):
+                for y in gl.order(range(gl.grid[1])):
+                    for x in gl.order(range(gl.grid[0])):
                         gl.ids = (x, y, z)
                         self.function(*arguments, **constants)
 

@@ -32,7 +32,7 @@ def test_configurations_that_tuning_tries(m, n, k, dtype):
 def module():
     if DEVICE == "cuda":
         pytest.skip("the kernel itself runs")
-    return gluon_on_cpu.kernels("dense_columns")[0]
+    return gluon_on_cpu.kernels("shared_steps", "dense_columns")[1]
 
 
 def columns(block_n, block_m, block_k, share, slots):
@@ -57,7 +57,8 @@ def columns(block_n, block_m, block_k, share, slots):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_dense_product_whose_steps_are_shared_out(module, m, n, k, config, dtype):
     x, weight = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype, seed=3)
-    for bias in (None, normal(n, dtype=dtype, seed=5)):
+    for bias, order in ((None, list), (normal(n, dtype=dtype, seed=5), reversed)):
+        module.gl.order = order  # the last or the first program of a column sums it
         y = module.run(x, weight, bias, config)
         expected = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
         assert y.dtype == dtype and error(y, expected) < (3e-4 if dtype == torch.float16 else 3e-3)
