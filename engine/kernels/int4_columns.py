@@ -285,7 +285,10 @@ def _columns(
                 x = x_ring.index(spot)
                 total = warpgroup_mma(half, x.slice(0, 64, 1).permute([1, 0]), total, is_async=True)
                 total = warpgroup_mma_wait(1, deps=[total])
-                # All products of the step before have ended: when all warps have come here, its slot is free.
+                second = left_operand(late, pairs, BLOCK_N, A, dtype)
+                total = warpgroup_mma(second, x.slice(64, 64, 1).permute([1, 0]), total, is_async=True)
+                # All products of the step before have ended: when all warps have come here, its slot is free. Behind the
+                # second half, so that no warp waits for others between the end of a product and its next.
                 thread_barrier()
                 ask = ((step > 0) | (turn > start)) & (left > 0)
                 mbarrier.expect(x_full.index(freed), x_desc.block_type.nbytes, pred=ask)
@@ -297,8 +300,6 @@ def _columns(
                 if ask:
                     row, token, inner = next_step(row, token, inner, tokens, inputs, ROWS, BLOCK_M, 1)
                     left -= 1
-                second = left_operand(late, pairs, BLOCK_N, A, dtype)
-                total = warpgroup_mma(second, x.slice(64, 64, 1).permute([1, 0]), total, is_async=True)
                 freed = spot
                 spot = gl.where(freed == SLOTS - 1, 0, freed + 1)
                 phase = gl.where(freed == SLOTS - 1, phase ^ 1, phase)
