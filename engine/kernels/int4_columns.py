@@ -287,8 +287,8 @@ def _columns(
                 total = warpgroup_mma_wait(1, deps=[total])
                 second = left_operand(late, pairs, BLOCK_N, A, dtype)
                 total = warpgroup_mma(second, x.slice(64, 64, 1).permute([1, 0]), total, is_async=True)
-                # All products of the step before have ended: when all warps have come here, its slot is free. Behind the
-                # second half, so that no warp waits for others between the end of a product and its next.
+                # All products of the step before have ended: when all warps have come here, its slot is free. It is
+                # asked for behind the second half, so that no warp waits for others between two products.
                 thread_barrier()
                 ask = ((step > 0) | (turn > start)) & (left > 0)
                 mbarrier.expect(x_full.index(freed), x_desc.block_type.nbytes, pred=ask)
