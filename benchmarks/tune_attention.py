@@ -58,7 +58,7 @@ def _timed(
     caches = [pages_of(setting, kv, batch * count) for _ in range(COPIES)]
     query = torch.randn(batch, config.num_heads, config.head_dim, device=device).half()
     kind = "one" if config.num_heads == config.num_kv_heads else "group"
-    for tried in decode_attention.candidates(kind):
+    for tried in decode_attention.candidates(kind, storage_of(caches[0])):
         if time.monotonic() > deadline:
             return
 
