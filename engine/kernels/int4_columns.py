@@ -74,7 +74,7 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         shapes = [(256, 8, 2, 1), (256, 16, 2, 1), (128, 8, 2, 1), (128, 8, 4, 1), (128, 4, 2, 2)]
     else:
         shapes = [(256, 8, 4, 1), (256, 8, 2, 1), (256, 16, 4, 1), (128, 8, 4, 1), (128, 8, 2, 2), (128, 4, 2, 2)]
-        shapes += [(128, 4, 4, 3), (64, 4, 4, 3)] if m <= 32 else [(64, 4, 4, 2)]
+        shapes += [(128, 4, 2, 3), (64, 4, 4, 3)] if m <= 32 else [(64, 4, 4, 2)]
     found = []
     for block_n, warps, turn, share in shapes:
         slots = min(12, RING_BYTES // share // slot_bytes(block_n, block_m))
