@@ -61,7 +61,7 @@ def rope_write_kv(setting: Setting) -> Iterator[Case]:
             run={"reference": plain} | implementations("rope_write_kv", setting.device, "engine.kernels.rope_write_kv"),
             bytes=query_bytes
             + 2 * tokens * config.num_kv_heads * width * setting.dtype.itemsize
-            + tokens * _token_bytes(setting, kv)
+            + tokens * token_bytes(setting, kv)
             + tokens * width * 4,
         )
 
@@ -92,7 +92,7 @@ def decode_attention(setting: Setting) -> Iterator[Case]:
             size=f"{batch}x{context} {config.num_heads}/{config.num_kv_heads} {kv}",
             inputs=inputs,
             run={"reference": plain} | {name: of(kernel) for name, kernel in found.items()},
-            bytes=batch * context * _token_bytes(setting, kv)
+            bytes=batch * context * token_bytes(setting, kv)
             + 2 * batch * config.num_heads * config.head_dim * setting.dtype.itemsize,
             operations=4 * batch * context * config.num_heads * config.head_dim,
             eager=("reference",),
@@ -129,7 +129,7 @@ def prefill_attention(setting: Setting) -> Iterator[Case]:
             size=f"{tokens} after {setting.context} {config.num_heads}/{config.num_kv_heads} {kv}",
             inputs=inputs,
             run={"reference": plain} | {name: of(kernel) for name, kernel in found.items()},
-            bytes=length * _token_bytes(setting, kv)
+            bytes=length * token_bytes(setting, kv)
             + 2 * tokens * config.num_heads * config.head_dim * setting.dtype.itemsize,
             operations=4 * (tokens * setting.context + tokens * (tokens + 1) // 2) * config.num_heads * config.head_dim,
             eager=("reference",),
@@ -186,7 +186,7 @@ def pages_of(setting: Setting, kv: str, num_pages: int) -> KVPages:
     return pages
 
 
-def _token_bytes(setting: Setting, kv: str) -> int:
+def token_bytes(setting: Setting, kv: str) -> int:
     """K and V of one token in one layer, as the cache keeps them."""
     one = replace(setting.config, num_layers=1)
     return page_bytes(one, page_len=1, dtype=setting.dtype, quantized=kv != "kv16", per_token=kv == "kv8-token")

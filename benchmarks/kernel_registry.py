@@ -67,7 +67,9 @@ def kernels() -> tuple[str, ...]:
     """The names of all kernels that have cases."""
     for module in MODULES:
         importlib.import_module(module)
-    return tuple(_PROVIDERS)
+    # In the order above, whichever of them was imported first.
+    known = (*MODULES, *(provider.__module__ for provider in _PROVIDERS.values()))
+    return tuple(sorted(_PROVIDERS, key=lambda kernel: known.index(_PROVIDERS[kernel].__module__)))
 
 
 def cases(kernel: str, setting: Setting) -> Iterator[Case]:

@@ -22,8 +22,8 @@ LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
 WAVES = 2
 MOST_SPLITS = 32
-# Sequences whose lengths a program of the walking form reads.
-MOST_WALKED = 1024
+# Sequences whose lengths a program of the walking form reads: one kernel for all batches up to the first.
+LEAST_WALKED, MOST_WALKED = 256, 1024
 
 
 def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
@@ -46,21 +46,20 @@ def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: 
     return found
 
 
-def candidates(kind: str, stored: str) -> list[Config]:
-    """The configurations that tuning tries: block, stages, warps; and of the walking form, programs."""
+def candidates(kind: str) -> list[Config]:
+    """The configurations of the form that splits contexts which tuning tries: block, stages, warps."""
     one = ((32, 3, 4), (32, 3, 2), (32, 2, 4), (32, 4, 4), (16, 3, 1), (16, 3, 2), (16, 4, 4), (64, 2, 4), (64, 3, 8))
     group = ((64, 3, 2), (64, 2, 2), (64, 3, 4), (64, 2, 4), (128, 2, 4), (32, 3, 1), (32, 3, 2), (32, 4, 2))
     tried = one if kind == "one" else group
-    found: list[Config] = [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
-    return found + (walking(stored) if kind == "one" else [])
+    return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
 
 
 def walking(stored: str) -> list[Config]:
     """The walking form's candidates. `each` is what registers leave room for, and twice and four times that: programs
     that are fewer begin and end less often, more of them even out what one is slower than another."""
-    plain = ((32, 3, 4, 128, 4), (16, 4, 4, 128, 4), (16, 3, 2, 128, 8))
-    tokens = ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8), (32, 3, 4, 128, 4))
-    channels = ((16, 3, 1, 128, 16), (16, 3, 1, 96, 20), (32, 3, 4, 128, 4))
+    plain = ((32, 3, 4, 128, 4), (16, 3, 2, 128, 8))
+    tokens = ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8))
+    channels = ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8))
     tried = {"plain": plain, "tokens": tokens, "channels": channels}[stored]
     return [
         {"form": "walk", "block": block, "stages": stages, "warps": warps, "registers": registers, "each": each * more}
@@ -105,9 +104,10 @@ def rope_decode_attention(
     scale: float,
     window: int | None = None,
     splits: int | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """`rope_write_kv` of one token a sequence, and the attention of its queries: [B, heads, head_dim]. A sequence of 0
-    tokens gets zeros and writes nothing."""
+    tokens gets zeros and writes nothing. `config` is that of `decode_attention`."""
     out = torch.empty(len(qkv), heads, pages.key.shape[3], dtype=qkv.dtype, device=qkv.device)
     query_norm, key_norm = head_norms or (qkv, qkv)
     _launch(
@@ -119,6 +119,7 @@ def rope_decode_attention(
         window,
         splits,
         out,
+        config,
         cos=cos,
         sin=sin,
         query_scale=qkv if query_scale is None else query_scale,
@@ -236,7 +237,7 @@ def _walk(inputs: tuple[Tensor, ...], config: Config, device: Device, given: dic
         torch.empty(programs, 2, dtype=torch.float32, device=out.device),
         arrivals,
         batch=batch,
-        most=triton.next_power_of_2(batch),
+        most=max(triton.next_power_of_2(batch), LEAST_WALKED),
         padded=padded,
         rows=min(rows, given["block"]),
         **given,

@@ -8,6 +8,7 @@ while this one ends. What the last program to end adds up for a head that was cu
 
 One query head a KV head: as in `decode_one`, rows keep largest score and sums by themselves, here `rows` of them for
 `block` tokens. Bytes become numbers as the digits of 1024 in float16, two at once.
+(Above 300 lines: one kernel, whose long lists of pointers are the language's.)
 """
 
 from __future__ import annotations
