@@ -107,8 +107,8 @@ def walk_one(
     end_count = count
     column = tl.arange(0, padded)
     if PDL:
-        if begin < end:
-            first = base + number * block
+        first = base + number * block
+        if (begin < end) & (first < stop):
             token = tl.maximum(tl.minimum(first + tl.arange(0, block), stop - 1), 0)
             table = page_table + sequence.to(tl.int64) * table_stride
             place = places(table, first, token, head, kv_heads, page_len, block)

@@ -13,6 +13,22 @@ from engine.kernels.reference import Pages
 # What lies beside the bytes: nothing (values as computed), scales of channels, or scales of tokens.
 PLAIN, CHANNELS, TOKENS = (tl.constexpr(name) for name in ("plain", "channels", "tokens"))
 
+# Of a word $4: its bytes $0 to $3, from the lowest on, as float32 of 1024 more.
+NUMBERS = tl.constexpr(
+    """{
+    .reg .b32 low, high;
+    .reg .b16 h<4>;
+    prmt.b32 low, $4, 0x64646464, 0x4140;
+    prmt.b32 high, $4, 0x64646464, 0x4342;
+    mov.b32 {h0, h1}, low;
+    mov.b32 {h2, h3}, high;
+    cvt.f32.f16 $0, h0;
+    cvt.f32.f16 $1, h1;
+    cvt.f32.f16 $2, h2;
+    cvt.f32.f16 $3, h3;
+    }"""
+)
+
 
 def storage_of(pages: Pages) -> str:
     """The value of PLAIN, CHANNELS or TOKENS."""
@@ -87,18 +103,7 @@ def _numbers(word, by_permutation: tl.constexpr):
     byte before it is converted, which the compiler does not find by itself."""
     if by_permutation:
         first, second, third, fourth = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high;
-            .reg .b16 h<4>;
-            prmt.b32 low, $4, 0x64646464, 0x4140;
-            prmt.b32 high, $4, 0x64646464, 0x4342;
-            mov.b32 {h0, h1}, low;
-            mov.b32 {h2, h3}, high;
-            cvt.f32.f16 $0, h0;
-            cvt.f32.f16 $1, h1;
-            cvt.f32.f16 $2, h2;
-            cvt.f32.f16 $3, h3;
-            }""",
+            NUMBERS,
             "=f,=f,=f,=f,r",
             [word],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),

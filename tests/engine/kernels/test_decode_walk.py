@@ -1,5 +1,8 @@
 """The walking form of decode attention against the reference: under Triton's interpreter here, compiled on a GPU."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from engine.kernels import decode_attention as forms
+from engine.kernels.page_rows import NUMBERS
 from engine.kernels.splits import buffers
 from tests.engine.kernels.test_paged_kernels import TOLERANCES, check_pages
 
@@ -119,3 +123,23 @@ def test_a_form_that_cannot_take_the_batch_is_not_used():
     assert not forms.walks(walk(16, 1, 2), "one", forms.MOST_WALKED + 1)
     assert not forms.walks(walk(16, 1, 2), "group", 1)
     assert not forms.walks({"block": 16, "stages": 3, "warps": 1}, "one", 1)
+
+
+def test_the_assembly_makes_numbers_of_bytes():
+    """Read line by line; the interpreter takes the other way."""
+    word = 0xFE8001B2
+    registers = {"$4": word}
+    for op, text in re.findall(r"(\S+) ([^;]+);", NUMBERS.value.replace("{\n", "", 1)):
+        target, *sources = (part.strip() for part in re.findall(r"\{[^}]*\}|[^,]+", text))
+        if op == "prmt.b32":
+            given = registers[sources[0]].to_bytes(4, "little") + int(sources[1], 16).to_bytes(4, "little")
+            picked = bytes(given[int(sources[2], 16) >> (4 * place) & 7] for place in range(4))
+            registers[target] = int.from_bytes(picked, "little")
+        elif op == "mov.b32":
+            low, high = target.strip("{}").replace(" ", "").split(",")
+            registers[low], registers[high] = registers[sources[0]] & 0xFFFF, registers[sources[0]] >> 16
+        elif op == "cvt.f32.f16":
+            registers[target] = float(np.uint16(registers[sources[0]]).view(np.float16))
+        else:
+            assert op == ".reg", op
+    assert [registers[f"${place}"] - 1024 for place in range(4)] == list(word.to_bytes(4, "little"))
