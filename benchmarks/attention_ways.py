@@ -83,7 +83,7 @@ class Case:
         turned = self.turned(proven, 0)  # first, since it writes the newest token
         alone = self.alone(proven, 0)
         yield Way("split", proven, self._time(self.alone, proven), self._time(self.turned, proven))
-        for tried in forms.walking(self.stored) if self.kind == "one" else ():
+        for tried in forms.walking(self.kind, self.stored):
             try:
                 wrong = max(differ(self.alone(tried, 0), alone), differ(self.turned(tried, 0), turned))
                 if wrong < WRONG:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.kernels import tuning
 from engine.kernels.decode_kernels import decode_group, decode_one
 from engine.kernels.decode_walk import walk_one
+from engine.kernels.decode_walk_group import walk_group
 from engine.kernels.dependent_launch import options
 from engine.kernels.device import INTERPRETER, Device, facts
 from engine.kernels.page_rows import TOKENS, pointers, storage_of
@@ -54,16 +55,20 @@ def candidates(kind: str) -> list[Config]:
     return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
 
 
-def walking(stored: str) -> list[Config]:
+def walking(kind: str, stored: str) -> list[Config]:
     """The walking form's candidates. `each` is what registers leave room for, and twice and four times that: programs
     that are fewer begin and end less often, more of them even out what one is slower than another."""
-    plain = ((32, 3, 4, 128, 4), (16, 3, 2, 128, 8))
-    tokens = ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8))
-    channels = ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8))
-    tried = {"plain": plain, "tokens": tokens, "channels": channels}[stored]
+    tried: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
+        ("one", "plain"): ((32, 3, 4, 128, 4), (16, 3, 2, 128, 8)),
+        ("one", "channels"): ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8)),
+        ("one", "tokens"): ((16, 3, 1, 128, 16), (32, 3, 2, 128, 8)),
+        ("group", "plain"): ((64, 3, 4, 168, 3), (32, 3, 2, 255, 4)),
+        ("group", "channels"): ((64, 3, 4, 168, 3), (64, 3, 2, 255, 4)),
+        ("group", "tokens"): ((64, 3, 4, 168, 3), (32, 3, 2, 255, 4)),
+    }
     return [
         {"form": "walk", "block": block, "stages": stages, "warps": warps, "registers": registers, "each": each * more}
-        for block, stages, warps, registers, each in tried
+        for block, stages, warps, registers, each in tried[kind, stored]
         for more in (1, 2, 4)
     ]
 
@@ -143,12 +148,12 @@ def turns_inside(batch: int, heads: int, pages: Pages, device: torch.device) -> 
         return True
     kind = "one" if heads == kv_heads else "group"
     config = config_for(facts(device), kind, storage_of(pages), kv_heads, head_dim, batch)
-    return walks(config, kind, batch) and bool(config.get("turns"))
+    return walks(config, batch) and bool(config.get("turns"))
 
 
-def walks(config: Config, kind: str, batch: int) -> bool:
+def walks(config: Config, batch: int) -> bool:
     """Whether a configuration means the walking form, and it can take the batch."""
-    return config.get("form") == "walk" and kind == "one" and batch <= MOST_WALKED
+    return config.get("form") == "walk" and batch <= MOST_WALKED
 
 
 def _launch(
@@ -190,7 +195,7 @@ def _launch(
     if device != INTERPRETER and "registers" in config:
         given["maxnreg"] = config["registers"]
     inputs = (query, *pointers(pages, query), context_lens, page_table, out)
-    if walks(config, kind, batch):
+    if walks(config, batch):
         _walk(inputs, config, device, given)
     else:
         _split(inputs, heads // kv_heads, splits or splits_for(batch, kv_heads, query.device), given)
@@ -225,20 +230,25 @@ def _split(inputs: tuple[Tensor, ...], group: int, splits: int, given: dict[str,
 def _walk(inputs: tuple[Tensor, ...], config: Config, device: Device, given: dict[str, Any]) -> None:
     """The form whose programs share the blocks of all contexts: `each` programs a multiprocessor."""
     pages, out = inputs[1], inputs[-1]
-    batch, _, head_dim = out.shape
+    batch, heads, head_dim = out.shape
+    group = heads // given["kv_heads"]
     programs = device.multiprocessors * config["each"]
     _, arrivals = buffers(out.device)
     padded = triton.next_power_of_2(head_dim)
-    # One row of each thread's registers is 16 bytes: so many tokens lie in the registers of one thread.
-    rows = max(1, config["warps"] * 32 * 16 // (padded * pages.element_size()))
-    walk_one[(programs,)](
+    if group > 1:
+        sizes = {"padded": max(padded, 16), "rows": max(triton.next_power_of_2(group), 16), "group": group}
+    else:
+        # One row of a tile's registers is 16 bytes a thread; the tokens below each other there share their sums.
+        rows = max(1, config["warps"] * 32 * 16 // (padded * pages.element_size()))
+        sizes = {"padded": padded, "rows": min(rows, given["block"])}
+    kernel = walk_one if group == 1 else walk_group
+    kernel[(programs,)](
         *inputs,
-        torch.empty(programs, 2, head_dim, dtype=torch.float32, device=out.device),
-        torch.empty(programs, 2, dtype=torch.float32, device=out.device),
+        torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=out.device),
+        torch.empty(programs, 2, group, dtype=torch.float32, device=out.device),
         arrivals,
         batch=batch,
         most=max(triton.next_power_of_2(batch), LEAST_WALKED),
-        padded=padded,
-        rows=min(rows, given["block"]),
+        **sizes,
         **given,
     )

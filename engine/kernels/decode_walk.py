@@ -4,11 +4,10 @@
 The blocks of all sequences and KV heads, one after the other (a sequence's heads, a head's blocks from its oldest
 token), are shared out evenly among the programs, wherever the cuts fall: no program waits for the one that has the
 longest context, and the loop over blocks goes on from head to head, so that K and V of the next one are on their way
-while this one ends. What the last program to end adds up for a head that was cut is added from first to last.
+while this one ends. A head that was cut is joined by the last program to end, from first to last: see `decode_shares`.
 
 One query head a KV head: as in `decode_one`, rows keep largest score and sums by themselves, here `rows` of them for
 `block` tokens. Bytes become numbers as the digits of 1024 in float16, two at once.
-(Above 300 lines: one kernel, whose long lists of pointers are the language's.)
 """
 
 from __future__ import annotations
@@ -17,25 +16,12 @@ import triton
 import triton.language as tl
 
 from engine.kernels.decode_prologue import turned, write_token
+from engine.kernels.decode_shares import ask, join, keep_part, share_of, span
 from engine.kernels.dependent_launch import depend
-from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, ask_for_rows, places, read_numbers, steps_at
+from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, places, read_numbers, steps_at
 
 # The number that a byte of 128 is read as.
 MIDDLE = tl.constexpr(1024.0 + 128.0)
-
-
-@triton.jit
-def _span(length, window: tl.constexpr, block: tl.constexpr, turns: tl.constexpr):
-    """Of a sequence: oldest token that is seen, first (a multiple of block) and end of the tokens in pages, and their
-    blocks, at least one. With `turns` the newest token does not come from the pages."""
-    oldest = length * 0
-    if window:
-        oldest = tl.maximum(length - window, 0)
-    base = oldest // block * block
-    stop = length
-    if turns:
-        stop = tl.maximum(length - 1, 0)
-    return oldest, base, stop, tl.maximum(tl.cdiv(stop - base, block), 1)
 
 
 @triton.jit(do_not_specialize=["batch", "table_stride", "query_stride"])
@@ -84,21 +70,11 @@ def walk_one(
     """One query head a KV head. `most` is a power of two that holds `batch`."""
     program = tl.program_id(0)
     fold: tl.constexpr = block // rows
-    index = tl.arange(0, most)
-    lens = tl.load(context_lens + index, mask=index < batch, other=0)
-    _, _, _, counts = _span(lens, window, block, turns)
-    counts = tl.where(index < batch, counts * kv_heads, 0)
-    upto = tl.cumsum(counts, 0)
-    total = tl.sum(counts, 0)
-    share = tl.cdiv(total, tl.num_programs(0))
-    begin = tl.minimum(program * share, total)
-    end = tl.minimum(begin + share, total)
-    sequence = tl.minimum(tl.sum((upto <= begin).to(tl.int32), 0), batch - 1)
-    before = tl.max(tl.where(upto <= begin, upto, 0), 0)
+    share, begin, end, sequence, head, number = share_of(
+        program, context_lens, batch, kv_heads, window, most, block, turns
+    )
     length = tl.load(context_lens + sequence)
-    oldest, base, stop, count = _span(length, window, block, turns)
-    head = (begin - before) // count
-    number = (begin - before) % count
+    oldest, base, stop, count = span(length, window, block, turns)
     begin_tile = sequence * kv_heads + head
     begin_start = begin - number
     begin_count = count
@@ -107,13 +83,9 @@ def walk_one(
     end_count = count
     column = tl.arange(0, padded)
     if PDL:
-        first = base + number * block
-        if (begin < end) & (first < stop):
-            token = tl.maximum(tl.minimum(first + tl.arange(0, block), stop - 1), 0)
+        if begin < end:
             table = page_table + sequence.to(tl.int64) * table_stride
-            place = places(table, first, token, head, kv_heads, page_len, block)
-            ask_for_rows(key, place, head_dim)
-            ask_for_rows(value, place, head_dim)
+            ask(key, value, table, base + number * block, stop, head, kv_heads, page_len, head_dim, block)
         depend()
     q = tl.zeros([padded], tl.float32)
     tally = 0.0
@@ -193,16 +165,18 @@ def walk_one(
                 head = 0
                 sequence = tl.minimum(sequence + 1, batch - 1)
                 length = tl.load(context_lens + sequence)
-                oldest, base, stop, count = _span(length, window, block, turns)
+                oldest, base, stop, count = span(length, window, block, turns)
     # A head that was cut is complete when all its programs are here: the one that this program began with, and the one
     # that it ended with.
     if begin < end:
         tl.debug_barrier()  # every thread's parts are written before one thread counts the program in
+        one = tl.arange(0, 1)
+        rest = one[:, None] + column[None, :], one, (column < head_dim)[None, :], one == 0, head_dim, 1
         results = out, partial, sums, arrivals
         last = (begin_start + begin_count - 1) // share
-        _join(results, begin_tile, begin_start // share, last, column, head_dim)
+        join(results, begin_tile, begin_start // share, last, *rest)
         if end_start > begin_start:
-            _join(results, end_tile, program, (end_start + end_count - 1) // share, column, head_dim)
+            join(results, end_tile, program, (end_start + end_count - 1) // share, *rest)
 
 
 @triton.jit
@@ -315,33 +289,5 @@ def _end(
     if first == last:
         tl.store(out + tile.to(tl.int64) * head_dim + column, o.to(out.dtype.element_ty), mask=here)
     else:
-        place = program * 2 + (program == first).to(tl.int32)
-        tl.store(partial + place * head_dim + column, o, mask=here)
-        tl.store(sums + place, tl.where(weights > 0, highest + tl.log2(sure), float("-inf")))
-
-
-@triton.jit
-def _join(results, tile, first, last, column, head_dim: tl.constexpr):
-    """Counts this program in for a head whose blocks the programs `first` to `last` share; the last to arrive joins
-    their parts.
-
-    A program has at most two parts: of a head that began before it, and of one that begins in it.
-    """
-    out, partial, sums, arrivals = results
-    here = column < head_dim
-    if first < last:  # noqa: SIM102 - there is no short cut
-        if tl.atomic_add(arrivals + first, 1, sem="acq_rel") == last - first:
-            highest = tl.load(sums + first * 2 + 1, cache_modifier=".cg")
-            for other in range(first + 1, last + 1):
-                highest = tl.maximum(highest, tl.load(sums + other * 2, cache_modifier=".cg"))
-            shift = tl.where(highest == float("-inf"), 0.0, highest)
-            weights = tl.exp2(tl.load(sums + first * 2 + 1, cache_modifier=".cg") - shift)
-            at = partial + column
-            whole = weights * tl.load(at + (first * 2 + 1) * head_dim, mask=here, other=0.0, cache_modifier=".cg")
-            for other in range(first + 1, last + 1):
-                one = tl.exp2(tl.load(sums + other * 2, cache_modifier=".cg") - shift)
-                whole += one * tl.load(at + other * 2 * head_dim, mask=here, other=0.0, cache_modifier=".cg")
-                weights += one
-            whole = whole / tl.where(weights > 0, weights, 1.0)
-            tl.store(out + tile.to(tl.int64) * head_dim + column, whole.to(out.dtype.element_ty), mask=here)
-            tl.store(arrivals + first, 0)
+        log = tl.where(weights > 0, highest + tl.log2(sure), float("-inf"))
+        keep_part(partial, sums, program, first, o, log, column, 0, here, True, head_dim, 1)

@@ -18,16 +18,21 @@ from tests.engine.kernels.test_paged_kernels import TOLERANCES, check_pages
 
 ON_GPU = DEVICE == "cuda"
 STORED = ("plain", "channels", "tokens")
-# KV heads, head_dim, page_len, window, dtype; tokens of the sequences; block, warps, programs a multiprocessor.
+# Query heads a KV head, KV heads, head_dim, page_len, window, dtype; tokens of the sequences; block, warps, programs a
+# multiprocessor.
 CASES = [
     # One token; exactly a block; one more than a page; none at all (a padded row).
-    ((2, 64, 16, None, torch.float16), (1, 16, 17, 0, 40), (16, 1, 3)),
+    ((1, 2, 64, 16, None, torch.float16), (1, 16, 17, 0, 40), (16, 1, 3)),
     # Pages smaller than a block, a window that begins within one, and a program for every block.
-    ((3, 96, 4, 7, torch.float32), (33, 5, 16), (16, 2, 11)),
+    ((1, 3, 96, 4, 7, torch.float32), (33, 5, 16), (16, 2, 11)),
     # One program for everything, blocks as long as pages.
-    ((1, 128, 32, None, torch.float16), (31, 32, 65), (32, 4, 1)),
+    ((1, 1, 128, 32, None, torch.float16), (31, 32, 65), (32, 4, 1)),
     # Rows of tokens that are not all used: more threads than a block has values.
-    ((2, 16, 64, 33, torch.bfloat16), (70, 1), (16, 4, 2)),
+    ((1, 2, 16, 64, 33, torch.bfloat16), (70, 1), (16, 4, 2)),
+    # Four and eight heads a KV head, cut and not.
+    ((4, 2, 64, 32, None, torch.float16), (1, 32, 0, 70), (32, 2, 3)),
+    ((8, 1, 96, 4, 7, torch.float32), (33, 5, 16), (16, 2, 9)),
+    ((3, 2, 24, 64, None, torch.float16), (40, 64), (64, 2, 1)),
 ]
 
 
@@ -38,8 +43,9 @@ def walk(block, warps, each):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(("shape", "lens", "form"), CASES)
 def test_attention_is_the_reference(stored, shape, lens, form):
-    heads, head_dim, page_len, window, dtype = shape
-    case = paged_case(stored, heads, head_dim, page_len, dtype, lens=lens, new=[0] * len(lens))
+    group, kv_heads, head_dim, page_len, window, dtype = shape
+    heads = group * kv_heads
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, lens=lens, new=[0] * len(lens))
     query = torch.randn(len(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     scale, there = head_dim**-0.5, on_device(case)
     asked = query.to(DEVICE), there.pages, there.context_lens, there.page_table, scale, window
@@ -65,14 +71,15 @@ def _rows(case, some):
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize(("shape", "lens", "form"), CASES[:3])
+@pytest.mark.parametrize(("shape", "lens", "form"), CASES[:3] + CASES[4:])
 def test_rotation_inside_is_rotation_before(stored, shape, lens, form, monkeypatch):
-    heads, head_dim, page_len, window, dtype = shape
+    group, kv_heads, head_dim, page_len, window, dtype = shape
+    heads = group * kv_heads
     more = window is not None  # head norms and a scale of the query
     lens = [length for length in lens if length]
-    case = paged_case(stored, heads, head_dim, page_len, dtype, lens=lens, new=[1] * len(lens))
+    case = paged_case(stored, kv_heads, head_dim, page_len, dtype, lens=lens, new=[1] * len(lens))
     generator = torch.Generator().manual_seed(2)
-    qkv = torch.randn(len(lens), 3 * heads * head_dim, generator=generator).to(dtype)
+    qkv = torch.randn(len(lens), (heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype)
     angles = torch.randn(len(lens), head_dim // 2, generator=generator)
     query_scale = torch.rand(len(lens), generator=generator) + 0.5 if more else None
     norms = tuple(torch.randn(head_dim, generator=generator).to(dtype) for _ in range(2)) if more else None
@@ -119,10 +126,9 @@ def test_a_row_of_padding_writes_nothing(monkeypatch):
 
 
 def test_a_form_that_cannot_take_the_batch_is_not_used():
-    assert forms.walks(walk(16, 1, 2), "one", forms.MOST_WALKED)
-    assert not forms.walks(walk(16, 1, 2), "one", forms.MOST_WALKED + 1)
-    assert not forms.walks(walk(16, 1, 2), "group", 1)
-    assert not forms.walks({"block": 16, "stages": 3, "warps": 1}, "one", 1)
+    assert forms.walks(walk(16, 1, 2), forms.MOST_WALKED)
+    assert not forms.walks(walk(16, 1, 2), forms.MOST_WALKED + 1)
+    assert not forms.walks({"block": 16, "stages": 3, "warps": 1}, 1)
 
 
 def test_the_assembly_makes_numbers_of_bytes():
