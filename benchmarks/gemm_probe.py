@@ -11,6 +11,7 @@ checks.txt, logs, and the table of the device for engine/kernels/tuned/. The com
 One form beside what the table chooses now and cuBLAS, in 100 s; the table left in the folder has the better one:
     python -m benchmarks.gemm_probe --seconds 100 --families cublas int4:now int4:columns --rows 16 32 64 128 256 \
         --shapes 12288x4096 22016x4096 4096x11008 4096x4096
+and the same with int8:now int8:shared.
 """
 
 from __future__ import annotations
@@ -35,32 +36,24 @@ FAMILIES = (
     "int4:triton",
     "int4:dense",
     "int8:columns",
+    "int8:shared",
     "int8:tiles",
     "int8:library",
     "dense:rows",
     "dense:columns",
 )
 # Not by default: what the table of the device chooses now, to measure one other family beside it.
-NOW = ("int4:now",)
-# Processes that compile and check a family side by side.
-COMPILERS = {
-    "cublas": 0,
-    "int4:gluon": 6,
-    "int4:columns": 8,
-    "int4:gemv": 2,
-    "int8:columns": 4,
-    "int8:tiles": 2,
-    "dense:columns": 4,
-}
-# Relative shares of the time for measuring.
-SHARES = {
-    "cublas": 2,
-    "int4:gluon": 5,
-    "int4:columns": 5,
-    "int4:gemv": 2,
-    "int8:columns": 4,
-    "int8:tiles": 3,
-    "dense:columns": 3,
+NOW = ("int4:now", "int8:now")
+# Processes that compile and check a family side by side, and its relative share of the time for measuring; else 1, 1.
+WORK = {
+    "cublas": (0, 2),
+    "int4:gluon": (6, 5),
+    "int4:columns": (8, 5),
+    "int4:gemv": (2, 2),
+    "int8:columns": (4, 4),
+    "int8:shared": (6, 5),
+    "int8:tiles": (2, 3),
+    "dense:columns": (4, 3),
 }
 # The rows of x that decide first; the others follow in the time that is left.
 FIRST_ROWS = (1, 16, 64, 256, 2048)
@@ -91,8 +84,9 @@ def main() -> None:
     for stale in (*given.out.glob("check-*.log"), *given.out.glob("rows-*.jsonl")):
         stale.unlink()
     for family in given.families:
-        for index in range(COMPILERS.get(family, 1)):
-            shard = f"{index}/{COMPILERS.get(family, 1)}"
+        processes = WORK.get(family, (1, 1))[0]
+        for index in range(processes):
+            shard = f"{index}/{processes}"
             workers.append(start(given, "check", family, shard, checks_end - time.monotonic()))
     for worker in workers:
         wait(worker, checks_end + 20 - time.monotonic())
@@ -260,6 +254,11 @@ def odd_sizes(family: str, index: int, count: int, deadline: float) -> None:
                                 continue
                             y = int8_linear.int8_linear(values, x_scales, weight, w_scales, bias, dtype, config)
                             exact = reference.int8_linear(values, x_scales, weight, w_scales, bias, torch.float32)
+                            plain = int8_linear.default_config(m, n, k, facts(device))
+                            if not torch.equal(
+                                y, int8_linear.int8_linear(values, x_scales, weight, w_scales, bias, dtype, plain)
+                            ):
+                                raise ValueError("other bits than the plain kernel's")
                         else:
                             weight = torch.randn(n, k, device=device, generator=generator).to(dtype)
                             y = dense_linear.dense_linear(x, weight, bias, config)
@@ -282,9 +281,9 @@ def measure(families: str, index: int, count: int, seconds: float, given: argpar
         family = left.pop(0)
         with progress.open("a") as file:
             file.write(family + "\n")
-        share = SHARES.get(family, 1) / (SHARES.get(family, 1) + sum(SHARES.get(other, 1) for other in left))
+        shares = [WORK.get(each, (1, 1))[1] for each in (family, *left)]
         now = time.monotonic()
-        measure_family(family, now + max(4.0, (started + seconds - now) * share), given)
+        measure_family(family, now + max(4.0, (started + seconds - now) * shares[0] / sum(shares)), given)
 
 
 def measure_family(family: str, deadline: float, given: argparse.Namespace) -> None:

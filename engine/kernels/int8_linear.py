@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """y = x W^T with int8 x and W: an exact integer sum, then the scales of x's rows and of W's rows and the bias.
 
-Up to four rows of x run by `int8_gemv` where a table chooses it. Few run by `_int8_columns`, W being the left operand
-and the sum split among programs: its time is that of reading W. Many run by `_int8_tiles`, persistent programs fed by
-the copy engine (sm_90 and newer).
+Where a table chooses them, `int8_gemv` runs up to four rows of x and `int8_columns` 9 to 256. Else few run by
+`_int8_columns`, W being the left operand and the sum split among programs: its time is that of reading W. Many run by
+`_int8_tiles`, persistent programs fed by the copy engine (sm_90 and newer).
 (Above 300 lines: two kernels of one product, and the choice between them.)
 """
 
@@ -48,14 +48,20 @@ def int8_linear(
     device = facts(x.device)
     if config is None:
         config = tuning.lookup("int8_linear", device.name, n, k, m)
-    if config is None or not runs(config, m, n, k, device):
-        config = default_config(m, n, k, device)
     x, weight = x.contiguous(), weight.contiguous()
+    unaligned = config is not None and config["kernel"] == "shared" and weight.data_ptr() % 16 != 0
+    if config is None or unaligned or not runs(config, m, n, k, device):
+        config = default_config(m, n, k, device)
     if config["kernel"] == "gemv":
         gemv = gemv_module(device)
         assert gemv is not None, "a configuration that does not run here"
         y: Tensor = gemv.multiply_codes(x, x_scales, weight, weight_scales, bias, dtype, config)
         return y
+    if config["kernel"] == "shared":
+        columns = columns_module(device)
+        assert columns is not None, "a configuration that does not run here"
+        shared: Tensor = columns.run(x, x_scales, weight, weight_scales, bias, dtype, config)
+        return shared
     run = {"columns": _run_columns, "tiles": _run_tiles, "library": _run_library}[config["kernel"]]
     return run(x, x_scales, weight, weight_scales, bias, dtype, config)
 
@@ -71,8 +77,22 @@ def gemv_module(device: Device) -> ModuleType | None:
         return None
 
 
+@functools.cache
+def columns_module(device: Device) -> ModuleType | None:
+    """`int8_columns`, where the card and this Triton have what it needs."""
+    if device.capability[0] != 9:
+        return None
+    try:
+        return importlib.import_module("engine.kernels.int8_columns")
+    except ImportError:  # as above
+        return None
+
+
 def runs(config: Config, m: int, n: int, k: int, device: Device) -> bool:
     """Whether the configuration's kernel can do this product here."""
+    if config["kernel"] == "shared":
+        columns = columns_module(device)
+        return columns is not None and bool(columns.runs(m, n, k, device))
     if config["kernel"] == "gemv":
         gemv = gemv_module(device)
         return gemv is not None and bool(gemv.runs(m, k, device))
@@ -119,6 +139,8 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
     """The configurations that tuning tries for a product of m rows."""
     gemv = gemv_module(device)
     found: list[Config] = list(gemv.candidates(m, device)) if gemv is not None else []
+    columns = columns_module(device)
+    found += columns.candidates(m, n, k, device) if columns is not None else []
     if m <= 512:
         block_m = max(16, min(128, triton.next_power_of_2(m)))
         for block_n, warps in ((64, 4), (128, 8), (128, 4)):

@@ -92,7 +92,7 @@ class Shared:
 
 
 def allocate_shared_memory(dtype, shape, layout):
-    fill = float("nan") if dtype.is_floating_point else 0
+    fill = float("nan") if dtype.is_floating_point else 77 if dtype == torch.int8 else 0
     return Shared(torch.full(shape, fill, dtype=dtype))
 
 
@@ -141,8 +141,9 @@ def wait(barrier, phase, pred=True):
 
 def multiply(left, right, total, is_async=False):
     left, right = (side.tensor if isinstance(side, Shared) else side for side in (left, right))
-    product = left.as_subclass(torch.Tensor).float() @ right.as_subclass(torch.Tensor).float()
-    return values(total + product)
+    floats = torch.float32 if left.is_floating_point() else torch.float64  # in float64 sums of int8 products are exact
+    product = left.as_subclass(torch.Tensor).to(floats) @ right.as_subclass(torch.Tensor).to(floats)
+    return values(total + product.to(total.dtype))
 
 
 def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
@@ -201,7 +202,7 @@ class Language(types.ModuleType):
         self.warps, self.ids, self.grid = 4, (0, 0, 0), (1, 1, 1)
         self.order = reversed  # of programs: the last first
         self.float16, self.bfloat16, self.float32 = torch.float16, torch.bfloat16, torch.float32
-        self.int16, self.int32, self.int64 = torch.int16, torch.int32, torch.int64
+        self.int8, self.int16, self.int32, self.int64 = torch.int8, torch.int16, torch.int32, torch.int64
         self.constexpr, self.static_range = lambda value: value, range
         self.load, self.store, self.atomic_add = load, store, atomic_add
         self.allocate_shared_memory, self.inline_asm_elementwise = allocate_shared_memory, inline_asm_elementwise
