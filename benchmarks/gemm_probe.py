@@ -8,10 +8,9 @@ checks.txt, logs, and the table of the device for engine/kernels/tuned/. The com
 
     python -m benchmarks.gemm_probe [--seconds 240] [--out "$OUT"] [--families int4:gluon int8] [--rows 1 16 64]
 
-One form beside what the table chooses now and cuBLAS, in 100 s; the table left in the folder has the better one:
+One form beside what the table chooses now and cuBLAS, in 100 s (or int8:now int8:shared); the table has the better one:
     python -m benchmarks.gemm_probe --seconds 100 --families cublas int4:now int4:columns --rows 16 32 64 128 256 \
         --shapes 12288x4096 22016x4096 4096x11008 4096x4096
-and the same with int8:now int8:shared.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ FAMILIES = (
 )
 # Not by default: what the table of the device chooses now, to measure one other family beside it.
 NOW = ("int4:now", "int8:now")
-# Processes that compile and check a family side by side, and its relative share of the time for measuring; else 1, 1.
+# Processes that compile and check a family side by side, and its relative share of the time for measuring; else 1, 2.
 WORK = {
     "cublas": (0, 2),
     "int4:gluon": (6, 5),
@@ -84,7 +83,7 @@ def main() -> None:
     for stale in (*given.out.glob("check-*.log"), *given.out.glob("rows-*.jsonl")):
         stale.unlink()
     for family in given.families:
-        processes = WORK.get(family, (1, 1))[0]
+        processes = WORK.get(family, (1, 2))[0]
         for index in range(processes):
             shard = f"{index}/{processes}"
             workers.append(start(given, "check", family, shard, checks_end - time.monotonic()))
@@ -154,6 +153,8 @@ def cases(family: str, given: argparse.Namespace) -> Iterator[tuple[Any, int, li
                 device = facts(torch.device("cuda"))
                 if family in NOW:
                     chosen_now = tuning.lookup(SPLIT_NAMES[kind], device.name, n, k, m)
+                    if chosen_now is None and kind == "int8":
+                        chosen_now = tune.MODULES["int8_linear"].default_config(m, n, k, device)
                     configs = [] if chosen_now is None else [chosen_now]
                 else:
                     probe = tune.MODULES[SPLIT_NAMES[kind]].candidates(m, n, k, device)
@@ -281,7 +282,7 @@ def measure(families: str, index: int, count: int, seconds: float, given: argpar
         family = left.pop(0)
         with progress.open("a") as file:
             file.write(family + "\n")
-        shares = [WORK.get(each, (1, 1))[1] for each in (family, *left)]
+        shares = [WORK.get(each, (1, 2))[1] for each in (family, *left)]
         now = time.monotonic()
         measure_family(family, now + max(4.0, (started + seconds - now) * shares[0] / sum(shares)), given)
 
