@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import ROTATIONS, ModelConfig
 
 # Modules that register cases when they are imported; one that times further kernels is named here.
 MODULES = ("benchmarks.row_cases", "benchmarks.linear_cases", "benchmarks.attention_cases")
@@ -82,6 +83,12 @@ def cases(kernel: str, setting: Setting) -> Iterator[Case]:
 def values(setting: Setting, *shape: int) -> Tensor:
     """Normal random numbers in the computing type."""
     return torch.randn(shape, device=setting.device).to(setting.dtype)
+
+
+def with_rotation(case: Case) -> Case:
+    """The same of inputs that are rotated before they are rounded, as w8a8's down_proj reads them."""
+    run = {name: functools.partial(function, rotated=ROTATIONS[-1]) for name, function in case.run.items()}
+    return replace(case, size=f"{case.size} rotated", run=run)
 
 
 def implementations(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_registry import Case, Setting, implementations, register, values
-from engine.config import ModelConfig
+from benchmarks.kernel_registry import Case, Setting, implementations, register, values, with_rotation
+from engine.config import ROTATIONS, ModelConfig
 from engine.kernels import cpu_linear
 from engine.kernels.int4_weights import Int4Weights
 from engine.models import names
@@ -177,8 +177,12 @@ def rounded_int8_linear(setting: Setting) -> Iterator[Case]:
 
 @register("gated_int8_linear")
 def gated_int8_linear(setting: Setting) -> Iterator[Case]:
-    """int8 down of silu(gate) * up; `apart` takes a kernel for that."""
-    yield _made_int8(setting, "gated_int8_linear", *layer_products(setting.config)[3], streams=0, parts=2)
+    """int8 down of silu(gate) * up, as it is and rotated; `apart` takes a kernel for that."""
+    outputs, inputs = layer_products(setting.config)[3]
+    case = _made_int8(setting, "gated_int8_linear", outputs, inputs, streams=0, parts=2)
+    yield case
+    if inputs % ROTATIONS[-1] == 0:
+        yield with_rotation(case)
 
 
 def _made_int8(setting: Setting, op: str, outputs: int, inputs: int, *, streams: int, parts: int = 1) -> Case:

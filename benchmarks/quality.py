@@ -81,6 +81,7 @@ def measure_model(data: Path, name: str, recipes: Sequence[str], tested: str) ->
                 "kv": kv or "kv16",
                 "group_size": chosen.get("group_size", 0),
                 "kv_granularity": KV().granularity if kv else "tensor",
+                "rotate_down": chosen.get("rotate_down", 0),
             },
             "kv": {"name": kv or "kv16", "granularity": KV().granularity, "symmetric": False},
             "calibration": None,

@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,10 +60,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq+gptq, int8 head": {"method": "awq+gptq", "head": "int8"},
     "awq+gptq, int4 head": {"method": "awq+gptq", "head": "int4"},
     "awq+gptq, symmetric": {"method": "awq+gptq", "symmetric": True},
-    "no smoothing": {"name": "w8a8", "alphas": []},
+    "no smoothing": {"name": "w8a8", "alphas": [], "rotate_down": 0},
     "smoothquant, formula": {"name": "w8a8", "search": "none"},
-    "smoothquant, alpha 0.5": {"name": "w8a8", "alphas": [0.5]},
+    "smoothquant, alpha 0.5": {"name": "w8a8", "alphas": [0.5], "rotate_down": 0},
+    "smoothquant, not rotated": {"name": "w8a8", "rotate_down": 0},
     "smoothquant": {"name": "w8a8"},
+    "smoothquant, blocks of 16": {"name": "w8a8", "rotate_down": 16},
 }
 WITH_KV8 = ("awq+gptq", "smoothquant")  # the methods that are measured with an int8 cache as well
 Item = tuple[list[int], int]  # token ids, and the first one that is scored
@@ -107,14 +110,15 @@ def measure_model(name: str, arguments: argparse.Namespace, folder: Path, run: s
     def measure(recipe: str, group_size: int, method: str, kv: str = "kv16") -> None:
         nonlocal baseline, nearest
         out, begun = folder / f"{method}-{group_size}", time.perf_counter()
+        asked: dict[str, Any] = {"name": "w4a16", "group_size": group_size, **METHODS.get(method, {})}
+        weights = weights_part(Weights(**asked))
         if method and not out.exists():
             out.mkdir()
-            asked: dict[str, Any] = {"name": "w4a16", "group_size": group_size, **METHODS[method]}
-            weights = weights_part(Weights(**asked))
             package = w8a8 if recipe.startswith("w8a8") else w4a16
             package.quantize(weights, checkpoint.folder, calibration, out, device=device)
         seconds = time.perf_counter() - begun
-        model = decoder(checkpoint, out / "weights.safetensors", device)
+        rotated = weights.get("rotate_down", 0) if method else 0
+        model = decoder(checkpoint, out / "weights.safetensors", device, rotated=rotated)
         granularity = cast(KVGranularity, KV().granularity) if kv == "kv8" else ""
         scales = kv_scales(checkpoint, calibration, out, granularity) if granularity else None
         value = perplexity(model, items, scales)
@@ -165,14 +169,16 @@ def draw(texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int) ->
     return token_blocks(texts, tokenizer.encode, samples=count, sequence_length=length, sampling="random", seed=42)
 
 
-def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu") -> Decoder:
-    """The model in float32, its layers and its head from the quantized files where they exist."""
+def decoder(checkpoint: Checkpoint, quantized: Path, device: str = "cpu", *, rotated: int = 0) -> Decoder:
+    """The model in float32, its layers and its head from the quantized files where they exist; `rotated` is
+    `rotate_down` of these."""
     head = quantized.with_name(HEAD_FILE)
     read = tensors_over(head, tensors_over(quantized, checkpoint.tensor))
     held = [*(load_file(quantized) if quantized.exists() else ()), *(load_file(head) if head.exists() else ())]
     outer = [name for name in checkpoint.names() if not held or ".layers." not in name]
     weights = {name: read(name) for name in [*held, *outer]}
-    return Decoder(checkpoint.config, weights, device=device, dtype=torch.float32)
+    config = replace(checkpoint.config, rotate_down=rotated)
+    return Decoder(config, weights, device=device, dtype=torch.float32)
 
 
 def kv_scales(

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_registry import Case, Setting, implementations, register, values
+from benchmarks.kernel_registry import Case, Setting, implementations, register, values, with_rotation
+from engine.config import ROTATIONS
 from engine.kernels import reference
 
 NORM, ACTIVATION, DRAW = (f"engine.kernels.{name}" for name in ("norm", "activation", "draw"))
@@ -53,7 +54,10 @@ def silu_and_mul(setting: Setting) -> Iterator[Case]:
 
 @register("silu_and_mul_int8")
 def silu_and_mul_int8(setting: Setting) -> Iterator[Case]:
-    yield _silu(setting, "silu_and_mul_int8", out_bytes=1)
+    case = _silu(setting, "silu_and_mul_int8", out_bytes=1)
+    yield case
+    if setting.config.intermediate_size % ROTATIONS[-1] == 0:
+        yield with_rotation(case)
 
 
 @register("quantize_rows")

@@ -47,6 +47,7 @@ class ModelConfig:
     `vocab_size` is the number of rows of the embedding. `dtype` is what the source stores. `qk_norm` normalizes each
     head of Q and K before rotary. A token sees the last `sliding_window` tokens, itself among them, or all with None.
     `logn` multiplies the query of the t-th token by log(t) / log(max_position_embeddings) where that is above 1.
+    `rotate_down` is Recipe's: an int8 down_proj is that of rotated inputs.
     """
 
     family: str
@@ -67,12 +68,16 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     tie_word_embeddings: bool = False
+    rotate_down: int = 0
     dtype: Dtype = "float16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
 
 HEADS = ("fp16", "int8", "int4")
+# Channels of a block in which the inputs of an int8 down_proj are rotated; 0 is no rotation. A thread loads eight
+# values of 16 bits at once, so that a kernel rotates them where they are.
+ROTATIONS = (0, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,8 @@ class Recipe:
     `head` is the output matrix beside w4a16 weights, one of HEADS; fp16 is what the other floats are. `kv_granularity`
     says what has a scale and a zero point of its own in an int8 cache: the KV heads of a rank together (tensor:
     TurboMind's), a head, a channel of a head, or a head of every single token (token). Of kv16 it is tensor.
+    `rotate_down`, one of ROTATIONS and for w8a8 alone: silu(gate) * up is rotated by blocks of so many channels before
+    it is rounded (`engine.kernels.rotation`), and down_proj's weight is stored to match.
     """
 
     weights: str = "fp16"
@@ -89,18 +96,21 @@ class Recipe:
     group_size: int = 0
     head: str = "fp16"
     kv_granularity: KVGranularity = "tensor"
+    rotate_down: int = 0
 
     def __post_init__(self) -> None:
+        allowed: tuple[Any, ...]
         for name, value, allowed in (
             ("head", self.head, HEADS),
             ("kv_granularity", self.kv_granularity, get_args(KVGranularity)),
+            ("rotate_down", self.rotate_down, ROTATIONS),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {shown(value)}, not one of {', '.join(allowed)}.")
+            if value not in allowed or isinstance(value, bool):
+                raise ValueError(f"{name} is {shown(value)}, not one of {', '.join(map(str, allowed))}.")
 
     def fields(self) -> dict[str, Any]:
-        """The fields as JSON has them; an fp16 head, and TurboMind's granularity, are not said."""
-        unsaid = {"head": "fp16", "kv_granularity": "tensor"}
+        """The fields as JSON has them; an fp16 head, TurboMind's granularity, and no rotation, are not said."""
+        unsaid = {"head": "fp16", "kv_granularity": "tensor", "rotate_down": 0}
         return {name: value for name, value in asdict(self).items() if unsaid.get(name) != value}
 
     def __str__(self) -> str:

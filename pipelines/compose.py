@@ -9,13 +9,16 @@ stage depends. Slices, by stage (key):
                                                  sequence_length, sampling, [seed]}, [template], toolchain}
     quantize   model-calibration-weights        fp16: {model, weights: {name}}
                                                 as_is: the same; what the checkpoint has is seen when it is read
-                                                w8a8: {model, weights: {name, search, alpha | alphas}, toolchain}
+                                                w8a8: {model, weights: {name, search, alpha | alphas, [rotate_down]},
+                                                 toolchain}
                                                 w4a16: {model, weights: {name, group_size, search, alpha |
                                                  method, symmetric and what the method uses}, toolchain}
-    shard      model-calibration-weights-tp     {model, weights: {name, group_size}, tp}  (group_size 0: all but w4a16)
+    shard      model-calibration-weights-tp     {model, weights: {name, group_size, [head], [rotate_down]}, tp}
+                                                 (group_size 0: all but w4a16)
     export     ...-tp-kv                        {model, name, session_len, [template], [ini: {key: value}], tp,
                                                  kv: {name, [granularity, [symmetric]]},
-                                                 recipe: {weights, kv, group_size, [kv_granularity]},
+                                                 recipe: {weights, kv, group_size, [head], [rotate_down],
+                                                 [kv_granularity]},
                                                  calibration: SHA-256 of the calibration part above, or null where
                                                  nothing of it is in the artifact (fp16 or as_is, with kv16
                                                  or scales of every token)}
@@ -143,8 +146,8 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
     if folder := known.paths.get(sources.identity(model)):
         check_weights(Path(folder), weights["name"])
     calibration = known.calibration(config.calibration)
-    head = {"head": weights["head"]} if "head" in weights else {}
-    recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0), **head}
+    further: dict[str, Any] = {name: weights[name] for name in ("head", "rotate_down") if name in weights}
+    recipe = {"weights": weights["name"], "kv": kv["name"], "group_size": weights.get("group_size", 0), **further}
     if kv["name"] != "kv16":
         recipe["kv_granularity"] = kv["granularity"]
     calibrated = recipe["weights"] not in UNCALIBRATED or kv.get("granularity", "token") != "token"
@@ -168,7 +171,7 @@ def row_slices(row: Row, known: Sources, tools: Mapping[str, str | None], store_
         f"quantize/{m}-{c}-{w}": quantize,
         f"shard/{m}-{c}-{w}-{tp}": {
             "model": model,
-            "weights": {"name": recipe["weights"], "group_size": recipe["group_size"], **head},
+            "weights": {"name": recipe["weights"], "group_size": recipe["group_size"], **further},
             "tp": config.tp,
         },
         f"export/{row.key}": {

@@ -157,7 +157,8 @@ def smooth_quant(
     if method not in SMOOTHINGS:
         raise ValueError(f"--method {method} is not known; there are {', '.join(SMOOTHINGS)}")
     checkpoint = Checkpoint(model, allow_bin=allow_bin)
-    weights = Weights(name="w8a8", bits=8, search="none" if method == REFERENCE else "grid")
+    # LMDeploy's form has no word for inputs that are rotated.
+    weights = Weights(name="w8a8", bits=8, search="none" if method == REFERENCE else "grid", rotate_down=0)
     check_fits(checkpoint.config, Recipe(weights="w8a8"), tp=1)  # before any work
     fresh = not _calibrated(model, work, data, allow_bin=allow_bin)
     if fresh:

@@ -22,7 +22,10 @@ def weights_part(weights: Weights) -> dict[str, Any]:
     if weights.name in UNCALIBRATED:
         return {"name": weights.name}
     if weights.name == "w8a8":
-        return _fields(weights, "name", "search", "alpha" if weights.search == "none" else "alphas")
+        if weights.search == "none":  # the reference's formula, whose weights other engines read
+            return _fields(weights, "name", "search", "alpha")
+        rotated = {"rotate_down": weights.rotate_down} if weights.rotate_down else {}
+        return _fields(weights, "name", "search", "alphas") | rotated
     head = {} if weights.head == "fp16" else {"head": weights.head}
     if weights.search == "none":
         return _fields(weights, "name", "group_size", "search", "alpha") | head

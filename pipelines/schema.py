@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.config import HEADS
+from engine.config import HEADS, ROTATIONS
 from pipelines import ini_options
 from pipelines.field_checks import commit, digest, one_of
 from pipelines.ini_options import Ini
@@ -48,7 +48,8 @@ class Weights:
     `bits` is there to be refused by name: a recipe has one number of bits. `search: none` is the reference's formula
     with the fixed exponent `alpha`. With `search: grid` the scales tried are activation^x / weight^y for all x of
     `activation_exponents` and y of `weight_exponents`, and w4a16 has a `method`:
-    rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both). w8a8 tries `alphas`.
+    rtn (rounding to nearest), awq (scales), gptq (rounding with error feedback), awq+gptq (both). w8a8 tries `alphas`,
+    and rotates the inputs of down_proj by blocks of `rotate_down` channels (0: not) before they are rounded.
     `head` is the output matrix of w4a16: fp16 (as it is), int8 or int4.
     `clip` searches the ranges of groups; `correction` is the part of the error of the inputs that gptq makes up for.
     """
@@ -65,6 +66,7 @@ class Weights:
     alpha: float = 0.5
     activation_exponents: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
     alphas: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    rotate_down: int = 8
     weight_exponents: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
 
 
@@ -161,6 +163,11 @@ def _problems(config: Config) -> Iterator[str]:
     yield from one_of("weights.head", weights.head, HEADS)
     if weights.name == "w8a8" and weights.head != "fp16":
         yield f"weights.head={weights.head} is for w4a16: w8a8 leaves the output matrix in 16 bits"
+    if weights.rotate_down not in ROTATIONS:
+        yield (
+            f"weights.rotate_down={weights.rotate_down} must be one of {', '.join(map(str, ROTATIONS))}: there are "
+            "kernels for blocks of so many channels"
+        )
     yield from one_of("weights.search", weights.search, ("grid", "none"))
     yield from one_of("weights.method", weights.method, METHODS)
     yield from one_of("kv.name", config.kv.name, KVS)

@@ -31,7 +31,12 @@ def work(call: Call) -> None:
 
 def recipe_of(weights: dict[str, Any]) -> Recipe:
     """What the part `weights` of the slice asks for."""
-    return Recipe(weights=weights["name"], group_size=weights["group_size"], head=weights.get("head", "fp16"))
+    return Recipe(
+        weights=weights["name"],
+        group_size=weights["group_size"],
+        head=weights.get("head", "fp16"),
+        rotate_down=weights.get("rotate_down", 0),
+    )
 
 
 if __name__ == "__main__":

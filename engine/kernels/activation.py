@@ -15,6 +15,8 @@ from engine.kernels.device import facts
 from engine.kernels.rounding import round_by, round_row
 
 BLOCK = 1024
+# 1 / sqrt(8), in float32
+ROOT = tl.constexpr(0.3535533905932738)
 
 
 def silu_and_mul(gate_up: Tensor, *, in_turns: bool = False) -> Tensor:
@@ -38,9 +40,9 @@ def silu_and_mul(gate_up: Tensor, *, in_turns: bool = False) -> Tensor:
     return out.view(*gate_up.shape[:-1], inner)
 
 
-def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None, rotated: int = 0) -> tuple[Tensor, Tensor]:
     """The contract of `reference.silu_and_mul_int8`."""
-    return _to_int8(gate_up, maxima, gated=True)
+    return _to_int8(gate_up, maxima, gated=True, rotated=rotated)
 
 
 def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -48,16 +50,16 @@ def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tens
     return _to_int8(x, maxima, gated=False)
 
 
-def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+def row_maxima(x: Tensor, *, gated: bool, rotated: int = 0) -> Tensor:
     """The contract of `reference.row_maxima`."""
     maxima = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
-        _row_maxima[(len(x),)](x, maxima, x.stride(0), **_row_options(x, gated))
+        _row_maxima[(len(x),)](x, maxima, x.stride(0), **_row_options(x, gated, rotated))
     return maxima
 
 
-def _to_int8(x: Tensor, maxima: Tensor | None, *, gated: bool) -> tuple[Tensor, Tensor]:
-    shape = _row_options(x, gated)
+def _to_int8(x: Tensor, maxima: Tensor | None, *, gated: bool, rotated: int = 0) -> tuple[Tensor, Tensor]:
+    shape = _row_options(x, gated, rotated)
     values = torch.empty(len(x), shape["width"], dtype=torch.int8, device=x.device)
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
@@ -66,12 +68,13 @@ def _to_int8(x: Tensor, maxima: Tensor | None, *, gated: bool) -> tuple[Tensor, 
     return values, scales
 
 
-def _row_options(x: Tensor, gated: bool) -> dict[str, Any]:
+def _row_options(x: Tensor, gated: bool, rotated: int) -> dict[str, Any]:
     """How a kernel takes a row of [gate, up], or of values, to one program."""
     width = x.shape[1] // 2 if gated else x.shape[1]
     padded = triton.next_power_of_2(width)
     warps = min(max(padded // 512, 1), 16)
-    return {"width": width, "padded": padded, "gated": gated, "num_warps": warps, **options(facts(x.device))}
+    shape = {"width": width, "padded": padded, "gated": gated, "rotated": rotated}
+    return {**shape, "num_warps": warps, **options(facts(x.device))}
 
 
 @triton.jit
@@ -96,14 +99,35 @@ def _silu(gate_up, out, stride, inner, block: tl.constexpr, in_turns: tl.constex
 
 
 @triton.jit
-def _row(x, row, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr):
+def _rotate(x):
+    """`rotation.rotate` by blocks of 8 of x [n] float32: a thread has whole blocks, so that nothing moves."""
+    size: tl.constexpr = x.shape[0] // 8
+    # The last of three bits of a channel's place first, as there.
+    even, odd = tl.split(tl.reshape(x, [size, 2, 2, 2]))
+    a, b = tl.split(even + odd)
+    c, d = tl.split(even - odd)
+    a0, a1 = tl.split(a + b)
+    b0, b1 = tl.split(a - b)
+    c0, c1 = tl.split(c + d)
+    d0, d1 = tl.split(c - d)
+    sums = tl.join(tl.join(a0 + a1, a0 - a1), tl.join(b0 + b1, b0 - b1))
+    differences = tl.join(tl.join(c0 + c1, c0 - c1), tl.join(d0 + d1, d0 - d1))
+    return tl.reshape(tl.join(sums, differences), [size * 8]) * ROOT
+
+
+@triton.jit
+def _row(x, row, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, rotated: tl.constexpr):
     """A row in float32, zeros at its end."""
     column = tl.arange(0, padded)
     inside = column < width
     value = tl.load(x + row * stride + column, mask=inside, other=0.0)
     if gated:
         value = _gate(value, tl.load(x + row * stride + width + column, mask=inside, other=0.0))
-    return value.to(tl.float32)
+    value = value.to(tl.float32)
+    if rotated:
+        tl.static_assert(rotated == 8, "there are kernels for blocks of 8 channels alone")
+        value = _rotate(value)
+    return value
 
 
 @triton.jit
@@ -116,6 +140,7 @@ def _rows_to_int8(
     width: tl.constexpr,
     padded: tl.constexpr,
     gated: tl.constexpr,
+    rotated: tl.constexpr,
     given: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -123,7 +148,7 @@ def _rows_to_int8(
         depend()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, padded)
-    value = _row(x, row, stride, width, padded, gated)
+    value = _row(x, row, stride, width, padded, gated, rotated)
     if given:
         code, scale = round_by(value, tl.load(maxima + row))
     else:
@@ -133,9 +158,18 @@ def _rows_to_int8(
 
 
 @triton.jit
-def _row_maxima(x, maxima, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, PDL: tl.constexpr):
+def _row_maxima(
+    x,
+    maxima,
+    stride,
+    width: tl.constexpr,
+    padded: tl.constexpr,
+    gated: tl.constexpr,
+    rotated: tl.constexpr,
+    PDL: tl.constexpr,
+):
     if PDL:
         depend()
     row = tl.program_id(0).to(tl.int64)
-    size = tl.abs(_row(x, row, stride, width, padded, gated))
+    size = tl.abs(_row(x, row, stride, width, padded, gated, rotated))
     tl.store(maxima + row, tl.max(tl.where(size == size, size, float("inf")), axis=0))

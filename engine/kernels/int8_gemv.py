@@ -29,6 +29,8 @@ MOST_ROWS = 4
 MOST_BYTES = 64 * 1024
 # 1.5 * 2^23: see engine.kernels.rounding.
 ROUNDER = gl.constexpr(12582912.0)
+# 1 / sqrt(8)
+ROOT = gl.constexpr(0.3535533905932738)
 
 
 def runs(m: int, k: int, device: Device) -> bool:
@@ -77,10 +79,13 @@ def multiply_rows(x: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | No
     return y
 
 
-def multiply_gated(gate_up: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | None, c: Config) -> Tensor:
+def multiply_gated(
+    gate_up: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | None, c: Config, *, rotated: int = 0
+) -> Tensor:
     """The same of `reference.silu_and_mul_int8`, for gate_up [M, 2 in] float16 or bfloat16."""
     y = torch.empty(len(gate_up), len(weight), dtype=gate_up.dtype, device=gate_up.device)
-    _launch("gated", gate_up.contiguous(), None, None, 0.0, None, None, weight, w_scales, bias, y, c)
+    source = "rotated" if rotated else "gated"
+    _launch(source, gate_up.contiguous(), None, None, 0.0, None, None, weight, w_scales, bias, y, c)
     return y
 
 
@@ -187,6 +192,21 @@ def _codes(x, scale):
 
 
 @gluon.jit
+def _rotate(x):
+    """`rotation.rotate` by blocks of 8, which a thread has in whole; see `activation._rotate`."""
+    even, odd = x.reshape([x.shape[0] // 8, 2, 2, 2]).split()
+    a, b = (even + odd).split()
+    c, d = (even - odd).split()
+    a0, a1 = (a + b).split()
+    b0, b1 = (a - b).split()
+    c0, c1 = (c + d).split()
+    d0, d1 = (c - d).split()
+    sums = gl.join(gl.join(a0 + a1, a0 - a1), gl.join(b0 + b1, b0 - b1))
+    differences = gl.join(gl.join(c0 + c1, c0 - c1), gl.join(d0 + d1, d0 - d1))
+    return gl.join(sums, differences).reshape([x.shape[0]]) * ROOT
+
+
+@gluon.jit
 def _scale(largest):
     return gl.div_rn(gl.maximum(largest, 1e-7), 127.0)
 
@@ -227,15 +247,17 @@ def _gemv(
 ):
     """Every num_programs-th turn of ROWS rows of W a warp: STEPS chunks, loaded AHEAD chunks before use.
 
-    SOURCE: x is "codes", int32 words of four with scales; "rows" of floats; "gated", gate and up side by side; or the
-    "norm" of residual + x.
+    SOURCE: x is "codes", int32 words of four with scales; "rows" of floats; "gated", gate and up side by side, and
+    "rotated" the same by blocks of 8; or the "norm" of residual + x.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
     turn = gl.program_id(0)
     words = ()
     for step in gl.static_range(AHEAD):
         words = words + (_load_chunk(w_ptr, turn, step, turns, n, WIDTH, ROWS, WARPS),)
-    ROW: gl.constexpr = gl.BlockedLayout([min(8, max(PADDED // (32 * WARPS), 4))], [32], [WARPS], [0])
+    ACTIVATED: gl.constexpr = SOURCE == "gated" or SOURCE == "rotated"
+    LEAST: gl.constexpr = 8 if SOURCE == "rotated" else 4
+    ROW: gl.constexpr = gl.BlockedLayout([min(8, max(PADDED // (32 * WARPS), LEAST))], [32], [WARPS], [0])
     WORDS: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     column, word = gl.arange(0, PADDED, layout=ROW), gl.arange(0, PADDED // 4, layout=WORDS)
     if SOURCE == "norm":
@@ -251,7 +273,7 @@ def _gemv(
             inside = (word < WIDTH // 4) & (token < m)
             found = found + (gl.load(x_ptr + token * (WIDTH // 4) + word, mask=inside, other=0),)
             scales = scales + (gl.load(x_scales + token, mask=token < m, other=0.0),)
-        elif SOURCE != "gated":
+        elif not ACTIVATED:
             inside = (column < WIDTH) & (token < m)
             value = gl.load(x_ptr + token * WIDTH + column, mask=inside, other=0.0)
             if SOURCE == "norm":
@@ -262,7 +284,7 @@ def _gemv(
         if SOURCE == "codes":
             codes = found[token]
             shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
-        elif SOURCE == "gated":
+        elif ACTIVATED:
             # In pieces, of which there need not be a power of two.
             parts, largest = (), gl.zeros([PIECE], gl.float32, ROW)
             for piece in gl.static_range(PIECES):
@@ -270,6 +292,8 @@ def _gemv(
                 first, inside = x_ptr + token * (2 * WIDTH) + place, (place < WIDTH) & (token < m)
                 gate = gl.load(first, mask=inside, other=0.0).to(gl.float32)
                 part = silu(gate) * gl.load(first + WIDTH, mask=inside, other=0.0).to(gl.float32)
+                if SOURCE == "rotated":
+                    part = gl.convert_layout(_rotate(part), ROW, assert_trivial=True)
                 parts, largest = parts + (part,), gl.maximum(largest, _size(part))
             scale = _scale(gl.max(largest, 0))
             for piece in gl.static_range(PIECES):

@@ -65,9 +65,12 @@ def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: 
     return reference.int8_linear(*reference.quantize_rows(x), weight, weight_scales, bias, x.dtype)
 
 
-def gated_int8_linear(gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def gated_int8_linear(
+    gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None, rotated: int = 0
+) -> Tensor:
     """`reference.int8_linear` of `reference.silu_and_mul_int8` of gate_up [M, 2 * in], in its type."""
-    return reference.int8_linear(*reference.silu_and_mul_int8(gate_up), weight, weight_scales, bias, gate_up.dtype)
+    rows = reference.silu_and_mul_int8(gate_up, rotated=rotated)
+    return reference.int8_linear(*rows, weight, weight_scales, bias, gate_up.dtype)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

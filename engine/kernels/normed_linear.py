@@ -89,14 +89,20 @@ def rounded_int8_linear(
 
 
 def gated_int8_linear(
-    gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None = None, config: Config | None = None
+    gate_up: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+    *,
+    rotated: int = 0,
 ) -> Tensor:
     """`int8_linear` of what `silu_and_mul_int8` gives for gate_up [M, 2 * in], in its type."""
     config, gemv = _int8_config("gated_int8_linear", gate_up, weight, config)
     if gemv is None:
-        rows = activation.silu_and_mul_int8(gate_up)
+        rows = activation.silu_and_mul_int8(gate_up, rotated=rotated)
         return int8_linear.int8_linear(*rows, weight, weight_scales, bias, gate_up.dtype)
-    y: Tensor = gemv.multiply_gated(gate_up, weight, weight_scales, bias, config)
+    y: Tensor = gemv.multiply_gated(gate_up, weight, weight_scales, bias, config, rotated=rotated)
     return y
 
 

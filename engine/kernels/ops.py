@@ -112,11 +112,13 @@ def rounded_int8_linear(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: 
     return int8_linear(*quantize_rows(x), weight, weight_scales, bias, x.dtype)
 
 
-def gated_int8_linear(gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+def gated_int8_linear(
+    gate_up: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, rotated: int = 0
+) -> Tensor:
     """`int8_linear` of what `silu_and_mul_int8` gives for gate_up [T, 2 * in], in its type."""
     if on_kernels(gate_up) and gate_up.dtype in HALVES:
-        return _kernels("normed_linear").gated_int8_linear(gate_up, weight, weight_scales, bias)
-    return int8_linear(*silu_and_mul_int8(gate_up), weight, weight_scales, bias, gate_up.dtype)
+        return _kernels("normed_linear").gated_int8_linear(gate_up, weight, weight_scales, bias, rotated=rotated)
+    return int8_linear(*silu_and_mul_int8(gate_up, rotated=rotated), weight, weight_scales, bias, gate_up.dtype)
 
 
 def normed_int8_linear(
@@ -208,11 +210,11 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return _kernels("activation").silu_and_mul(gate_up) if on_kernels(gate_up) else reference.silu_and_mul(gate_up)
 
 
-def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None, rotated: int = 0) -> tuple[Tensor, Tensor]:
     """`reference.silu_and_mul_int8`."""
     if on_kernels(gate_up):
-        return _kernels("activation").silu_and_mul_int8(gate_up, maxima)
-    return reference.silu_and_mul_int8(gate_up, maxima)
+        return _kernels("activation").silu_and_mul_int8(gate_up, maxima, rotated)
+    return reference.silu_and_mul_int8(gate_up, maxima, rotated)
 
 
 def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -222,11 +224,11 @@ def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tens
     return reference.quantize_rows(x, maxima)
 
 
-def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+def row_maxima(x: Tensor, *, gated: bool, rotated: int = 0) -> Tensor:
     """`reference.row_maxima`."""
     if on_kernels(x) and x.dim() == 2:
-        return _kernels("activation").row_maxima(x, gated=gated)
-    return reference.row_maxima(x, gated=gated)
+        return _kernels("activation").row_maxima(x, gated=gated, rotated=rotated)
+    return reference.row_maxima(x, gated=gated, rotated=rotated)
 
 
 def rope_write_kv(

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.kernels.rotation import rotate
+
 # Nibble p of a packed word holds column AWQ_ORDER[p] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # Queries of one sequence that attention takes at a time, in the kernels too; here it bounds the score matrix to
@@ -127,15 +129,16 @@ def rms_norm_int8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     return quantize_rows(rms_norm(x.float(), weight, eps))
 
 
-def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of silu(gate) * up in float32: the product is NOT rounded to the input's type in between."""
-    return quantize_rows(silu_and_mul(gate_up.float()), maxima)
+def silu_and_mul_int8(gate_up: Tensor, maxima: Tensor | None = None, rotated: int = 0) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of silu(gate) * up in float32, `rotated` by blocks of so many channels: nothing is rounded to the
+    input's type in between."""
+    return quantize_rows(rotate(silu_and_mul(gate_up.float()), rotated), maxima)
 
 
-def row_maxima(x: Tensor, *, gated: bool) -> Tensor:
+def row_maxima(x: Tensor, *, gated: bool, rotated: int = 0) -> Tensor:
     """The largest magnitude of each row of x [..., in], float32 [...]: what `quantize_rows` takes, or where it is
     `gated` what `silu_and_mul_int8` does. A NaN counts as infinite, which not every sum over ranks would hand on."""
-    wide = silu_and_mul(x.float()) if gated else x.float()
+    wide = rotate(silu_and_mul(x.float()), rotated) if gated else x.float()
     return wide.abs().amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 

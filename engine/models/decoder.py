@@ -60,7 +60,11 @@ class DecoderLayer:
         self._head_norms = [
             tensors[f"{module}.weight"].to(device, dtype) for module in (names.HEAD_NORMS if config.qk_norm else ())
         ]
-        linears = {module: read_linear(tensors, module, device=device, dtype=dtype) for module in names.LINEARS}
+        blocks = {names.DOWN: config.rotate_down}
+        linears = {
+            module: read_linear(tensors, module, device=device, dtype=dtype, rotated=blocks.get(module, 0))
+            for module in names.LINEARS
+        }
         self._qkv = settled(stack([linears[module] for module in names.QKV]), dtype, tile=tile)
         self._output = row_parallel(linears[names.OUTPUT], ranks, dtype, tile=tile)
         gate, up = (linears[module] for module in names.GATE_UP)
@@ -162,7 +166,7 @@ class DecoderLayer:
         if isinstance(self._gate_up, GatedInt4Linear):  # the product and the activation at once
             return gate_up
         if reads_int8(self._down):
-            return Int8Rows(*ops.silu_and_mul_int8(gate_up), gate_up.dtype)
+            return Int8Rows(*ops.silu_and_mul_int8(gate_up, rotated=self.config.rotate_down), gate_up.dtype)
         if isinstance(self._down, Int8RowParallel):
             return self._down.rows(gate_up, gated=True)
         return ops.silu_and_mul(gate_up)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels import invariant, ops
 from engine.kernels.int4_weights import in_turns
+from engine.kernels.rotation import rotate
 from engine.models import names
 
 
@@ -103,12 +104,17 @@ class GatedInt4Linear:
 
 
 class Int8Linear:
-    """An int8 weight [out, in] with float32 scales [out], multiplied with int8 rows; a bias [out] or none."""
+    """An int8 weight [out, in] with float32 scales [out], multiplied with int8 rows; a bias [out] or none.
 
-    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+    With `rotated` it is the weight of inputs that are rotated by blocks of so many channels (`rotation.rotate`) before
+    they are rounded; Int8Rows are rotated already.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, rotated: int = 0) -> None:
         self.weight = weight
         self.scales = scales
         self.bias = bias
+        self.rotated = rotated
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         """A float tensor is quantized row by row first; the result has its type."""
@@ -116,6 +122,7 @@ class Int8Linear:
             shape, values = x.values.shape, x.values.reshape(-1, x.values.shape[-1])
             out = ops.int8_linear(values, x.scales.reshape(-1), self.weight, self.scales, self.bias, x.dtype)
         else:
+            x = rotate(x, self.rotated).to(x.dtype)
             shape = x.shape
             out = ops.rounded_int8_linear(x.reshape(-1, shape[-1]), self.weight, self.scales, self.bias)
         return out.view(*shape[:-1], len(self.weight))
@@ -126,7 +133,7 @@ class Int8Linear:
 
     def forward_gated(self, gate_up: Tensor) -> Tensor:
         """Of silu(gate) * up [T, in], the two side by side, in one kernel where rows are few on a GPU."""
-        return ops.gated_int8_linear(gate_up, self.weight, self.scales, self.bias)
+        return ops.gated_int8_linear(gate_up, self.weight, self.scales, self.bias, self.rotated)
 
 
 class MixedLinear:
@@ -186,10 +193,12 @@ def forward_normed(linear: Linear, delta: Tensor, hidden: Tensor, norm: Tensor, 
 Kind = DenseLinear | Int4Linear | Int8Linear
 
 
-def read_linear(tensors: Mapping[str, Tensor], module: str, *, device: torch.device | str, dtype: torch.dtype) -> Kind:
+def read_linear(
+    tensors: Mapping[str, Tensor], module: str, *, device: torch.device | str, dtype: torch.dtype, rotated: int = 0
+) -> Kind:
     """The linear whose tensors are named `<module>.…`, of the kind whose tensors are there.
 
-    Float tensors are cast to `dtype`, except scales, which keep what they store.
+    Float tensors are cast to `dtype`, except scales, which keep what they store. `rotated` is `Int8Linear`'s.
     """
     bias = tensors[f"{module}.bias"].to(device, dtype) if f"{module}.bias" in tensors else None
     if f"{module}.qweight" in tensors:
@@ -197,7 +206,7 @@ def read_linear(tensors: Mapping[str, Tensor], module: str, *, device: torch.dev
         return Int4Linear(qweight, qzeros, scales, bias)
     if f"{module}.{names.WEIGHT_SCALE}" in tensors:
         weight, scales = (tensors[f"{module}.{part}"].to(device) for part in ("weight", names.WEIGHT_SCALE))
-        return Int8Linear(weight, scales, bias)
+        return Int8Linear(weight, scales, bias, rotated=rotated)
     if f"{module}.weight" in tensors:
         return DenseLinear(tensors[f"{module}.weight"].to(device, dtype), bias)
     raise ValueError(f"no weight of {module}: neither {module}.weight nor {module}.qweight was given")

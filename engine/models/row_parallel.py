@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import cpu_linear, ops, reference
+from engine.kernels.rotation import rotate
 from engine.models.linear import Int8Linear, Int8Rows, Kind, Linear, settled
 from engine.models.ranks import Ranks
 
@@ -30,9 +31,12 @@ class Int8RowParallel:
     def rows(self, x: Tensor, *, gated: bool = False) -> Int8Rows:
         """x [T, in of this rank], or silu(gate) * up of it where it is `gated`, by the largest magnitudes of whole
         rows."""
-        maxima = self._ranks.max(ops.row_maxima(x, gated=gated))
-        quantize = ops.silu_and_mul_int8 if gated else ops.quantize_rows
-        return Int8Rows(*quantize(x, maxima), x.dtype)
+        rotated = self._linear.rotated
+        if gated:
+            maxima = self._ranks.max(ops.row_maxima(x, gated=True, rotated=rotated))
+            return Int8Rows(*ops.silu_and_mul_int8(x, maxima, rotated), x.dtype)
+        x = rotate(x, rotated).to(x.dtype)
+        return Int8Rows(*ops.quantize_rows(x, self._ranks.max(ops.row_maxima(x, gated=False))), x.dtype)
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         rows = x if isinstance(x, Int8Rows) else self.rows(x)

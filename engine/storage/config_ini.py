@@ -154,6 +154,7 @@ def model_config_of(ini: IniConfig, path: Path) -> ModelConfig:
         sliding_window=ini.ingot.sliding_window,
         logn=bool(ini.use_logn_attn),
         qk_norm=ini.ingot.qk_norm,
+        rotate_down=ini.ingot.rotate_down,
         # The file has one key for all biases; one that the model lacks is stored as zeros.
         qkv_bias=bool(ini.attn_bias),
         o_bias=bool(ini.attn_bias),
@@ -211,6 +212,11 @@ def _typed(texts: Mapping[str, str], ingot: IngotSection, path: Path) -> IniConf
         raise ValueError(
             f"{path}: float_type of the section [{ingot_section.SECTION}] goes with weight_type int8 alone; "
             f"{ini.weight_type} says the type of floats itself"
+        )
+    if ini.ingot.rotate_down and ini.weight_type != "int8":
+        raise ValueError(
+            f"{path}: rotate_down of the section [{ingot_section.SECTION}] goes with weight_type int8 alone, not with "
+            f"{ini.weight_type}: only int8 inputs are rotated"
         )
     return ini
 

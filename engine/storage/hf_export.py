@@ -53,6 +53,13 @@ def export_checkpoint(workspace: Weights, folder: Path, *, form: str, shard_byte
             f"{workspace.folder} has its output matrix in {workspace.recipe.head}, which no form holds: build the "
             "artifact with weights.head=fp16 to export it"
         )
+    if workspace.recipe.rotate_down:
+        raise ValueError(
+            f"{workspace.folder} has down_proj's weight for inputs that are rotated by blocks of "
+            f"{workspace.recipe.rotate_down} channels (rotate_down), and no form is read so: smooth_quant has no word "
+            "for it, and transformers passes over the transform_config of compressed-tensors, so that answers would be "
+            "wrong without an error. Build the artifact with weights.rotate_down=0 to export it"
+        )
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a folder that does not, the export makes it")
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.config import HEADS, KVGranularity, ModelConfig, Recipe, RopeKind, RopeScaling
+from engine.config import HEADS, ROTATIONS, KVGranularity, ModelConfig, Recipe, RopeKind, RopeScaling
 from engine.wording import cut, shown
 
 SECTION = "ingot"
@@ -24,7 +24,8 @@ LARGEST = 2**31 - 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngotSection:
     """`hidden_size` is None where it is heads x head_dim; `float_type` is "bf16" where what is not int8 is that and not
-    fp16; `head` is "int8" or "int4" where the output matrix is; `kv_granularity` is Recipe's, the others ModelConfig's.
+    fp16; `head` is "int8" or "int4" where the output matrix is; `kv_granularity` is Recipe's, `rotate_down`
+    Recipe's and ModelConfig's, the others ModelConfig's.
     """
 
     float_type: str | None = None
@@ -33,6 +34,7 @@ class IngotSection:
     kv_granularity: KVGranularity = "tensor"
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    rotate_down: int = 0
     sliding_window: int | None = None
 
 
@@ -45,6 +47,7 @@ def section_of(config: ModelConfig, recipe: Recipe) -> IngotSection:
         kv_granularity=recipe.kv_granularity if recipe.kv == "kv8" else "tensor",
         qk_norm=config.qk_norm,
         rope_scaling=None if scaling is not None and scaling.kind == IN_LLAMA else scaling,
+        rotate_down=recipe.rotate_down,
         sliding_window=config.sliding_window,
     )
 
@@ -76,6 +79,11 @@ def read_section(texts: Mapping[str, str], path: Path) -> IngotSection:
             raise ValueError(
                 f"{path}: [{SECTION}] {key} = {cut(texts[key])} must be a whole number from 1 on, up to {LARGEST}"
             )
+    if "rotate_down" in values and (type(values["rotate_down"]) is not int or values["rotate_down"] not in ROTATIONS):
+        raise ValueError(
+            f"{path}: [{SECTION}] rotate_down = {cut(texts['rotate_down'])} must be one of "
+            + ", ".join(map(str, ROTATIONS))
+        )
     if type(values.get("qk_norm", True)) is not bool:
         raise ValueError(f"{path}: [{SECTION}] qk_norm = {cut(texts['qk_norm'])} must be true or false")
     if values.get("float_type", "bf16") != "bf16":

@@ -1,6 +1,7 @@
 """How a layer is dealt to tensor-parallel ranks: which runs of rows and columns, and how much is filled with zeros.
 
-Attention is dealt by whole heads. The FFN is dealt in equal runs of whole groups (and tiles, for int4): where its width
+Attention is dealt by whole heads. The FFN is dealt in equal runs of whole groups (and tiles, for int4; of w8a8 whole
+blocks that are rotated): where its width
 is no multiple, the last ranks are filled up with zero columns in gate and up and zero rows in down. Everything follows
 from the model, the group size and tp, so that no file has to say it. Torch-free.
 """
@@ -46,8 +47,9 @@ def rank_cut(config: ModelConfig, recipe: Recipe, modules: tuple[str, ...], tp: 
 
 
 def ffn_share(config: ModelConfig, recipe: Recipe, tp: int) -> int:
-    """FFN features of one rank, padding included: the smallest whole number of groups and tiles that is enough."""
-    unit = lcm(recipe.group_size, TILE) if recipe.weights == "w4a16" else 1
+    """FFN features of one rank, padding included: the smallest whole number of groups and tiles, or of rotated blocks,
+    that is enough."""
+    unit = lcm(recipe.group_size, TILE) if recipe.weights == "w4a16" else recipe.rotate_down or 1
     return _up(config.intermediate_size, tp * unit) // tp
 
 

@@ -176,6 +176,13 @@ def check_fits(config: ModelConfig, recipe: Recipe, tp: int) -> None:
     parts_of(recipe)
     if (problem := head_problem(config, recipe)) is not None:
         raise ValueError(problem)
+    if recipe.rotate_down and recipe.weights != "w8a8":
+        raise ValueError(f"rotate_down={recipe.rotate_down} goes with w8a8 weights, not with {recipe.weights}")
+    if recipe.rotate_down and config.intermediate_size % recipe.rotate_down:
+        raise ValueError(
+            f"intermediate_size {config.intermediate_size} is no multiple of the {recipe.rotate_down} channels in "
+            "which the inputs of down_proj are rotated: build it with weights.rotate_down=0"
+        )
     if config.head_dim % 2:
         raise ValueError(f"head_dim {config.head_dim} is odd: rotary embeddings need an even one")
     problem = next(_problems(config, recipe, tp), None)

@@ -130,6 +130,7 @@ class Workspace:
             group_size=self.ini.group_size,
             head=self.ini.ingot.head or "fp16",
             kv_granularity=self.ini.ingot.kv_granularity if self.ini.quant_policy == KV_INT8 else "tensor",
+            rotate_down=self.ini.ingot.rotate_down,
         )
         try:
             files.check_fits(self.config, self.recipe, self.tp)

@@ -59,7 +59,7 @@ class Build:
     def shard(self, weights, quantized: Path, *, tp: int = 1) -> Path:
         content = {
             "model": self.model,
-            "weights": {"name": weights["name"], "group_size": weights.get("group_size", 0), **head_of(weights)},
+            "weights": {"name": weights["name"], "group_size": weights.get("group_size", 0), **further(weights)},
             "tp": tp,
         }
         return self._run(shard, f"shard-{weights['name']}-{tp}", content, quantize=quantized)
@@ -67,7 +67,7 @@ class Build:
     def export(
         self, weights, kv: str, *, tp: int = 1, granularity: str = "tensor", symmetric: bool = False, **inputs: Path
     ) -> Path:
-        recipe = {"weights": weights["name"], "kv": kv, "group_size": weights.get("group_size", 0)} | head_of(weights)
+        recipe = {"weights": weights["name"], "kv": kv, "group_size": weights.get("group_size", 0)} | further(weights)
         recipe["kv_granularity"] = granularity
         finer = "" if granularity == "tensor" else f"-{granularity}"
         content = {
@@ -99,8 +99,8 @@ class Build:
         return out
 
 
-def head_of(weights) -> dict[str, str]:
-    return {"head": weights["head"]} if "head" in weights else {}
+def further(weights) -> dict[str, object]:
+    return {name: weights[name] for name in ("head", "rotate_down") if name in weights}
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

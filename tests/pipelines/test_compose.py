@@ -105,9 +105,14 @@ def test_a_slice_holds_what_its_stage_needs_and_no_path(project):
     select(project, weights=["w8a8"])
     assert json.loads(read_all(project)["quantize/one-demo_text-w8a8"]) == {
         "model": model,
-        "weights": {"name": "w8a8", "search": "grid", "alphas": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]},
+        "weights": {"name": "w8a8", "search": "grid", "alphas": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8], "rotate_down": 8},
         "toolchain": tools,
     }
+    int8 = read_all(project)
+    assert json.loads(int8["shard/one-demo_text-w8a8-1"])["weights"]["rotate_down"] == 8
+    assert {json.loads(text)["recipe"]["rotate_down"] for key, text in int8.items() if key.startswith("export/")} == {8}
+    select(project, weights=["w8a8"], overrides=["weights.rotate_down=0"])
+    assert not any("rotate_down" in str(content) for content in read_all(project).values())
     select(project, weights=["w8a8"], overrides=["weights.search=none"])
     formula = json.loads(read_all(project)["quantize/one-demo_text-w8a8"])
     assert formula["weights"] == {"name": "w8a8", "search": "none", "alpha": 0.5}

@@ -45,6 +45,7 @@ def test_a_valid_configuration_passes():
         ({"weights": Weights(name="w4a16", bits=3)}, "weights.bits=3 must be 4"),
         ({"weights": Weights(name="w4a16", bits=8)}, "weights.bits=8 is not w4a16: AWQ stores 4 bits"),
         ({"weights": Weights(name="w8a8", bits=8, head="int8")}, "weights.head=int8 is for w4a16"),
+        ({"weights": Weights(name="w8a8", bits=8, rotate_down=4)}, "weights.rotate_down=4 must be one of 0, 8"),
         ({"weights": Weights(name="w8a8", bits=4)}, "weights.bits=4 is not w8a8"),
         ({"weights": Weights(name="w8a8", bits=8, alphas=[0.5, -0.1])}, "weights.alphas=-0.1 must be from 0 to 1"),
         ({"weights": Weights(search="all")}, "weights.search=all must be one of grid, none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def quantize(
     `weights` is the slice's part of that name and `calibration` the folder of a finished calibration. Linears are
     `weight` int8 [out, in] and `weight_scale` float32 [out], norms and biases of the type of the workspace's floats.
     With `search: grid` a linear's inputs are those of the unquantized model, and the errors reported are parts of the
-    power of the outputs. In the folder `unfinished` layers are kept as they are done, and those found there are not
-    computed again.
+    power of the outputs. With `rotate_down` down_proj's weight is that of inputs that are rotated by blocks of so many
+    channels. In the folder `unfinished` layers are kept as they are done, and those found there are not computed again.
     """
     checkpoint = Checkpoint(source, allow_bin=allow_bin)
     config = checkpoint.config
-    check_fits(config, RECIPE, tp=1)  # before any work
+    rotated = weights.get("rotate_down", 0)
+    check_fits(config, replace(RECIPE, rotate_down=rotated), tp=1)  # before any work
     with side_by_side(device=device) as workers:
         stream: Stream | None = None
         if weights["search"] == "none":
@@ -56,13 +58,14 @@ def quantize(
         else:
             blocks = load_file(calibration / "blocks.safetensors")["tokens"]
             stream = Stream(checkpoint, blocks, workers, device=device)
-            one = _searched(checkpoint, stream, [float(alpha) for alpha in weights["alphas"]], workers)
+            alphas = [float(alpha) for alpha in weights["alphas"]]
+            one = _searched(checkpoint, stream, alphas, workers, rotated=rotated)
         layers = Resume(unfinished, count=config.num_layers, state=stream).results(one)
         write_results(layers, _plan(config), out, count=config.num_layers, weights=weights)
 
 
 def _searched(
-    checkpoint: Checkpoint, stream: Stream, alphas: list[float], workers: Workers
+    checkpoint: Checkpoint, stream: Stream, alphas: list[float], workers: Workers, *, rotated: int
 ) -> Callable[[int], LayerResult]:
     dtype = float_type(checkpoint.config, RECIPE)
 
@@ -72,7 +75,9 @@ def _searched(
     def one(number: int) -> LayerResult:
         tensors = dict(LayerTensors(checkpoint, number, stream.device))
         seen = stream.observe(stream.dense(tensors), number, observer, advance=True)
-        done = quantize_by_search(tensors, seen, checkpoint.config, alphas=alphas, dtype=dtype, workers=workers)
+        done = quantize_by_search(
+            tensors, seen, checkpoint.config, alphas=alphas, dtype=dtype, workers=workers, rotated=rotated
+        )
         return layer_result(done.packed(), done.smoothing, done.report)
 
     return one

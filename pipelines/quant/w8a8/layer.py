@@ -15,13 +15,16 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels import reference as ops
+from engine.kernels.rotation import rotate
 from engine.models import names
 from pipelines.quant.observers import Statistics
-from pipelines.quant.pairs import ATTENTION_OUT, PAIRS, Pair, divide_outputs, fold_heads, repeat_heads
+from pipelines.quant.pairs import ATTENTION_OUT, MLP_OUT, PAIRS, Pair, divide_outputs, fold_heads, repeat_heads
 from pipelines.quant.scales import grid_scale, norm_quotient, smooth_as_reference
 from pipelines.quant.stream import Workers
 
 Tensors = dict[str, Tensor]
+
+ROTATED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +90,13 @@ def quantize_by_search(
     alphas: Sequence[float],
     dtype: torch.dtype,
     workers: Workers,
+    rotated: int = 0,
 ) -> QuantizedLayer:
     """For each pair the alpha that leaves the least error of its outputs, or no smoothing where none leaves less.
 
     `seen` has for the input of each linear its `absmax` [in] and some of its `rows` [n, in]. Floats are stored in
     `dtype`. The scale of v_proj and o_proj is one per V channel, shared by the query heads that read it, so it is exact
-    under grouped-query attention too.
+    under grouped-query attention too. down_proj's weight is that of inputs `rotated` by blocks of so many channels.
     """
     floats = {name: tensors[name].to(dtype) for name in tensors if not _is_linear(name)}
     done = QuantizedLayer(tensors=floats)
@@ -100,8 +104,10 @@ def quantize_by_search(
         weights = [tensors[f"{module}.weight"].float() for module in pair.after]
         norm = tensors[f"{pair.before}.weight"].float() if pair.before in names.NORMS else None
         tried = _scales(weights, seen[pair.after[0]]["absmax"], norm, pair, config, alphas=alphas, dtype=dtype)
-        chosen, scale, errors = _best(weights, seen[pair.after[0]]["rows"], tried, workers)
-        done.codes |= {module: RowCodes.of(weight * scale) for module, weight in zip(pair.after, weights, strict=True)}
+        block = rotated if pair is MLP_OUT else 0
+        chosen, scale, errors = _best(weights, seen[pair.after[0]]["rows"], tried, workers, block)
+        for module, weight in zip(pair.after, weights, strict=True):
+            done.codes[module] = RowCodes.of(_smoothed(weight, scale, block))
         if norm is not None:
             done.tensors |= {f"{pair.before}.weight": (norm / scale).to(dtype)}
             # A norm of another type may have a bias of its own one day: then this line is not enough, and says so.
@@ -141,26 +147,41 @@ def _scales(
 
 
 def _best(
-    weights: Sequence[Tensor], rows: Tensor, tried: Sequence[tuple[float | None, Tensor]], workers: Workers
+    weights: Sequence[Tensor],
+    rows: Tensor,
+    tried: Sequence[tuple[float | None, Tensor]],
+    workers: Workers,
+    block: int = 0,
 ) -> tuple[float | None, Tensor, list[float]]:
     """The first of the scales with the least error, its alpha, and all errors in parts of the outputs' power.
 
-    The linears are run as the engine runs them, with int8 rows, and compared with the floats' outputs.
+    The linears are run as the engine runs them, with int8 rows, rotated by `block` channels, and compared with the
+    floats' outputs.
     """
     wanted = [rows @ weight.t() for weight in weights]
     power = sum(float(outputs.square().sum()) for outputs in wanted) or 1.0
 
     def error(index: int) -> float:
         scale, left = tried[index][1], 0.0
-        codes, row_scales = ops.quantize_rows(rows / scale)
+        codes, row_scales = ops.quantize_rows(rotate(rows / scale, block))
         for weight, outputs in zip(weights, wanted, strict=True):
-            out = ops.int8_linear(codes, row_scales, *ops.quantize_rows(weight * scale), None, torch.float32)
+            rounded = ops.quantize_rows(_smoothed(weight, scale, block))
+            out = ops.int8_linear(codes, row_scales, *rounded, None, torch.float32)
             left += float((out - outputs).square().sum())
         return left / power
 
     errors = list(workers.in_order(error, len(tried)))
     alpha, scale = tried[min(range(len(errors)), key=errors.__getitem__)]
     return alpha, scale, errors
+
+
+def _smoothed(weight: Tensor, scale: Tensor, block: int) -> Tensor:
+    """The weight [out, in] of inputs that are divided by `scale` [in] and then rotated, rounded once."""
+    if not block:
+        return weight * scale
+    # Some rows at a time: float64 takes twice the memory of what there is.
+    parts = (rotate(rows.double() * scale, block).float() for rows in torch.split(weight, ROTATED_ROWS))
+    return torch.cat(list(parts))
 
 
 def _is_linear(name: str) -> bool:

@@ -53,12 +53,14 @@ def test_rows(gemv, m, n, k, config, dtype):
     assert torch.equal(y, reference.int8_linear(*reference.quantize_rows(x), weight, scales, bias, dtype))
 
 
+@pytest.mark.parametrize("rotated", [0, 8])
 @pytest.mark.parametrize(("m", "n", "k", "config"), CASES)
-def test_gate_and_up(gemv, m, n, k, config, dtype):
+def test_gate_and_up(gemv, m, n, k, config, dtype, rotated):
     gate_up, weight = normal(m, 2 * k, dtype=dtype) * 2, codes(n, k, seed=3)
     scales, bias = normal(n, dtype=torch.float32).abs() / 100, None if m == 1 else normal(n, dtype=dtype, seed=5)
-    y = gemv.multiply_gated(gate_up, weight, scales, bias, config)
-    rows = reference.silu_and_mul_int8(gate_up)  # a half may turn the other way: torch has another exponential
+    y = gemv.multiply_gated(gate_up, weight, scales, bias, config, rotated=rotated)
+    # A half may turn the other way: torch has another exponential.
+    rows = reference.silu_and_mul_int8(gate_up, rotated=rotated)
     expected = reference.int8_linear(*rows, weight, scales, bias, torch.float32)
     assert y.dtype == dtype and error(y, expected) < (6e-4 if dtype == torch.float16 else 4e-3)
 

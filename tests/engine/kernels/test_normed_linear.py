@@ -63,10 +63,11 @@ def test_int8(m, n, k, dtype):
         expected = reference.int8_linear(*rows, weight, scales, bias, torch.float32)
         assert y.dtype == dtype and (not m or error(y, expected) < bound), config
         gate_up = torch.cat((delta, residual), dim=1)
-        y = normed_linear.gated_int8_linear(gate_up, weight, scales, bias, config)
-        rows = reference.silu_and_mul_int8(gate_up)
-        expected = reference.int8_linear(*rows, weight, scales, bias, torch.float32)
-        assert y.dtype == dtype and (not m or error(y, expected) < bound), config
+        for rotated in (0, 8):
+            y = normed_linear.gated_int8_linear(gate_up, weight, scales, bias, config, rotated=rotated)
+            rows = reference.silu_and_mul_int8(gate_up, rotated=rotated)
+            expected = reference.int8_linear(*rows, weight, scales, bias, torch.float32)
+            assert y.dtype == dtype and (not m or error(y, expected) < bound), (config, rotated)
 
 
 @pytest.mark.gpu

@@ -76,6 +76,30 @@ def test_parts_of_rows_are_rounded_as_the_whole_rows(inputs, dtype, gated):
     assert activation.row_maxima(rows.to(DEVICE), gated=gated)[0].item() == torch.inf
 
 
+ROTATED = [(1, 8), (2, 24), (3, 96), (4, 1000), (5, 344)] + (
+    [(1, 1408), (257, 8960), (17, 11008), (2, 16384)] if DEVICE == "cuda" else []
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), ROTATED)
+def test_silu_is_rotated_by_blocks_before_it_is_rounded(rows, width, dtype):
+    gate_up = (torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(width)) * 3).to(dtype)
+    there = gate_up.to(DEVICE)
+    expected = reference.silu_and_mul_int8(gate_up, rotated=8)
+    close(activation.silu_and_mul_int8(there, rotated=8), expected)
+    assert (expected[0] != reference.silu_and_mul_int8(gate_up)[0]).float().mean() > 0.5
+    maxima = reference.row_maxima(gate_up, gated=True, rotated=8)
+    found = activation.row_maxima(there, gated=True, rotated=8)
+    torch.testing.assert_close(found.cpu(), maxima, rtol=1e-5, atol=0)
+    larger = maxima * 1.7  # another rank's
+    close(activation.silu_and_mul_int8(there, larger.to(DEVICE), 8), reference.silu_and_mul_int8(gate_up, larger, 8))
+    gate_up[0, 0] = torch.nan
+    spoiled = gate_up.to(DEVICE)
+    assert activation.row_maxima(spoiled, gated=True, rotated=8)[0].item() == torch.inf
+    assert not torch.isfinite(activation.silu_and_mul_int8(spoiled, rotated=8)[1][0])
+
+
 def test_a_row_with_what_is_not_a_number_has_no_finite_scale():
     x = torch.ones(2, 40, dtype=torch.float16)
     x[0, 3], x[1, 5] = torch.nan, torch.inf

@@ -55,6 +55,11 @@ def layers(ranks):
         (cut.rows(gated, gated=True), reference.silu_and_mul_int8(torch.cat([gate, up], dim=1))),
     ):
         assert torch.equal(rows.values, whole_rows[0][:, mine]) and torch.equal(rows.scales, whole_rows[1])
+    turned = Int8RowParallel(Int8Linear(weight[:, mine].contiguous(), scales, bias, rotated=8), ranks)
+    rows = turned.rows(gated, gated=True)
+    whole_rows = reference.silu_and_mul_int8(torch.cat([gate, up], dim=1), rotated=8)
+    assert torch.equal(rows.values, whole_rows[0][:, mine]) and torch.equal(rows.scales, whole_rows[1])
+    assert torch.equal(turned.forward(x[:, mine]), Int8Linear(weight, scales, bias, rotated=8).forward(x))
     for spoiled in (torch.nan, torch.inf):
         x[2, 3] = spoiled  # on rank 0 alone
         out = cut.forward(x[:, mine])

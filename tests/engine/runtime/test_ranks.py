@@ -47,6 +47,19 @@ def test_two_ranks_say_what_one_says(tmp_path, weights, kv):
         two.check()
 
 
+def test_rotated_rows_are_those_of_one_rank_where_a_rank_is_filled_up(tmp_path):
+    """88 channels are 11 blocks: one rank has 48 of them, the other 40 and a block of zeros."""
+    config, recipe = replace(CONFIG, intermediate_size=88), replace(recipe_of("w8a8", "kv16"), rotate_down=8)
+    folder = make_workspace(tmp_path / "workspace", recipe, config=config)
+    expected = scored(Engine.from_workspace(folder, options()))
+    plain = make_workspace(tmp_path / "plain", recipe_of("w8a8", "kv16"), config=config)
+    other = scored(Engine.from_workspace(plain, options()))
+    assert not any(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(other, expected, strict=True))
+    with closing(Engine.from_workspace(folder, options(tp=2))) as two:
+        errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(scored(two), expected, strict=True)]
+    assert max(errors) <= 1e-5
+
+
 def test_the_folder_of_two_ranks_is_read_by_two_as_by_one(tmp_path):
     config = replace(CONFIG, tie_word_embeddings=False, qkv_bias=False, o_bias=False, qk_norm=True)
     folder = make_workspace(tmp_path / "workspace", recipe_of("w4a16", "kv8"), config=config, tp=2)

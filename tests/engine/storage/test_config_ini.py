@@ -96,6 +96,21 @@ def test_floats_beside_int8_are_fp16_or_said_to_be_bf16(tmp_path):
         assert ('[ingot]\nfloat_type = "bf16"\n' in path.read_text()) == (said is not None)
 
 
+def test_what_is_rotated_is_said_and_goes_with_int8_alone(tmp_path):
+    path = tmp_path / "config.ini"
+    ini = _write(path, CONFIG, recipe=Recipe(weights="w8a8", rotate_down=8))
+    assert "[ingot]\nrotate_down = 8\n" in path.read_text() and read_config_ini(path) == ini
+    assert model_config_of(ini, path) == replace(CONFIG, rotate_down=8)
+    for value, words in (("4", "must be one of 0, 8"), ("true", "must be one of 0, 8"), ("[8]", "must be one of 0, 8")):
+        path.write_text(path.read_text().replace("rotate_down = 8", f"rotate_down = {value}"))
+        with pytest.raises(ValueError, match=f"rotate_down = .*{words}"):
+            read_config_ini(path)
+        path.write_text(path.read_text().replace(f"rotate_down = {value}", "rotate_down = 8"))
+    path.write_text(path.read_text().replace("weight_type = int8", "weight_type = fp16"))
+    with pytest.raises(ValueError, match=r"rotate_down of .* goes with weight_type int8 alone, not with fp16"):
+        read_config_ini(path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

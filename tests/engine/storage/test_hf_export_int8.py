@@ -116,6 +116,15 @@ def test_lmdeploys_own_folder_says_nothing_and_is_seen_all_the_same(built, tmp_p
         Checkpoint(tmp_path / "w8")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rotated_inputs_are_in_no_form(tmp_path, form):
+    recipe = Recipe(weights="w8a8", rotate_down=8)
+    folder = make_workspace(tmp_path / "a", SMALL, recipe, 1, random_tensors(SMALL, recipe))
+    with pytest.raises(ValueError, match=r"rotated by blocks of 8 channels.*Build .* weights\.rotate_down=0"):
+        export_checkpoint(Workspace(folder), tmp_path / "out", form=form)
+    assert not (tmp_path / "out").exists()
+
+
 def test_forms_go_with_weights(tmp_path):
     int8 = Workspace(make_workspace(tmp_path / "a", SMALL, W8A8, 1, random_tensors(SMALL, W8A8)))
     with pytest.raises(ValueError, match="is w8a8, which is not written as hf-awq: w4a16 as hf-awq or compressed-ten"):

@@ -35,6 +35,15 @@ def test_in_16_bits_nothing_is_filled_up_that_tp_divides():
     assert qkv == RankCut(pieces=(1024, 1024, 1024), stored=3072, group_size=0)
 
 
+def test_blocks_that_are_rotated_stay_whole():
+    rotated = Recipe(weights="w8a8", rotate_down=8)
+    assert ffn_share(LLAMA2_7B, rotated, 4) == 2752
+    # 1408 are 176 blocks, 22 a rank; 88 are 11, and the last of two ranks has one of zeros.
+    assert ffn_share(MINIMIND2, rotated, 8) == 176
+    assert ffn_share(replace(SMALL, intermediate_size=88), rotated, 2) == 48
+    assert ffn_share(replace(SMALL, intermediate_size=88), Recipe(weights="w8a8"), 2) == 44
+
+
 @given(
     heads=st.sampled_from([1, 2, 4, 8]),
     head_dim=st.sampled_from([8, 16, 48, 64, 80, 96, 128]),

@@ -215,6 +215,13 @@ def test_tensors_of_a_wrong_shape_are_refused_by_name(tmp_path):
         ({"hidden_size": 48, "head_dim": 12}, _int4(12), 1, "hidden_size is 48, and int4 tiles need a multiple of 32"),
         ({"num_heads": 16, "num_kv_heads": 2, "head_dim": 4}, _int4(32), 2, r"k_proj has 4 output features per rank"),
         ({"head_dim": 15}, FP16, 1, "head_dim 15 is odd"),
+        ({}, Recipe(weights="w4a16", group_size=32, rotate_down=8), 1, "rotate_down=8 goes with w8a8 weights"),
+        (
+            {"intermediate_size": 100},
+            Recipe(weights="w8a8", rotate_down=8),
+            1,
+            r"100 is no multiple of the 8 channels.*weights\.rotate_down=0",
+        ),
         ({}, Recipe(weights="w3a16"), 1, "cannot hold w3a16.*fp16, w4a16, w8a8"),
         ({}, W8A8, 4, "2 key/value heads cannot be dealt to 4 ranks.*: 1, 2$"),
     ],

@@ -1,9 +1,12 @@
 """SmoothQuant of one layer: the reference's bytes, scales that cancel, a search that never loses, dead inputs."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.kernels.rotation import rotate
 from engine.models import names
 from engine.models.batch import packed
 from engine.models.decoder import DecoderLayer
@@ -55,13 +58,19 @@ def run(config, tensors, hidden, observe=None):
     return layer(hidden, batch, None, rope_tables(config, batch), observe)
 
 
-def searched(checkpoint, hidden, alphas=ALPHAS, tensors=None):
+def searched(checkpoint, hidden, alphas=ALPHAS, tensors=None, rotated=0):
     tensors = checkpoint.layer(0) if tensors is None else tensors
     observer = Observer(of_input=lambda x: some_rows(x, 32), of_kv=None)
     run(checkpoint.config, tensors, hidden, observer)
     with side_by_side(2) as workers:
         return layers.quantize_by_search(
-            tensors, observer.seen, checkpoint.config, alphas=alphas, dtype=torch.float16, workers=workers
+            tensors,
+            observer.seen,
+            checkpoint.config,
+            alphas=alphas,
+            dtype=torch.float16,
+            workers=workers,
+            rotated=rotated,
         )
 
 
@@ -82,7 +91,7 @@ def test_scaling_alone_changes_nothing(tiny, monkeypatch):
             return Unrounded(codes=self.codes, scales=self.scales / divisor)
 
     monkeypatch.setattr(layers, "RowCodes", Unrounded)
-    monkeypatch.setattr(layers, "_best", lambda weights, rows, tried, workers: (*tried[-1], [0.0]))
+    monkeypatch.setattr(layers, "_best", lambda weights, rows, tried, workers, block: (*tried[-1], [0.0]))
     hidden = outliers()
     done = searched(tiny, hidden)
     assert [row["alpha"] for row in done.report] == [0.7] * 4
@@ -108,6 +117,24 @@ def test_smoothing_helps_where_channels_differ_and_never_hurts(tiny):
         out = run(tiny.config, searched(tiny, hidden, alphas).packed(), hidden)
         errors[name] = float((out - expected).norm() / (expected - hidden).norm())
     assert errors["smoothed"] < 0.8 * errors["plain"] < 0.1
+
+
+def test_down_is_judged_and_stored_for_rotated_inputs(tiny):
+    """Its codes are the nearest of the smoothed weight times the matrix, its errors those of what will run, and nothing
+    but down_proj, and up_proj by its own alpha, differs."""
+    hidden = outliers()
+    plain, done = searched(tiny, hidden), searched(tiny, hidden, rotated=8)
+    same = [module for module in names.LINEARS if module not in ("mlp.up_proj", names.DOWN)]
+    assert all(torch.equal(plain.codes[module].codes, done.codes[module].codes) for module in same)
+    assert plain.report[:3] == done.report[:3]
+    weight = tiny.layer(0)["mlp.down_proj.weight"].double() * done.smoothing["mlp.up_proj"]
+    expected = RowCodes.of(rotate(weight, 8).float())
+    assert torch.equal(done.codes[names.DOWN].codes, expected.codes)
+    assert torch.equal(done.codes[names.DOWN].scales, expected.scales)
+    config = dataclasses.replace(tiny.config, rotate_down=8)
+    wanted = run(tiny.config, tiny.layer(0), hidden)
+    assert float((run(config, done.packed(), hidden) - wanted).norm() / (wanted - hidden).norm()) < 0.1
+    assert float((run(tiny.config, done.packed(), hidden) - wanted).norm() / (wanted - hidden).norm()) > 0.1
 
 
 def test_no_smoothing_is_kept_where_every_other_is_worse():

@@ -1,17 +1,21 @@
 """The recipe as a stage: near the source, the same bytes each time, and named errors for what cannot be quantized."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.config import Recipe
 from engine.kernels import reference as ops
 from engine.models import names
 from engine.models.batch import packed
 from engine.models.decoder import Decoder
+from engine.storage.artifacts import read_manifest
 from engine.storage.checkpoint import Checkpoint, load_checkpoint
 from engine.storage.kv_scale_files import rank_file
+from engine.storage.reshard import reshard_artifact
 from engine.storage.workspace import WEIGHTS, Workspace, load_workspace
 from pipelines.quant.kv import layer_scales
 from pipelines.quant.tensor_file import tensors_over
@@ -19,6 +23,7 @@ from tests.pipelines.stage import Build, bytes_of
 from tests.pipelines.tiny_checkpoint import TEXT, write_tiny_checkpoint
 
 W8A8 = {"name": "w8a8", "search": "grid", "alphas": [0.4, 0.6]}
+ROTATED = {**W8A8, "rotate_down": 8}
 FORMULA = {"name": "w8a8", "search": "none", "alpha": 0.5}
 
 
@@ -33,14 +38,15 @@ def make(tmp_path, monkeypatch, **changes):
     return Build(tmp_path / "out", write_tiny_checkpoint(tmp_path / "model", **changes), tmp_path / "text.txt")
 
 
-def logits(checkpoint, folder):
+def logits(checkpoint, folder, rotated=0):
     read = tensors_over(folder / "weights.safetensors", checkpoint.tensor)
     outer = [name for name in checkpoint.names() if ".layers." not in name]
     weights = {name: read(name) for name in [*load_file(folder / "weights.safetensors"), *outer]}
-    return Decoder(checkpoint.config, weights, device="cpu", dtype=torch.float32)(packed([list(range(3, 40))]), None)
+    config = replace(checkpoint.config, rotate_down=rotated)
+    return Decoder(config, weights, device="cpu", dtype=torch.float32)(packed([list(range(3, 40))]), None)
 
 
-@pytest.mark.parametrize("weights", [W8A8, FORMULA], ids=["grid", "none"])
+@pytest.mark.parametrize("weights", [W8A8, ROTATED, FORMULA], ids=["grid", "rotated", "none"])
 def test_the_quantized_model_is_near_the_source(build, tmp_path, weights):
     out = build.quantize(weights, build.calibrate())
     assert set(bytes_of(out)) == {"report.json", "smoothing.safetensors", "source.json", "weights.safetensors"}
@@ -48,7 +54,8 @@ def test_the_quantized_model_is_near_the_source(build, tmp_path, weights):
     assert held["model.layers.1.mlp.down_proj.weight"].dtype == torch.int8
     assert held["model.layers.1.mlp.down_proj.weight_scale"].shape == (64,)
     checkpoint = Checkpoint(tmp_path / "model")
-    expected, actual = load_checkpoint(checkpoint.folder)(packed([list(range(3, 40))]), None), logits(checkpoint, out)
+    expected = load_checkpoint(checkpoint.folder)(packed([list(range(3, 40))]), None)
+    actual = logits(checkpoint, out, weights.get("rotate_down", 0))
     # A random model magnifies rounding; two unrelated ones are 1.4 apart.
     assert 0.002 < ((actual - expected).norm() / expected.norm()).item() < 0.1
     report = json.loads((out / "report.json").read_text())
@@ -57,8 +64,9 @@ def test_the_quantized_model_is_near_the_source(build, tmp_path, weights):
 
 def test_two_runs_give_equal_bytes_and_threads_change_nothing(build):
     calibrated = build.calibrate()
-    first, again = (bytes_of(build.quantize(W8A8, calibrated)) for _ in range(2))
-    assert first == again
+    for weights in (W8A8, ROTATED):
+        first, again = (bytes_of(build.quantize(weights, calibrated)) for _ in range(2))
+        assert first == again
 
 
 def test_the_artifact_computes_what_was_quantized_and_its_value_scales_are_smoothed(build, tmp_path):
@@ -78,6 +86,20 @@ def test_the_artifact_computes_what_was_quantized_and_its_value_scales_are_smoot
         stored = torch.frombuffer(bytearray((folder / WEIGHTS / rank_file(1, rank)).read_bytes()), dtype=torch.float32)
         assert torch.equal(stored, torch.tensor(row))
         assert not torch.equal(stored, torch.tensor(layer_scales(statistics, 1, tp=2)[rank]))
+
+
+def test_the_artifact_says_that_it_is_rotated_and_any_number_of_ranks_computes_it(build, tmp_path):
+    calibrated = build.calibrate()
+    quantized = build.quantize(ROTATED, calibrated)
+    inputs = {"shard": build.shard(ROTATED, quantized, tp=2), "quantize": quantized, "calibrate": calibrated}
+    folder = build.export(ROTATED, "kv16", tp=2, **inputs)
+    assert Workspace(folder).recipe == Recipe(weights="w8a8", rotate_down=8) == read_manifest(folder).recipe
+    reshard_artifact(folder, tmp_path / "one", 1)
+    expected = logits(Checkpoint(tmp_path / "model"), quantized, 8)
+    for artifact in (folder, tmp_path / "one"):
+        out = load_workspace(artifact, device="cpu", dtype=torch.float32)(packed([list(range(3, 40))]), None)
+        assert torch.equal(out, expected)
+        assert read_manifest(artifact).recipe.rotate_down == 8
 
 
 def test_bfloat16_beside_int8_is_kept(tmp_path, monkeypatch):
