@@ -106,7 +106,7 @@ class Interactive:
             return await self._round(request, asked, conversation, ending)
         except BaseException:
             # A round that could not be leaves what was said before as it was.
-            self._conversations.finish(owner, number, keep=bool(conversation.turns) or asked.interactive_mode)
+            ending.close(keep=bool(conversation.turns) or asked.interactive_mode)
             raise
 
     async def _round(
@@ -185,7 +185,7 @@ class Interactive:
 
 
 class _Ending:
-    """Ends a round once."""
+    """Ends a round once: by then the next one of its session may run, which is not ended with it."""
 
     def __init__(self, conversations: Conversations | None, owner: str, number: int, *, keep: bool) -> None:
         self._conversations = conversations
@@ -193,9 +193,9 @@ class _Ending:
         self._number = number
         self._keep = keep
 
-    def close(self) -> None:
+    def close(self, *, keep: bool | None = None) -> None:
         if self._conversations is not None:
-            self._conversations.finish(self._owner, self._number, keep=self._keep)
+            self._conversations.finish(self._owner, self._number, keep=self._keep if keep is None else keep)
             self._conversations = None
 
 

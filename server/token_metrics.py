@@ -1,5 +1,5 @@
 """Metrics that every token changes: plain numbers, made into Prometheus' families when they are read. A token costs a
-fifth of what the library's own counters take, which have a lock each; here all of it happens in the event loop."""
+seventh of what the library's own counters take, which have locks; here all of it happens in the event loop."""
 
 from __future__ import annotations
 

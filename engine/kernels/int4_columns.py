@@ -32,7 +32,7 @@ from engine.kernels import dependent_launch, splits
 from engine.kernels.device import Device, facts
 from engine.kernels.int4_fragments import left_operand, silu, turns_apart
 from engine.kernels.int4_weights import Int4Weights
-from engine.kernels.shared_steps import combine, next_step, thread_barrier
+from engine.kernels.shared_steps import combine, doubles, next_step, thread_barrier
 from engine.kernels.tuning import Config
 
 FEWEST_ROWS, MOST_ROWS = 9, 512
@@ -146,43 +146,33 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
 
 
 @gluon.constexpr_function
-def _doubles(start, end, before, after):
-    """[*before, start, *after], then twice start ... below end."""
-    found = []
-    while start < end:
-        found.append(before + [start] + after)
-        start *= 2
-    return found
-
-
-@gluon.constexpr_function
 def _word_layout(block_n, warps):
     """Of [tile of rows, (a, w), (r, t, 8)] int16: 16 bytes a thread, a warp reading what lies together."""
     tiles, groups = block_n // 64, warps // 4
-    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 4, 0]] + _doubles(groups, tiles, [], [0, 0])
-    warp_bases = [[0, 1, 0], [0, 2, 0]] + _doubles(1, groups, [], [0, 0])
-    return gl.DistributedLinearLayout(registers, _doubles(8, 256, [0, 0], []), warp_bases, [], [tiles, 8, 256])
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 4, 0]] + doubles(groups, tiles, [], [0, 0])
+    warp_bases = [[0, 1, 0], [0, 2, 0]] + doubles(1, groups, [], [0, 0])
+    return gl.DistributedLinearLayout(registers, doubles(8, 256, [0, 0], []), warp_bases, [], [tiles, 8, 256])
 
 
 @gluon.constexpr_function
 def _pair_layout(block_n, warps):
     """Of [tile of rows, (w, r, half)]: a thread has its two rows; lanes that differ in t have the same."""
     tiles, groups = block_n // 64, warps // 4
-    registers = [[0, 1]] + _doubles(groups, tiles, [], [0])
+    registers = [[0, 1]] + doubles(groups, tiles, [], [0])
     lanes = [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]]
-    warp_bases = [[0, 16], [0, 32]] + _doubles(1, groups, [], [0])
+    warp_bases = [[0, 16], [0, 32]] + doubles(1, groups, [], [0])
     return gl.DistributedLinearLayout(registers, lanes, warp_bases, [], [tiles, 64])
 
 
 @gluon.constexpr_function
 def _out_layout(block_m, columns, own, warps):
     """Of y [block_m, columns]: a warp keeps its `own` 8 or 16 columns of every tile, a thread 8 of them, 16 bytes."""
-    tokens = _doubles(1, block_m, [], [0])
+    tokens = doubles(1, block_m, [], [0])
     lanes = ([[0, 8]] if own == 16 else []) + tokens
     lanes, more = lanes[:5], lanes[5:]
-    registers = [[0, 1], [0, 2], [0, 4]] + more + _doubles(own * warps, columns, [0], [])
+    registers = [[0, 1], [0, 2], [0, 4]] + more + doubles(own * warps, columns, [0], [])
     lanes = lanes + [[0, 0]] * (5 - len(lanes))
-    return gl.DistributedLinearLayout(registers, lanes, _doubles(own, own * warps, [0], []), [], [block_m, columns])
+    return gl.DistributedLinearLayout(registers, lanes, doubles(own, own * warps, [0], []), [], [block_m, columns])
 
 
 @gluon.jit
