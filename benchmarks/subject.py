@@ -37,6 +37,7 @@ class RecipeOptions:
     head: str = option("fp16", "output matrix of a shape's w4a16", choices=HEADS)
     group_size: int = option(128, "inputs that share an int4 scale", least=1)
     granularity: str = option("channel", "what has a scale of its own in an int8 cache", choices=GRANULARITIES)
+    rotate_down: int = option(8, "channels in which w8a8 rotates the inputs of down_proj; 0: it does not", least=0)
 
     def recipe(self, kv: str) -> Recipe:
         """The recipe that these options say, with this KV cache."""
@@ -46,6 +47,7 @@ class RecipeOptions:
             group_size=self.group_size if self.weights == "w4a16" else 0,
             head=self.head,
             kv_granularity=self.granularity if kv == "kv8" else "tensor",  # type: ignore[arg-type]  # its choices
+            rotate_down=self.rotate_down if self.weights == "w8a8" else 0,
         )
 
 

@@ -32,12 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def commit() -> str:
-    """The commit that is tested, marked where the tree differs from it in more than results; `none` without git."""
+    """The commit that is tested, marked where the tree differs in more than results. Without git, INGOT_COMMIT."""
     root = ROWS.parents[2]
     answer = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, cwd=root)
     apart = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
     changed = subprocess.run(apart, cwd=root).returncode == 1
-    return (answer.stdout.strip() or "none") + "-dirty" * changed
+    return (answer.stdout.strip() or os.environ.get("INGOT_COMMIT") or "none") + "-dirty" * changed
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from engine.config import EngineConfig, Sampling
 from engine.runtime.engine import Engine
@@ -45,10 +47,10 @@ def random_sampling(rng: random.Random) -> Sampling:
     )
 
 
-def service(folder: Path, seed: int, *, seconds: float, most: float) -> Counter[str]:
+def service(folder: Path, seed: int, *, seconds: float, most: float, config: EngineConfig = CONFIG) -> Counter[str]:
     """How many requests ended in which way, in so many seconds or after `most` of them; every page is free again."""
     rng = random.Random(seed)
-    engine = Engine.from_workspace(folder, CONFIG)
+    engine = Engine.from_workspace(folder, config)
     memory, unfinished, ended = 0, set(), Counter()
     shared = [rng.choices(range(3, 1000), k=400) for _ in range(4)]
     until = time.monotonic() + seconds
@@ -90,5 +92,17 @@ def test_random_service_of_the_demo_for_twenty_minutes_soak(folder: Path, soak_r
     """`count` is the requests that ended."""
     soak_row["failures"] = 1
     ended = service(folder, 2, seconds=1200, most=float("inf"))
+    print(dict(ended))
+    soak_row |= {"count": ended.total() - ended["preempted"], "failures": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_service_on_a_gpu_for_eight_minutes_soak(folder: Path, soak_row: dict[str, int]) -> None:
+    """`count` is the requests that ended."""
+    soak_row["failures"] = 1
+    ended = service(folder, 3, seconds=480, most=float("inf"), config=replace(CONFIG, device="cuda"))
     print(dict(ended))
     soak_row |= {"count": ended.total() - ended["preempted"], "failures": 0}
