@@ -12,9 +12,13 @@ from torch import Tensor
 
 from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import facts
-from engine.kernels.rounding import round_by, round_row
+from engine.kernels.rounding import largest_size, row_codes, row_scale
 
 BLOCK = 1024
+# Of a program that takes a row to int8
+MOST_WARPS = 16
+# Whether kernels are interpreted, where there are no instructions of a GPU.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # 1 / sqrt(8), in float32
 ROOT = tl.constexpr(0.3535533905932738)
 
@@ -69,18 +73,40 @@ def _to_int8(x: Tensor, maxima: Tensor | None, *, gated: bool, rotated: int = 0)
 
 
 def _row_options(x: Tensor, gated: bool, rotated: int) -> dict[str, Any]:
-    """How a kernel takes a row of [gate, up], or of values, to one program."""
+    """How a kernel takes a row of [gate, up], or of values, to one program: a thread has 8 neighbours of each piece,
+    which is 16 bytes of half floats, and stores their codes as they are."""
     width = x.shape[1] // 2 if gated else x.shape[1]
-    padded = triton.next_power_of_2(width)
-    warps = min(max(padded // 512, 1), 16)
-    shape = {"width": width, "padded": padded, "gated": gated, "rotated": rotated}
-    return {**shape, "num_warps": warps, **options(facts(x.device))}
+    piece = min(triton.next_power_of_2(width), MOST_WARPS * 256)
+    shape = {"width": width, "piece": piece, "gated": gated, "rotated": rotated}
+    return {**shape, "num_warps": max(piece // 256, 1), **options(facts(x.device))}
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x) float32. In instructions: what the compiler adds for denormal numbers and huge divisors is half of
+    the time, and nothing here depends on it."""
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-x))
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B; // -log2(e)
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000; // 1
+        rcp.approx.ftz.f32 $0, e;
+        }""",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
 def _gate(gate, up):
     wide = gate.to(tl.float32)
-    return wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
+    return wide * _sigmoid(wide) * up.to(tl.float32)
 
 
 @triton.jit
@@ -116,9 +142,18 @@ def _rotate(x):
 
 
 @triton.jit
-def _row(x, row, stride, width: tl.constexpr, padded: tl.constexpr, gated: tl.constexpr, rotated: tl.constexpr):
-    """A row in float32, zeros at its end."""
-    column = tl.arange(0, padded)
+def _part(
+    x,
+    row,
+    stride,
+    first: tl.constexpr,
+    width: tl.constexpr,
+    piece: tl.constexpr,
+    gated: tl.constexpr,
+    rotated: tl.constexpr,
+):
+    """`piece` values of a row from `first` on, in float32, zeros beyond its end."""
+    column = first + tl.arange(0, piece)
     inside = column < width
     value = tl.load(x + row * stride + column, mask=inside, other=0.0)
     if gated:
@@ -138,7 +173,7 @@ def _rows_to_int8(
     maxima,
     stride,
     width: tl.constexpr,
-    padded: tl.constexpr,
+    piece: tl.constexpr,
     gated: tl.constexpr,
     rotated: tl.constexpr,
     given: tl.constexpr,
@@ -147,13 +182,17 @@ def _rows_to_int8(
     if PDL:
         depend()
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, padded)
-    value = _row(x, row, stride, width, padded, gated, rotated)
-    if given:
-        code, scale = round_by(value, tl.load(maxima + row))
-    else:
-        code, scale = round_row(value)
-    tl.store(values + row * width + column, code, mask=column < width)
+    # In pieces, of which there need not be a power of two.
+    parts, sizes = (), tl.zeros([piece], tl.float32)
+    for first in tl.static_range(0, width, piece):
+        part = _part(x, row, stride, first, width, piece, gated, rotated)
+        parts = parts + (part,)  # noqa: RUF005  (Triton has no unpacking)
+        if not given:
+            sizes = tl.maximum(sizes, tl.abs(part), propagate_nan=tl.PropagateNan.ALL)
+    scale = row_scale(tl.load(maxima + row) if given else largest_size(sizes))
+    for first in tl.static_range(0, width, piece):
+        column = first + tl.arange(0, piece)
+        tl.store(values + row * width + column, row_codes(parts[first // piece], scale), mask=column < width)
     tl.store(scales + row, scale)
 
 
@@ -163,7 +202,7 @@ def _row_maxima(
     maxima,
     stride,
     width: tl.constexpr,
-    padded: tl.constexpr,
+    piece: tl.constexpr,
     gated: tl.constexpr,
     rotated: tl.constexpr,
     PDL: tl.constexpr,
@@ -171,5 +210,9 @@ def _row_maxima(
     if PDL:
         depend()
     row = tl.program_id(0).to(tl.int64)
-    size = tl.abs(_row(x, row, stride, width, padded, gated, rotated))
-    tl.store(maxima + row, tl.max(tl.where(size == size, size, float("inf")), axis=0))
+    sizes = tl.zeros([piece], tl.float32)
+    for first in tl.static_range(0, width, piece):
+        part = _part(x, row, stride, first, width, piece, gated, rotated)
+        sizes = tl.maximum(sizes, tl.abs(part), propagate_nan=tl.PropagateNan.ALL)
+    largest = largest_size(sizes)
+    tl.store(maxima + row, tl.where(largest == largest, largest, float("inf")))

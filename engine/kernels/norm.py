@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.kernels.dependent_launch import depend, options
 from engine.kernels.device import facts
-from engine.kernels.rounding import round_row
+from engine.kernels.rounding import largest_size, row_codes, row_scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,6 +62,8 @@ def _launch(
     if rows == 0:
         return
     padded = triton.next_power_of_2(width)
+    # Eight numbers a thread where they are rounded: their codes are stored by the thread that loaded them.
+    warps = padded // 512 if scales is None else padded // 256
     _norm[(rows,)](
         x,
         x if residual is None else residual,
@@ -75,7 +77,7 @@ def _launch(
         padded=padded,
         adds=residual is not None,
         quantizes=scales is not None,
-        num_warps=min(max(padded // 512, 1), 16),
+        num_warps=min(max(warps, 1), 16),
         **options(facts(x.device)),
     )
 
@@ -110,8 +112,8 @@ def _norm(
     wide = value.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps) * factor
     if quantizes:
-        code, scale = round_row(normed)
-        tl.store(out + row * width + column, code, mask=inside)
+        scale = row_scale(largest_size(tl.abs(normed)))
+        tl.store(out + row * width + column, row_codes(normed, scale), mask=inside)
         tl.store(scales + row, scale)
     else:
         tl.store(out + row * width + column, normed.to(out.dtype.element_ty), mask=inside)

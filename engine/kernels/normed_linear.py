@@ -67,7 +67,7 @@ def normed_int8_linear(
 ) -> tuple[Tensor, Tensor]:
     """`int8_linear` of what `add_rms_norm_int8` gives for delta and residual [M, in], and their sum, in their type.
 
-    What `normed_int4_linear` says of sums of squares is true here too.
+    What `normed_int4_linear` says of sums of squares is true here too, with 256 inputs a warp.
     """
     config, gemv = _int8_config("normed_int8_linear", delta, weight, config)
     if gemv is None:

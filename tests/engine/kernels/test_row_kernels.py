@@ -59,6 +59,16 @@ def test_silu_and_rounding(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_are_the_references_to_the_bit(inputs, dtype):
+    x = torch.cat(inputs[:2], dim=1).to(dtype)
+    for maxima in (None, reference.row_maxima(x, gated=False) * 1.7):
+        given = None if maxima is None else maxima.to(DEVICE)
+        values, scales = (tensor.cpu() for tensor in activation.quantize_rows(x.to(DEVICE), given))
+        expected = reference.quantize_rows(x, maxima)
+        assert torch.equal(values, expected[0]) and torch.equal(scales, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_parts_of_rows_are_rounded_as_the_whole_rows(inputs, dtype, gated):
     rows = torch.cat(inputs[:2], dim=1).to(dtype)
@@ -105,7 +115,10 @@ def test_a_row_with_what_is_not_a_number_has_no_finite_scale():
     x[0, 3], x[1, 5] = torch.nan, torch.inf
     rounded = activation.quantize_rows(x.to(DEVICE))
     normed = norm.rms_norm_int8(x.to(DEVICE), torch.ones(40, dtype=torch.float16, device=DEVICE), EPS)
-    assert not torch.isfinite(rounded[1]).any() and not torch.isfinite(normed[1]).any()
+    # Whatever the codes are, what is multiplied by the scale is NaN.
+    assert rounded[1].isnan().all() and normed[1].isnan().all()
+    maxima = activation.row_maxima(x.to(DEVICE), gated=False)
+    assert maxima.isinf().all() and activation.quantize_rows(x.to(DEVICE), maxima)[1].isnan().all()
 
 
 def test_a_row_of_zeros_has_a_scale():
