@@ -63,7 +63,7 @@ def _launch(
         return
     padded = triton.next_power_of_2(width)
     # Eight numbers a thread where they are rounded: their codes are stored by the thread that loaded them.
-    warps = padded // 512 if scales is None else padded // 256
+    warps = min(padded // 512, 16) if scales is None else min(padded // 256, 32)
     _norm[(rows,)](
         x,
         x if residual is None else residual,
@@ -77,7 +77,7 @@ def _launch(
         padded=padded,
         adds=residual is not None,
         quantizes=scales is not None,
-        num_warps=min(max(warps, 1), 16),
+        num_warps=max(warps, 1),
         **options(facts(x.device)),
     )
 

@@ -37,5 +37,5 @@ def row_codes(x, scale):
     """
     inverse = tl.div_rn(1.0, scale)
     quotient = x * inverse
-    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+    quotient = tl.fma(tl.fma(quotient, -scale, x), inverse, quotient)
     return (quotient + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
