@@ -99,8 +99,9 @@ class Scheduler:
         self._newcomers_were_alone = bool(newcomers)
         planned = newcomers or self._schedule_all()
         self._short_steps.took(planned)
-        # Sequences with one token first, as the kernels take them.
-        return Plan(tuple(sorted(planned, key=lambda sequence: sequence.scheduled > 1)))
+        # Sequences with one token first, as the kernels take them; of these the longest context first, so that of the
+        # programs of attention, which start in this order, none that takes long begins when the others are done.
+        return Plan(tuple(sorted(planned, key=lambda each: (each.scheduled > 1, -each.cached))))
 
     def _admit_newcomers(self) -> list[Sequence]:
         """Admits and schedules one sequence of each waiting owner that has none running, where others have."""

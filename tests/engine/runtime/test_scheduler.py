@@ -59,6 +59,16 @@ def test_one_step_mixes_decode_and_prefill_and_arrival_decides():
     assert step(made) == {"a": 1, "b": 1, "c": 1}
 
 
+def test_the_longest_contexts_come_first_among_those_with_one_token():
+    made = scheduler(budget=16)
+    made.add(sequence("short", 2))
+    made.add(sequence("long", 8))
+    made.add(sequence("middle", 4))
+    step(made)
+    made.add(sequence("prompt", 12))
+    assert list(step(made)) == ["long", "middle", "short", "prompt"]
+
+
 def test_no_more_than_max_batch_size_run():
     made = scheduler(batch=2, budget=100)
     for name in "abc":
