@@ -12,10 +12,6 @@ BENCHMARKS = {
         "fixed lengths at several batch sizes: tokens a second, share of the floor",
     ),
     "kernels": ("benchmarks.kernels", "each kernel by itself: time, GB/s or TFLOP/s, share of the device's ceilings"),
-    "attention": (
-        "benchmarks.attention_forms",
-        "the forms of decode attention, by batch, context and cache",
-    ),
     "cold": ("benchmarks.cold", "from the start of a process to the first token of a workspace"),
     "collectives": ("benchmarks.collectives", "what tensor-parallel ranks say to each other in a step, and its time"),
     "cpu_decode": ("benchmarks.cpu_decode", "decode steps on a CPU by turns: recipes, transformers, llama.cpp"),

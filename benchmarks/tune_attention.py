@@ -1,5 +1,4 @@
-"""Finds the fastest configuration of decode attention on this GPU, for the table that serving reads: of the form that
-splits contexts. Whether the walking form is faster, `attention_forms` tells."""
+"""Finds the fastest configuration of decode attention on this GPU, for the table that serving reads."""
 
 from __future__ import annotations
 

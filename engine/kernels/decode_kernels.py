@@ -130,7 +130,6 @@ def decode_one(
                 norms,
                 stored,
             )
-            tl.debug_barrier()  # every thread's values are written before another one reads them
         heads = own + head * head_dim
         kind: tl.constexpr = query.dtype.element_ty
         q = turned(heads, (cos, sin), query_norm, sequence, column, here, eps, head_dim, norms, kind, False)
@@ -275,7 +274,6 @@ def decode_group(
                 norms,
                 stored,
             )
-            tl.debug_barrier()  # every thread's values are written before another one reads them
         heads = own + (head * group + row)[:, None] * head_dim
         wide = turned(heads, (cos, sin), query_norm, sequence, column[None, :], mask, eps, head_dim, norms, kind, True)
         if scaled:

@@ -68,8 +68,7 @@ def write_token(
     norms: tl.constexpr,
     stored: tl.constexpr,
 ):
-    """K and V of a token, of one KV head, to its slot, which this program may read after a barrier. Returns K as it is
-    stored [padded], its scale and zero point, and the same of V: see `store_row`."""
+    """K and V of a token, of one KV head, to its slot; what this program loads afterwards finds them there."""
     key, value, key_scale, key_zero, value_scale, value_zero, key_steps, value_steps = pages
     place = ((slot // page_len).to(tl.int64) * kv_heads + kv_head) * page_len + slot % page_len
     kind: tl.constexpr = qkv.dtype.element_ty
@@ -77,24 +76,19 @@ def write_token(
     row = qkv + (heads + kv_head) * head_dim
     k = turned(row, turning, key_norm, token, column, here, eps, head_dim, norms, kind, False)
     k = k.to(kind).to(tl.float32)
-    k, k_scale, k_zero = store_row(key, key_scale, key_zero, key_steps, place, kv_head, k, column, head_dim, stored)
+    store_row(key, key_scale, key_zero, key_steps, place, kv_head, k, column, head_dim, stored)
     v = tl.load(row + kv_heads * head_dim + column, mask=here, other=0.0).to(tl.float32)
-    v, v_scale, v_zero = store_row(
-        value, value_scale, value_zero, value_steps, place, kv_head, v, column, head_dim, stored
-    )
-    return k, k_scale, k_zero, v, v_scale, v_zero
+    store_row(value, value_scale, value_zero, value_steps, place, kv_head, v, column, head_dim, stored)
+    tl.debug_barrier()  # every thread's values are written before another one reads them
 
 
 @triton.jit
 def store_row(pages, scales, zeros, steps, place, head, row, column, head_dim: tl.constexpr, stored: tl.constexpr):
-    """A row [padded] of K or V to its place in the pages, as they store it. Returns what is stored as float32, with
-    scale and zero point of what is in bytes."""
+    """A row [padded] of K or V to its place in the pages, as they store it."""
     here = column < head_dim
     at = pages + place * head_dim + column
-    scale = 1.0
-    zero = 0.0
     if stored == PLAIN:
-        kept = row.to(pages.dtype.element_ty)
+        tl.store(at, row.to(pages.dtype.element_ty), mask=here)
     else:
         row = tl.where(row == row, row, 0.0)  # NaN counts as 0
         if stored == CHANNELS:
@@ -109,6 +103,4 @@ def store_row(pages, scales, zeros, steps, place, head, row, column, head_dim: t
             tl.store(steps + place * 2 + 1, middle)
             scale = step.to(tl.float32)
             zero = middle.to(tl.float32)
-        kept = byte_of(row, scale, zero)
-    tl.store(at, kept, mask=here)
-    return kept.to(tl.float32), scale, zero
+        tl.store(at, byte_of(row, scale, zero), mask=here)

@@ -321,12 +321,12 @@ def rope_attention(
 ) -> Tensor:
     """`rope_write_kv` (rope being cos, sin and query_scale) and `paged_attention`: [T, heads, head_dim].
 
-    On a GPU one kernel does both where each sequence has one token and they are so few that contexts are split, or
-    the table of the device has a form that does.
+    On a GPU one kernel does both where each sequence has one token and they are so few that contexts are split.
     """
     kernels = _kernels("decode_attention") if on_kernels(qkv) and can_read(pages) else None
-    all_decode = batch.decodes == len(qkv) and batch.decode_lens is None
-    if kernels is not None and all_decode and kernels.turns_inside(len(qkv), heads, pages, qkv.device):
+    tokens, kv_heads = len(qkv), pages.key.shape[1]
+    all_decode = batch.decodes == tokens and batch.decode_lens is None
+    if kernels is not None and all_decode and kernels.splits_for(tokens, kv_heads, qkv.device) > 1:
         lens, table = batch.context_lens, batch.page_table
         return kernels.rope_decode_attention(
             qkv, *rope, head_norms, eps, pages, batch.slots, lens, table, heads, scale, window

@@ -13,22 +13,6 @@ from engine.kernels.reference import Pages
 # What lies beside the bytes: nothing (values as computed), scales of channels, or scales of tokens.
 PLAIN, CHANNELS, TOKENS = (tl.constexpr(name) for name in ("plain", "channels", "tokens"))
 
-# Of a word $4: its bytes $0 to $3, from the lowest on, as float32 of 1024 more.
-NUMBERS = tl.constexpr(
-    """{
-    .reg .b32 low, high;
-    .reg .b16 h<4>;
-    prmt.b32 low, $4, 0x64646464, 0x4140;
-    prmt.b32 high, $4, 0x64646464, 0x4342;
-    mov.b32 {h0, h1}, low;
-    mov.b32 {h2, h3}, high;
-    cvt.f32.f16 $0, h0;
-    cvt.f32.f16 $1, h1;
-    cvt.f32.f16 $2, h2;
-    cvt.f32.f16 $3, h3;
-    }"""
-)
-
 
 def storage_of(pages: Pages) -> str:
     """The value of PLAIN, CHANNELS or TOKENS."""
@@ -86,67 +70,6 @@ def read_rows(pages, place, inside, head_dim: tl.constexpr, padded: tl.constexpr
         odd = tl.join(_byte(word >> 8), _byte(word >> 24))
         rows = tl.join(even, odd).reshape(word.shape[0], padded)
     return rows
-
-
-@triton.jit
-def _halves(word):
-    """The low bytes of both halves of a word as float32, each 1024 more: the last digits of 1024 in float16."""
-    both = (word & 0x00FF00FF) | 0x64006400
-    low = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _numbers(word, by_permutation: tl.constexpr):
-    """The four bytes of a word from the lowest on, as `_halves` has them. By permutation that is half an instruction a
-    byte before it is converted, which the compiler does not find by itself."""
-    if by_permutation:
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            NUMBERS,
-            "=f,=f,=f,=f,r",
-            [word],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        first, third = _halves(word)
-        second, fourth = _halves(word >> 8)
-    return first, second, third, fourth
-
-
-@triton.jit
-def read_numbers(
-    pages,
-    place,
-    inside,
-    head_dim: tl.constexpr,
-    padded: tl.constexpr,
-    plain: tl.constexpr,
-    by_permutation: tl.constexpr,
-):
-    """Rows at `place` [block, padded] in float32, bytes as 1024..1279; `by_permutation` on a GPU."""
-    if plain:
-        rows = read_rows(pages, place, inside, head_dim, padded, True).to(tl.float32)
-    else:
-        words: tl.constexpr = head_dim // 4
-        column = tl.arange(0, padded // 4)
-        mask = inside[:, None] & (column < words)[None, :]
-        pointer = pages.to(tl.pointer_type(tl.int32)) + place[:, None] * words + column[None, :]
-        word = tl.load(pointer, mask=mask, other=0)
-        first, second, third, fourth = _numbers(word, by_permutation)
-        rows = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(word.shape[0], padded)
-    return rows
-
-
-@triton.jit
-def steps_at(steps, place, inside):
-    """Scale and zero point of the tokens at `place` in float32, which lie in one word."""
-    word = tl.load(steps.to(tl.pointer_type(tl.int32)) + place, mask=inside, other=0)
-    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, zero
 
 
 @triton.jit
