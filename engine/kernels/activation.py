@@ -19,6 +19,15 @@ BLOCK = 1024
 MOST_WARPS = 16
 # Whether kernels are interpreted, where there are no instructions of a GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# 1 / (1 + 2^(x * -log2 e)) of a float32. In instructions: what the compiler adds for denormal numbers and huge divisors
+# is half of the time, and nothing here depends on it.
+SIGMOID = tl.constexpr("""{
+.reg .f32 e;
+mul.f32 e, $1, 0fBFB8AA3B;
+ex2.approx.ftz.f32 e, e;
+add.f32 e, e, 0f3F800000;
+rcp.approx.ftz.f32 $0, e;
+}""")
 # 1 / sqrt(8), in float32
 ROOT = tl.constexpr(0.3535533905932738)
 
@@ -83,24 +92,9 @@ def _row_options(x: Tensor, gated: bool, rotated: int) -> dict[str, Any]:
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + e^-x) float32. In instructions: what the compiler adds for denormal numbers and huge divisors is half of
-    the time, and nothing here depends on it."""
     if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-x))
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 e;
-        mul.f32 e, $1, 0fBFB8AA3B; // -log2(e)
-        ex2.approx.ftz.f32 e, e;
-        add.f32 e, e, 0f3F800000; // 1
-        rcp.approx.ftz.f32 $0, e;
-        }""",
-        "=f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
+    return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

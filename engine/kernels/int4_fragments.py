@@ -11,6 +11,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from engine.kernels.activation import SIGMOID
+
 # $4: a word of eight q; $5: -(1024 + z) twice. The high nibble of a byte makes 1024 + 16 q: a sixteenth is 64 + q.
 _FLOAT16 = """{
     .reg .b32 q, w, z, sixteenth;
@@ -126,7 +128,7 @@ def turns_apart(y, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def silu(x):
-    return x / (1.0 + gl.exp(-x))
+    return x * gl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

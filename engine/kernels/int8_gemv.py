@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan
 
 from engine.kernels import dependent_launch
 from engine.kernels.device import Device, facts
@@ -29,6 +30,8 @@ MOST_ROWS = 4
 MOST_BYTES = 64 * 1024
 # 1.5 * 2^23: see engine.kernels.rounding.
 ROUNDER = gl.constexpr(12582912.0)
+# A maximum passes on what is not a number.
+ALL = gl.constexpr(PropagateNan.ALL)
 # 1 / sqrt(8)
 ROOT = gl.constexpr(0.3535533905932738)
 
@@ -169,23 +172,12 @@ def _load_chunk(w_ptr, turn, step, turns, n, WIDTH: gl.constexpr, ROWS: gl.const
 
 
 @gluon.jit
-def _size(x):
-    """|x|, infinite where x is not a number: a maximum would pass over that."""
-    size = gl.abs(x)
-    return gl.where(size == size, size, float("inf"))
-
-
-@gluon.jit
 def _codes(x, scale):
-    """`rounding.round_by` as words of four codes. The quotient is corrected by its remainder, so it is the nearest
-    number as a division's is."""
-    finite = scale < float("inf")
-    divisor = gl.where(finite, scale, 0.0)
-    inverse = gl.where(finite, gl.div_rn(1.0, scale), 0.0)
+    """`rounding.row_codes` as words of four codes."""
+    inverse = gl.div_rn(1.0, scale)
     quotient = x * inverse
-    quotient = gl.fma(gl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = gl.minimum(gl.maximum(quotient, -127.0), 127.0)
-    code = ((quotient + ROUNDER) - ROUNDER).to(gl.int32) & 255
+    quotient = gl.fma(gl.fma(quotient, -scale, x), inverse, quotient)
+    code = (quotient + ROUNDER).to(gl.int32, bitcast=True) & 255
     even, odd = code.reshape([x.shape[0] // 4, 2, 2]).split()
     low, high = (even | (odd << 8)).split()
     return low | (high << 16)
@@ -207,8 +199,11 @@ def _rotate(x):
 
 
 @gluon.jit
-def _scale(largest):
-    return gl.div_rn(gl.maximum(largest, 1e-7), 127.0)
+def _scale(sizes):
+    """`rounding.row_scale` of the `rounding.largest_size` of magnitudes."""
+    largest = gl.max(sizes.to(gl.int32, bitcast=True), 0).to(gl.float32, bitcast=True)
+    scale = gl.div_rn(gl.maximum(largest, 1e-7), 127.0)
+    return gl.where(largest < float("inf"), scale, float("nan"))
 
 
 @gluon.jit
@@ -286,7 +281,7 @@ def _gemv(
             shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
         elif ACTIVATED:
             # In pieces, of which there need not be a power of two.
-            parts, largest = (), gl.zeros([PIECE], gl.float32, ROW)
+            parts, sizes = (), gl.zeros([PIECE], gl.float32, ROW)
             for piece in gl.static_range(PIECES):
                 place = piece * PIECE + gl.arange(0, PIECE, layout=ROW)
                 first, inside = x_ptr + token * (2 * WIDTH) + place, (place < WIDTH) & (token < m)
@@ -294,8 +289,8 @@ def _gemv(
                 part = silu(gate) * gl.load(first + WIDTH, mask=inside, other=0.0).to(gl.float32)
                 if SOURCE == "rotated":
                     part = gl.convert_layout(_rotate(part), ROW, assert_trivial=True)
-                parts, largest = parts + (part,), gl.maximum(largest, _size(part))
-            scale = _scale(gl.max(largest, 0))
+                parts, sizes = parts + (part,), gl.maximum(sizes, gl.abs(part), ALL)
+            scale = _scale(sizes)
             for piece in gl.static_range(PIECES):
                 codes = _codes(parts[piece], scale).reshape([1, PIECE // 4])
                 shared.slice(token, 1, 0).slice(piece * (PIECE // 4), PIECE // 4, 1).store(codes)
@@ -306,7 +301,7 @@ def _gemv(
                 inside = (column < WIDTH) & (token < m) & (turn == 0)
                 gl.store(total_ptr + token * WIDTH + column, found[token], mask=inside)
                 wide = wide * gl.rsqrt(gl.sum(wide * wide, 0) / WIDTH + eps) * factor
-            scale = _scale(gl.max(_size(wide), 0))
+            scale = _scale(gl.abs(wide))
             codes = _codes(wide, scale)
             shared.slice(token, 1, 0).store(codes.reshape([1, PADDED // 4]))
             scales = scales + (scale,)

@@ -146,15 +146,35 @@ def multiply(left, right, total, is_async=False):
     return values(total + product.to(total.dtype))
 
 
+def float_assembly(asm, *operands):
+    """Instructions with single float32 numbers, read line by line."""
+    registers = {f"${number}": operand.float() for number, operand in enumerate(operands, 1)}
+    for line in asm.strip("{} \n").split(";"):
+        if not line.strip() or ".reg" in line:
+            continue
+        op, arguments = line.split(None, 1)
+        target, *names = (part.strip() for part in arguments.split(","))
+        given = [
+            values(np.uint32(int(name[2:], 16)).view(np.float32)) if name.startswith("0f") else registers[name]
+            for name in names
+        ]
+        steps = {"mul": torch.mul, "add": torch.add, "ex2": torch.exp2, "rcp": torch.reciprocal}
+        registers[target] = steps[op.split(".")[0]](*given)
+    return values(registers["$0"])
+
+
 def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
     """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension; what only orders
     loads is nothing."""
+    asm = getattr(asm, "value", asm)
     if asm.startswith("bar.warp.sync"):
         return operands[0]
     if asm.startswith("dp4a"):
         words, codes, sums = (operand.contiguous().as_subclass(torch.Tensor) for operand in operands)
         bytes_of = [each.view(torch.int8).view(*each.shape, 4).int() for each in (words, codes)]
         return values((bytes_of[0] * bytes_of[1]).sum(-1).int() + sums)
+    if pack == 1:
+        return float_assembly(asm, *operands)
     assert pack == 2
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
     results = len(dtype)
@@ -235,8 +255,9 @@ class Language(types.ModuleType):
     def minimum(self, first, second):
         return torch.minimum(values(first), values(second))
 
-    def maximum(self, first, second):
-        return torch.maximum(values(first), values(second))
+    def maximum(self, first, second, propagate_nan=None):
+        """torch's has what is not a number win, which the other leaves out."""
+        return (torch.fmax if propagate_nan is None else torch.maximum)(values(first), values(second))
 
     def broadcast(self, first, second):
         return tuple(values(tensor) for tensor in torch.broadcast_tensors(first, second))
