@@ -8,8 +8,8 @@ checks.txt, logs, and the table of the device for engine/kernels/tuned/. The com
 
     python -m benchmarks.gemm_probe [--seconds 240] [--out "$OUT"] [--families int4:gluon int8] [--rows 1 16 64]
 
-One form beside what the table chooses now and cuBLAS, in 100 s (or int8:now int8:shared); the table has the better one:
-    python -m benchmarks.gemm_probe --seconds 100 --families cublas int4:now int4:columns --rows 16 32 64 128 256 \
+One form beside what the table chooses now and cuBLAS, in 100 s; the table has the better one:
+    python -m benchmarks.gemm_probe --seconds 100 --families cublas int8:now int8:shared --rows 16 32 64 128 256 \
         --shapes 12288x4096 22016x4096 4096x11008 4096x4096
 """
 
@@ -31,7 +31,6 @@ FAMILIES = (
     "cublas",
     "int4:gemv",
     "int4:gluon",
-    "int4:columns",
     "int4:triton",
     "int4:dense",
     "int8:columns",
@@ -47,7 +46,6 @@ NOW = ("int4:now", "int8:now")
 WORK = {
     "cublas": (0, 2),
     "int4:gluon": (6, 5),
-    "int4:columns": (8, 5),
     "int4:gemv": (2, 2),
     "int8:columns": (4, 4),
     "int8:shared": (6, 5),

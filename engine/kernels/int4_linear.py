@@ -2,8 +2,7 @@
 """y = x W^T + b with 4-bit weights: which kernel runs a product, and the kernels in plain Triton.
 
 Any card and any group size runs through plain Triton. A card that can runs few rows by `int4_gemv` or `int4_stream`
-and, from sm_90, more rows by `int4_gluon` or, where a table says so, `int4_columns`; many rows run as one dense product
-after `dequantize`.
+and, from sm_90, more rows by `int4_gluon`; many rows run as one dense product after `dequantize`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from engine.kernels.tuning import Config
 # Above this many rows of x a dense product of dequantized weights is faster, on a card without a table.
 DENSE_ROWS = 256
 # In Gluon, the first that can do a product being the default.
-FRAGMENT_KERNELS = ("gemv", "gluon", "stream", "columns")
+FRAGMENT_KERNELS = ("gemv", "gluon", "stream")
 
 
 def int4_linear(
@@ -37,9 +36,8 @@ def int4_linear(
 
     With `gated` the outputs are those of gate and up `in_turns`, and the result is silu(gate) * up [..., out / 2].
 
-    The same inputs give the same bits, and so does a row in any batch that runs by the same configuration (by `columns`
-    in any that is one block of rows). `config` overrides the table of the device; see `default_config` for what it
-    says.
+    The same inputs give the same bits, and so does a row in any batch that runs by the same configuration. `config`
+    overrides the table of the device; see `default_config` for what it says.
     """
     rows = x.reshape(-1, weights.in_features)
     m = rows.shape[0]

@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import dependent_launch, splits
 from engine.kernels.device import Device, facts
-from engine.kernels.shared_steps import combine, doubles, next_step, thread_barrier
+from engine.kernels.shared_steps import combine, next_step, thread_barrier
 from engine.kernels.tuning import Config
 
 FEWEST_ROWS, MOST_ROWS = 9, 256
@@ -135,11 +135,21 @@ def run(
 
 
 @gluon.constexpr_function
+def _doubles(start, end, before, after):
+    """Of a layout: [*before, start, *after], then twice start ... below end."""
+    found = []
+    while start < end:
+        found.append(before + [start] + after)
+        start *= 2
+    return found
+
+
+@gluon.constexpr_function
 def _out_layout(block_m, block_n, warps):
     """Of y [block_m, block_n]: a warp keeps its 16 columns of every tile, a thread 8 of them, 16 bytes."""
-    tokens = doubles(1, block_m, [], [0])
-    registers = [[0, 1], [0, 2], [0, 4]] + tokens[4:] + doubles(16 * warps, block_n, [0], [])
-    warp_bases = doubles(16, 16 * warps, [0], [])
+    tokens = _doubles(1, block_m, [], [0])
+    registers = [[0, 1], [0, 2], [0, 4]] + tokens[4:] + _doubles(16 * warps, block_n, [0], [])
+    warp_bases = _doubles(16, 16 * warps, [0], [])
     return gl.DistributedLinearLayout(registers, [[0, 8]] + tokens[:4], warp_bases, [], [block_m, block_n])
 
 

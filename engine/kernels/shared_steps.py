@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-# ruff: noqa: RUF005  (Gluon has no unpacking)
 """Stream-K in Gluon: the steps of all tiles of a product are one row, of which every program takes an equal share.
 
 The ring of a program never runs empty between two tiles, and no multiprocessor has more to do than another (Osama et
@@ -14,16 +13,6 @@ from triton.experimental.gluon import language as gl
 
 # A name that Triton changed after 3.6.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-
-
-@gluon.constexpr_function
-def doubles(start, end, before, after):
-    """Of a layout: [*before, start, *after], then twice start ... below end."""
-    found = []
-    while start < end:
-        found.append(before + [start] + after)
-        start *= 2
-    return found
 
 
 @gluon.jit
