@@ -9,7 +9,6 @@ being the hidden states of all samples. Exit code 1 when it does not hold.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import append, commit
 from engine.config import ModelConfig
 from engine.models import names
 from engine.models.families import model_config
@@ -126,30 +126,6 @@ def resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}: this benchmark runs on Linux")
-
-
-def commit() -> str:
-    """The commit measured, marked where the tree differs from it in more than results; `none` without git."""
-    answer = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
-    apart = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results"]
-    changed = subprocess.run(apart, stderr=subprocess.DEVNULL).returncode == 1
-    return (answer.stdout.strip() or "none") + "-dirty" * changed
-
-
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row to a results file. A column that is new to it is empty in the rows before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Mapping[str, object]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from benchmarks.calibration_memory import MEGABYTE, append, commit, resident
+from benchmarks.calibration_memory import MEGABYTE, resident
+from benchmarks.rows import append, commit
 from engine.config import ModelConfig
 from engine.models import names
 from engine.models.families import model_config

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.calibration_memory import MEGABYTE, SHAPE, append, commit, write_checkpoint
+from benchmarks.calibration_memory import MEGABYTE, SHAPE, write_checkpoint
+from benchmarks.rows import append, commit
 from engine.storage.checkpoint import Checkpoint
 from pipelines.calibrate import calibrate
 from pipelines.forecast import load_of, seconds_of

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibration_memory import append, commit
+from benchmarks.rows import append, commit
 from engine.runtime.tokenizer import Tokenizer
 from pipelines import calibrate, export, quantize, shard
 from pipelines.baseline import ask_checkpoint

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.calibration_memory import append, commit
+from benchmarks.rows import append, commit
 from engine.models import names
 from engine.models.families import model_config
 from engine.storage.checkpoint import Checkpoint
@@ -50,6 +50,7 @@ LENGTH = 2048
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
+    "gptq": {"method": "gptq"},
     "gptq, plain": {"method": "gptq", "clip": False, "correction": 0.0},
     "awq+gptq": {"method": "awq+gptq"},
     "w8a8": {"name": "w8a8"},

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.calibration_memory import append, commit
+from benchmarks.rows import append, commit
 from engine.config import KVGranularity, ModelConfig
 from engine.models.batch import Batch, packed
 from engine.models.cache import KVCache, KVScales, PerToken

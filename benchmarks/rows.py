@@ -31,13 +31,18 @@ def provenance(device: str = "cpu") -> dict[str, object]:
 
 
 def commit() -> str:
-    """The commit that is measured, marked where the tree differs from it. Without git, INGOT_COMMIT, else `none`."""
+    """The commit that is measured, marked where the tree differs from it in more than results. Without git,
+    INGOT_COMMIT, else `none`."""
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        answer = subprocess.run(
+            ["git", "describe", "--always"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
+        apart = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+        changed = subprocess.run(apart, stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 1
     except OSError:
-        answer = ""
-    return answer or os.environ.get("INGOT_COMMIT") or "none"
+        return os.environ.get("INGOT_COMMIT") or "none"
+    answer = described.stdout.strip()
+    return answer + "-dirty" * changed if answer else os.environ.get("INGOT_COMMIT") or "none"
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
