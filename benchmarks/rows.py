@@ -34,9 +34,7 @@ def commit() -> str:
     """The commit that is measured, marked where the tree differs from it in more than results. Without git,
     INGOT_COMMIT, else `none`."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip()
+        described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, cwd=ROOT)
         apart = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
         changed = subprocess.run(apart, stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 1
     except OSError:
