@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from engine.kernels import tuning
+from engine.kernels import decode_fragments, tuning
 from engine.kernels.decode_kernels import decode_group, decode_one
 from engine.kernels.dependent_launch import options
 from engine.kernels.device import INTERPRETER, Device, facts
@@ -33,21 +33,23 @@ def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
 def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int) -> Config:
     """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
-    that is unknown."""
+    that is unknown. `form` "fragments" is `decode_fragments`, where that can do it."""
     found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
-    if found is None:
-        one = kind == "one"
-        warps = 4 if one or stored == TOKENS.value else 2
-        found = {"block": 32 if one else 64, "stages": 3, "warps": warps}
-    return found
+    return _default(kind, stored) if found is None else found
+
+
+def _default(kind: str, stored: str) -> Config:
+    one = kind == "one"
+    return {"block": 32 if one else 64, "stages": 3, "warps": 4 if one or stored == TOKENS.value else 2}
 
 
 def candidates(kind: str) -> list[Config]:
-    """The configurations that tuning tries: block, stages, warps."""
+    """The configurations that tuning tries: block, stages, warps; and those of `decode_fragments`."""
     one = ((32, 3, 4), (32, 3, 2), (32, 2, 4), (32, 4, 4), (16, 3, 1), (16, 3, 2), (16, 4, 4), (64, 2, 4), (64, 3, 8))
     group = ((64, 3, 2), (64, 2, 2), (64, 3, 4), (64, 2, 4), (128, 2, 4), (32, 3, 1), (32, 3, 2), (32, 4, 2))
     tried = one if kind == "one" else group
-    return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
+    fragments = decode_fragments.candidates() if kind == "one" else []
+    return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried] + fragments
 
 
 def decode_attention(
@@ -134,6 +136,13 @@ def _launch(
         return
     splits = splits or splits_for(batch, kv_heads, query.device)
     splits = splits if batch * kv_heads <= TILES else 1
+    kind, stored, device = "one" if group == 1 else "group", storage_of(pages), facts(query.device)
+    config = config or config_for(device, kind, stored, kv_heads, head_dim, batch)
+    if splits == 1 and not window and not turning and decode_fragments.runs(config, query, pages, device):
+        decode_fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config)
+        return
+    if config.get("form") == decode_fragments.FORM:
+        config = _default(kind, stored)
     partial, sums, arrivals = out, out, out
     if splits > 1:
         _, arrivals = buffers(query.device)
@@ -143,8 +152,6 @@ def _launch(
     one_row = group == 1
     kernel = decode_one if one_row else decode_group
     rows = {} if one_row else {"rows": max(triton.next_power_of_2(group), 16)}
-    stored, device = storage_of(pages), facts(query.device)
-    config = config or config_for(device, "one" if one_row else "group", stored, kv_heads, head_dim, batch)
     unused: dict[str, Any] = dict.fromkeys(("cos", "sin", "query_scale", "query_norm", "key_norm", "slots"), query)
     unused |= {"query_stride": 0, "eps": 0.0, "turns": False, "norms": False, "scaled": False}
     kernel[(splits, kv_heads, batch)](

@@ -9,29 +9,15 @@ check: every conversion in these kernels is asserted to move nothing.
 
 import importlib.util
 import math
-import re
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from tests.engine.kernels.assembly_on_cpu import inline_asm_elementwise, values
+
 KERNELS = Path(__file__).parents[3] / "engine" / "kernels"
-
-
-class Values(torch.Tensor):
-    """A tensor with the methods that a kernel's tensors have."""
-
-    def to(self, dtype, bitcast=False):
-        return self.contiguous().view(dtype) if bitcast else torch.Tensor.to(self, dtype)
-
-    def split(self):
-        return self[..., 0], self[..., 1]
-
-
-def values(tensor):
-    return torch.as_tensor(tensor).as_subclass(Values)
 
 
 class Pointer:
@@ -146,74 +132,6 @@ def multiply(left, right, total, is_async=False):
     return values(total + product.to(total.dtype))
 
 
-def float_assembly(asm, *operands):
-    """Instructions with single float32 numbers, read line by line."""
-    registers = {f"${number}": operand.float() for number, operand in enumerate(operands, 1)}
-    for line in asm.strip("{} \n").split(";"):
-        if not line.strip() or ".reg" in line:
-            continue
-        op, arguments = line.split(None, 1)
-        target, *names = (part.strip() for part in arguments.split(","))
-        given = [
-            values(np.uint32(int(name[2:], 16)).view(np.float32)) if name.startswith("0f") else registers[name]
-            for name in names
-        ]
-        steps = {"mul": torch.mul, "add": torch.add, "ex2": torch.exp2, "rcp": torch.reciprocal}
-        registers[target] = steps[op.split(".")[0]](*given)
-    return values(registers["$0"])
-
-
-def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
-    """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension; what only orders
-    loads is nothing."""
-    asm = getattr(asm, "value", asm)
-    if asm.startswith("bar.warp.sync"):
-        return operands[0]
-    if asm.startswith("dp4a"):
-        words, codes, sums = (operand.contiguous().as_subclass(torch.Tensor) for operand in operands)
-        bytes_of = [each.view(torch.int8).view(*each.shape, 4).int() for each in (words, codes)]
-        return values((bytes_of[0] * bytes_of[1]).sum(-1).int() + sums)
-    if pack == 1:
-        return float_assembly(asm, *operands)
-    assert pack == 2
-    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
-    results = len(dtype)
-    registers = {}
-    for number, operand in enumerate(operands):
-        bits = operand.expand(shape).contiguous().as_subclass(torch.Tensor).view(torch.int16)
-        registers[f"${results + number}"] = bits.numpy().view(np.uint32)
-    floats = types.SimpleNamespace(f16x2=torch.float16, bf16x2=torch.bfloat16)
-
-    def read(name):
-        return np.uint32(int(name, 16)) if name.startswith("0x") else registers[name]
-
-    def floating(kind, register):
-        bits = torch.from_numpy(np.broadcast_to(register, (*shape[:-1], shape[-1] // 2)).copy())
-        return bits.view(torch.int16).view(getattr(floats, kind)).float()
-
-    for line in asm.strip("{} \n").split(";"):
-        if not line.strip() or ".reg" in line:
-            continue
-        op, arguments = line.split(None, 1)
-        target, *sources = (part.strip() for part in arguments.split(","))
-        if op == "mov.b32":
-            registers[target] = read(sources[0])
-        elif op == "shr.u32":
-            registers[target] = read(sources[0]) >> np.uint32(sources[1])
-        elif op == "lop3.b32":
-            assert sources[3] == "0xea"  # a & b | c
-            registers[target] = read(sources[0]) & read(sources[1]) | read(sources[2])
-        else:
-            name, kind = re.fullmatch(r"(add|mul|fma)\.rn\.(b?f16x2)", op).groups()
-            a, b, *c = (floating(kind, read(source)) for source in sources)
-            value = a + b if name == "add" else a * b if name == "mul" else a * b + c[0]
-            registers[target] = value.to(getattr(floats, kind)).view(torch.int16).numpy().view(np.uint32)
-    return tuple(
-        values(torch.from_numpy(registers[f"${i}"].copy()).view(torch.int16).view(dtype[i]).reshape(shape))
-        for i in range(results)
-    )
-
-
 class Language(types.ModuleType):
     """`gl`; a layout is nothing."""
 
@@ -242,6 +160,27 @@ class Language(types.ModuleType):
 
     def zeros(self, shape, dtype, layout=None):
         return values(torch.zeros(shape, dtype=dtype))
+
+    def full(self, shape, value, dtype, layout=None):
+        return values(torch.full(shape, float(value), dtype=dtype))
+
+    def zeros_like(self, value):
+        return values(torch.zeros_like(value))
+
+    def to_tensor(self, value):
+        return values(value)
+
+    def cdiv(self, first, second):
+        return -(-first // second)
+
+    def exp2(self, value):
+        return value.exp2()
+
+    def log2(self, value):
+        return value.log2()
+
+    def floor(self, value):
+        return value.floor()
 
     def convert_layout(self, value, layout, assert_trivial=False):
         return value

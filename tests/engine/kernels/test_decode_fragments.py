@@ -1,0 +1,129 @@
+"""Decode attention by matrix instructions: as plain Python here (see gluon_on_cpu), compiled where there is a GPU."""
+
+import pytest
+import torch
+
+from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
+
+# isort: split
+from engine.kernels import decode_fragments, reference
+from engine.kernels.decode_attention import LOG2E, decode_attention
+from engine.kernels.device import Device, facts
+from tests.engine.kernels import gluon_on_cpu
+
+ON_GPU = DEVICE == "cuda"
+STORED = ("plain", "channels", "tokens")
+LENS = [1, 15, 16, 17, 63, 64, 65, 272, 0, 1000]
+TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 6e-3}
+CARD = Device("card", (9, 0), 132)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if ON_GPU:
+        return decode_fragments
+    return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_fragments")[2]
+
+
+def config(block, asks=2):
+    return {"form": "fragments", "block": block, "warps": 1, "asks": asks}
+
+
+def made(stored, lens, heads, head_dim, page_len, dtype):
+    case = paged_case(stored, heads, head_dim, page_len, dtype, lens=lens, new=[min(length, 1) for length in lens])
+    case.query_starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    last = {"key": torch.randn(len(case.slots), heads, head_dim).to(dtype)}
+    reference.write_kv(last["key"], last["key"].flip(0), case.pages, case.slots)
+    query = torch.randn(len(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return case, query
+
+
+def attended(kernels, case, query, config):
+    there, out = on_device(case), torch.full_like(query, float("nan")).to(DEVICE)
+    scale = query.shape[2] ** -0.5 * LOG2E
+    kernels.run(query.to(DEVICE), there.pages, there.context_lens, there.page_table, scale, out, config)
+    return out
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(
+    ("head_dim", "page_len", "block", "dtype"),
+    [(128, 64, 16, torch.float16), (64, 32, 32, torch.bfloat16)],
+)
+def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, dtype):
+    torch.manual_seed(0)
+    case, query = made(stored, LENS, 4 if ON_GPU else 1, head_dim, page_len, dtype)
+    expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5)
+    out = attended(kernels, case, query, config(block)).cpu()
+    for b, length in enumerate(LENS):
+        if length:
+            assert error(out[b], expected[b]) < TOLERANCES[dtype], length
+        else:
+            assert not out[b].any()
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_what_lies_past_a_context_changes_nothing(kernels, stored):
+    """Other tokens of the last page, of another sequence before, and other sequences of the batch: not a bit."""
+    case, query = made(stored, [5, 37], 2, 64, 64, torch.float16)
+    before = attended(kernels, case, query, config(16))
+    for pages in (case.pages.key, case.pages.value):
+        last = pages[case.page_table[0, 0].long()]
+        last[:, 5:] = float("nan") if stored == "plain" else 255
+    case.page_table = case.page_table.flip(0)[1:]
+    case.context_lens = case.context_lens[:1]
+    assert torch.equal(attended(kernels, case, query[:1], config(16)), before[:1])
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_scores_may_be_far_apart_and_scales_small(kernels, stored):
+    """The greatest score comes last and leaves nothing of the others; then a query of which float16 holds nothing."""
+    case, query = made(stored, [40], 2, 64, 64, torch.float16)
+    query *= 100.0
+    expected = reference.paged_attention(query, case.pages, case, 64**-0.5)
+    assert error(attended(kernels, case, query, config(16)), expected) < 5e-3
+    if stored == "channels":
+        case.pages.key_scale.mul_(1e-7)
+        case.pages.value_scale.mul_(1e-3)
+        expected = reference.paged_attention(query, case.pages, case, 64**-0.5)
+        assert error(attended(kernels, case, query, config(16)), expected) < 1e-3
+
+
+def test_where_this_form_runs():
+    case, query = made("channels", [3], 2, 64, 64, torch.float16)
+    assert decode_fragments.runs(config(16), query, case.pages, CARD)
+    assert not decode_fragments.runs({"block": 16, "stages": 3, "warps": 1}, query, case.pages, CARD)
+    assert not decode_fragments.runs(config(128), query, case.pages, CARD)
+    assert not decode_fragments.runs(config(16), query.float(), case.pages, CARD)
+    assert not decode_fragments.runs(config(16), query.repeat(1, 2, 1), case.pages, CARD)
+    assert not decode_fragments.runs(config(16), query, case.pages, Device("card", (7, 5), 132))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_other_form_does_what_this_one_does_not(splits, window):
+    case, query = made("channels", [40, 3], 2, 64, 64, torch.float16)
+    there, scale = on_device(case), 64**-0.5
+    expected = reference.paged_attention(query, case.pages, case, scale, window)
+    given = there.pages, there.context_lens, there.page_table, scale, window, splits
+    assert error(decode_attention(query.to(DEVICE), *given, config=config(16)), expected) < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", STORED)
+def test_every_configuration_over_unequal_contexts(stored, dtype):
+    lens = torch.randint(1, 2000, (256,), generator=torch.Generator().manual_seed(3)).tolist() + LENS
+    case, query = made(stored, lens, 8, 128, 64, dtype)
+    there, scale = on_device(case), 128**-0.5
+    there.query_starts = case.query_starts.to(DEVICE)
+    query = query.to(DEVICE)
+    expected = reference.paged_attention(query, there.pages, there, scale)
+    for tried in decode_fragments.candidates():
+        assert decode_fragments.runs(tried, query, there.pages, facts(query.device))
+        given = there.pages, there.context_lens, there.page_table, scale
+        out = decode_attention(query, *given, splits=1, config=tried)
+        worst = max(error(a, b) for a, b, length in zip(out, expected, lens, strict=True) if length)
+        assert worst < TOLERANCES[dtype], tried
+        assert torch.equal(out, decode_attention(query, *given, splits=1, config=tried)), tried
