@@ -78,12 +78,13 @@ def candidates() -> list[Config]:
 def run(
     query: Tensor, pages: Pages, context_lens: Tensor, page_table: Tensor, factor: float, out: Tensor, config: Config
 ) -> None:
-    """`decode_attention.decode_attention` into `out`; `factor` is its scale times log2(e)."""
+    """`decode_attention.decode_attention` into `out`; `factor` is its scale times log2(e). A configuration may
+    lack `ahead` and `registers`."""
     batch, heads, head_dim = out.shape
     key, value, *beside = pointers(pages, query)
     key_scale, _, value_scale, value_zero, key_steps, value_steps = beside
     launch: dict[str, Any] = options(facts(query.device))
-    if config["registers"]:
+    if config.get("registers"):
         launch["maxnreg"] = config["registers"]
     _attend[(heads, batch)](
         query,
@@ -105,7 +106,7 @@ def run(
         DIMS=head_dim,
         BLOCK=config["block"],
         ASKS=config["asks"],
-        AHEAD=config["ahead"],
+        AHEAD=config.get("ahead", 0),
         num_warps=1,
         **launch,
     )

@@ -26,7 +26,8 @@ def kernels():
 
 
 def config(block):
-    return {"form": "fragments", "block": block, "warps": 1, "asks": 2, "ahead": 2, "registers": 0}
+    """Without what rows of a table may lack."""
+    return {"form": "fragments", "block": block, "warps": 1, "asks": 2}
 
 
 def made(stored, lens, heads, head_dim, page_len, dtype):
