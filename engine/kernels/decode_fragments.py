@@ -66,26 +66,19 @@ def runs(config: Config, query: Tensor, pages: Pages, device: Device) -> bool:
 
 
 def candidates() -> list[Config]:
-    """The configurations that tuning tries. block: tokens at once. asks: blocks that are asked for in the L2 cache
-    before the kernel before has ended. ahead: how many blocks before it is loaded one is asked for from then on (0: not
-    at all). registers: how many a thread may take at most (0: what it wants), so that more programs run at once."""
-    tried = ((16, 2, 0, 0), (16, 4, 0, 0), (16, 2, 0, 144), (16, 2, 2, 0), (16, 2, 2, 128), (16, 4, 4, 128))
-    tried += ((32, 1, 0, 0), (32, 2, 0, 0), (32, 2, 2, 0))
-    names = ("block", "asks", "ahead", "registers")
-    return [{"form": FORM, **dict(zip(names, each, strict=True)), "warps": 1} for each in tried]
+    """The configurations that tuning tries: tokens at once, and blocks that are asked for before the kernel before has
+    ended."""
+    return [{"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (1, 2, 4)]
 
 
 def run(
     query: Tensor, pages: Pages, context_lens: Tensor, page_table: Tensor, factor: float, out: Tensor, config: Config
 ) -> None:
-    """`decode_attention.decode_attention` into `out`; `factor` is its scale times log2(e). A configuration may
-    lack `ahead` and `registers`."""
+    """`decode_attention.decode_attention` into `out`; `factor` is its scale times log2(e)."""
     batch, heads, head_dim = out.shape
     key, value, *beside = pointers(pages, query)
     key_scale, _, value_scale, value_zero, key_steps, value_steps = beside
     launch: dict[str, Any] = options(facts(query.device))
-    if config.get("registers"):
-        launch["maxnreg"] = config["registers"]
     _attend[(heads, batch)](
         query,
         key.view(torch.int32),
@@ -106,7 +99,6 @@ def run(
         DIMS=head_dim,
         BLOCK=config["block"],
         ASKS=config["asks"],
-        AHEAD=config.get("ahead", 0),
         num_warps=1,
         **launch,
     )
@@ -126,19 +118,15 @@ def _log2(x):
 def _scores(k, steps, q, STORED: gl.constexpr, BLOCK: gl.constexpr, DIMS: gl.constexpr, MMA: gl.constexpr):
     """The scores of a block times log2(e): [BLOCK, 4], each lane having those of its tokens. `q` is `_query`'s."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    score = _one_column(mma_v2(key_operand(k, q[0].dtype, STORED, BLOCK, DIMS, A), q[0], q[2]), BLOCK)
+    start = gl.full([BLOCK, 8], -OFFSET * q[2], gl.float32, MMA)
+    products = mma_v2(key_operand(k, q[0].dtype, STORED, BLOCK, DIMS, A), q[0], start)
+    score, _ = products.reshape([BLOCK, 4, 2]).split()
+    score = gl.convert_layout(score, score_layout(BLOCK), assert_trivial=True)
     if STORED == TOKENS:
         scale, zero = of_tokens(steps, BLOCK)
-        return score * (scale * q[1]) + zero * (_one_column(q[2], BLOCK) * (q[1] / -OFFSET))
+        return score * (scale * q[1]) + zero * (q[2] * q[1])
     else:
         return score * q[1]
-
-
-@gluon.jit
-def _one_column(products, BLOCK: gl.constexpr):
-    """[BLOCK, 8] equal columns as the [BLOCK, 4] of which every lane has a copy."""
-    column, _ = products.reshape([BLOCK, 4, 2]).split()
-    return gl.convert_layout(column, score_layout(BLOCK), assert_trivial=True)
 
 
 @gluon.jit
@@ -223,42 +211,29 @@ def _ask(pages, place, BLOCK: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _query(
-    query,
-    key_scale,
-    factor,
-    STORED: gl.constexpr,
-    BLOCK: gl.constexpr,
-    DIMS: gl.constexpr,
-    dtype: gl.constexpr,
-    MMA: gl.constexpr,
-):
+def _query(query, key_scale, factor, STORED: gl.constexpr, DIMS: gl.constexpr, dtype: gl.constexpr, B: gl.constexpr):
     """The right operand of the scores [DIMS, 8], what its products are to be multiplied by (`factor` and what it was
-    divided by), and what they begin with: what the offset of bytes adds to them, taken off [BLOCK, 8].
+    divided by), and its sum, 0 where no byte's offset is to be taken off.
 
     Beside bytes it is float16, brought to a magnitude of 1 to 2 by a power of two: scales of channels can be so small
     that the product with them leaves float16.
     """
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     PART: gl.constexpr = 8 if STORED == PLAIN else 16
     dim = gl.arange(0, DIMS, layout=query_layout(PART, DIMS))
     q = gl.load(query + dim)
-    start = gl.zeros([BLOCK, 8], gl.float32, MMA)
-    if STORED == CHANNELS or q.dtype != dtype:
+    reach, total = 1.0, 0.0
+    if STORED != PLAIN:
         wide = q.to(gl.float32)
         if STORED == CHANNELS:
             wide *= gl.load(key_scale + dim)
-        # 2^e of the largest, and 2^-e: where all are zeros 2^127 of them.
-        power = gl.max(gl.abs(wide), 0).to(gl.int32, bitcast=True) & 0x7F800000
-        q = (wide * (0x7F000000 - power).to(gl.float32, bitcast=True)).to(dtype)
-        factor *= power.to(gl.float32, bitcast=True)
+        largest = gl.max(gl.abs(wide), 0)
+        reach = gl.where(largest > 0, gl.exp2(gl.floor(gl.log2(largest))), 1.0)
+        q = (wide * (1.0 / reach)).to(gl.float16)
+        total = gl.sum(q.to(gl.float32), 0)
     q = q.reshape([DIMS // (4 * PART), 4, PART // 4, 2, 2]).permute([0, 2, 3, 1, 4]).reshape([DIMS])
     q = gl.convert_layout(q, gl.SliceLayout(1, B), assert_trivial=True)
     q, _ = gl.broadcast(gl.expand_dims(q, 1), gl.zeros([DIMS, 8], dtype, B))
-    if STORED != PLAIN:
-        start = mma_v2(gl.full([BLOCK, DIMS], -OFFSET, dtype, A), q, start)
-    return q, factor, start
+    return q, reach * factor, total
 
 
 @gluon.jit(do_not_specialize=["table_stride"])
@@ -282,12 +257,12 @@ def _attend(
     DIMS: gl.constexpr,
     BLOCK: gl.constexpr,
     ASKS: gl.constexpr,
-    AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """One sequence and KV head; `factor` is the scale of the scores times log2(e)."""
     head, sequence = gl.program_id(0), gl.program_id(1).to(gl.int64)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     WIDTH: gl.constexpr = DIMS // 2 if STORED == PLAIN else DIMS // 4
     KEYS: gl.constexpr = key_layout(BLOCK, WIDTH)
     VALUES: gl.constexpr = value_layout(BLOCK, WIDTH)
@@ -311,7 +286,8 @@ def _attend(
         value_step = load_steps(value_steps, place, STORED, BLOCK)
         place = _place(table, gl.minimum(1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
         in_order(1)
-        q = _query(query + row * DIMS, key_scale + head * DIMS, factor, STORED, BLOCK, DIMS, dtype, MMA)
+        q = _query(query + row * DIMS, key_scale + head * DIMS, factor, STORED, DIMS, dtype, B)
+        score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         nothing = gl.zeros([BLOCK, 4], gl.float32, score_layout(BLOCK))
         state = (
             gl.zeros([DIMS, 8], gl.float32, MMA),
@@ -320,16 +296,10 @@ def _attend(
             nothing,
             nothing,
         )
-        far = place
-        # What a turn loads the next one uses: within a turn the compiler would wait for it at once.
+        # K of a block is on its way while the one before is added up, V while the scores of its own are computed.
         for block in range(1, blocks):
-            score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
             k = load_rows(key, place, KEYS, BLOCK, WIDTH)
             key_step = load_steps(key_steps, place, STORED, BLOCK)
-            if PDL and AHEAD:
-                _ask(key, far, BLOCK, WIDTH)
-                _ask(value, far, BLOCK, WIDTH)
-                far = _place(table, gl.minimum(block + AHEAD, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
             in_order(1)
             state, p = _weigh(state, score, value_step, BLOCK, STORED, False, BLOCK)
             state = _add(state, p, v, BLOCK, STORED, False, BLOCK, DIMS, dtype, MMA)
@@ -337,8 +307,8 @@ def _attend(
             value_step = load_steps(value_steps, place, STORED, BLOCK)
             place = _place(table, gl.minimum(block + 1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
             in_order(1)
+            score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         left = length - (blocks - 1) * BLOCK
-        score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         state, p = _weigh(state, score, value_step, left, STORED, True, BLOCK)
         acc, sums, _, weight, moved = _add(state, p, v, left, STORED, True, BLOCK, DIMS, dtype, MMA)
         PART: gl.constexpr = 8 if STORED == PLAIN else DIMS // 8
@@ -348,10 +318,10 @@ def _attend(
         total = gl.max(gl.max(sums, 1), 0)
         if STORED == TOKENS:
             # Each of the four lanes of a token has its weight.
-            inverse = 1.0 / gl.sum(gl.max(weight, 1), 0)
-            o = (o - OFFSET * total + gl.sum(gl.max(moved, 1), 0)) * inverse
+            weight = gl.sum(gl.max(weight, 1), 0)
+            o = (o - OFFSET * total + gl.sum(gl.max(moved, 1), 0)) / weight
         else:
-            o = o * (1.0 / total)
+            o = o / total
         if STORED == CHANNELS:
             scale = gl.load(value_scale + head * DIMS + dim)[:, None]
             o = (o - OFFSET) * scale + gl.load(value_zero + head * DIMS + dim)[:, None]

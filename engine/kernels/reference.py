@@ -119,7 +119,8 @@ def quantize_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tens
     not finite and 0 where it is: everything computed from it is NaN, as it would be in floats.
     """
     wide = x.float()
-    scales = (wide.abs().amax(-1) if maxima is None else maxima).clamp(min=SMALLEST_ABSMAX) / INT8_MAX
+    scales = (wide.abs().amax(-1) if maxima is None else maxima).clamp(min=SMALLEST_ABSMAX)
+    scales = scales / torch.full_like(scales, INT8_MAX)  # by a number, a GPU would multiply by its rounded reciprocal
     values = (wide / scales.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
     return values.nan_to_num_(0.0).to(torch.int8), scales
 

@@ -25,9 +25,8 @@ def kernels():
     return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_fragments")[2]
 
 
-def config(block):
-    """Without what rows of a table may lack."""
-    return {"form": "fragments", "block": block, "warps": 1, "asks": 2}
+def config(block, asks=2):
+    return {"form": "fragments", "block": block, "warps": 1, "asks": asks}
 
 
 def made(stored, lens, heads, head_dim, page_len, dtype):
