@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -47,16 +46,16 @@ class ChatShape:
         """The answers when all are finished."""
         readers = [self._reader() for _ in range(count)]
         deltas: list[list[Delta]] = [[] for _ in range(count)]
-        async with aclosing(answers.batches()) as batches:
-            async for batch in batches:
-                for index, event in batch:
-                    deltas[index].append(readers[index].read(event))
+        while not answers.over:
+            await answers.news()
+            for index, event in answers.take():
+                deltas[index].append(readers[index].read(event))
         choices = [self.choice(index, each) for index, each in enumerate(deltas)]
         return {**self._head, "object": self.whole_kind, "choices": choices, "usage": answers.usage()}
 
-    async def lines(self, answers: Answers, count: int) -> AsyncGenerator[str, None]:
-        """The lines of the stream, those that go out together as one text. Text and finish reason come in chunks of
-        their own, as OpenAI sends them."""
+    def lines(self, answers: Answers, count: int) -> Iterator[str]:
+        """The lines of the stream for `LineStream`. Text and finish reason come in chunks of their own, as OpenAI sends
+        them."""
         readers = [self._reader() for _ in range(count)]
         sent = [0] * count
         plain = [self._around_text(index) for index in range(count)]
@@ -64,20 +63,18 @@ class ChatShape:
             openings = [opening for index in range(count) if (opening := self.opening(index))]
             if openings:
                 yield "".join(self._line([opening]) for opening in openings)
-            async with aclosing(answers.batches()) as batches:
-                async for batch in batches:
-                    lines: list[str] = []
-                    for index, event in batch:
-                        delta = readers[index].read(event)
-                        if delta.content and delta.logprobs is None and not delta.calls:
-                            lines.append(quoted(delta.content).join(plain[index]))
-                        else:
-                            lines += [self._line([piece]) for piece in self.pieces(index, delta, offset=sent[index])]
-                        sent[index] += len(delta.content)
-                        if delta.finish_reason:
-                            lines.append(self._line([self.ending(index, delta.finish_reason)]))
-                    if lines:
-                        yield "".join(lines)
+            while not answers.over:
+                lines: list[str] = []
+                for index, event in answers.take():
+                    delta = readers[index].read(event)
+                    if delta.content and delta.logprobs is None and not delta.calls:
+                        lines.append(quoted(delta.content).join(plain[index]))
+                    else:
+                        lines += [self._line([piece]) for piece in self.pieces(index, delta, offset=sent[index])]
+                    sent[index] += len(delta.content)
+                    if delta.finish_reason:
+                        lines.append(self._line([self.ending(index, delta.finish_reason)]))
+                yield "".join(lines)
             usage = self._line([], usage=answers.usage()) if self._with_usage else ""
             yield usage + DONE
         except EngineError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,9 @@ class Answers:
         self._timer: asyncio.TimerHandle | None = None
         self._late: DeadlineExceeded | None = None
         self._streams: list[Stream] = []
+        self._unfinished = len(jobs)
+        self._ready: dict[int, None] = {}
+        self._on_news: Callable[[], None] = _nobody_listens
         self._latest: dict[int, Event] = {}
 
     @classmethod
@@ -63,9 +66,11 @@ class Answers:
         try:
             if seconds is not None and until is not None:
                 answers._timer = asyncio.get_running_loop().call_at(until, answers._expire, seconds)
-            for job in jobs:
+            for index, job in enumerate(jobs):
                 stream = await client.submit(job.prompt_ids, job.sampling, owner=owner, priority=priority)
                 answers._streams.append(stream)
+                stream.on_arrival = partial(answers._note, index)
+                answers._note(index)  # it may have begun already
                 if answers._late is not None:
                     raise answers._late
         except BaseException:
@@ -80,6 +85,7 @@ class Answers:
         self._track.close()
         if self._timer is not None:
             self._timer.cancel()
+        self._on_news = _nobody_listens
 
     def _expire(self, seconds: float) -> None:
         self._late = DeadlineExceeded.after(seconds)
@@ -94,47 +100,57 @@ class Answers:
             if latest is None or latest.finish_reason is None:
                 stream.cut(latest)
 
-    async def batches(self) -> AsyncGenerator[list[tuple[int, Event]], None]:
-        """(number of the answer, event) of all answers until each is finished: what has come, as soon as there is any.
-        A reader who is slow gets more at once."""
-        ready = dict.fromkeys(range(len(self._streams)))
-        new_future = asyncio.get_running_loop().create_future
-        arrived = new_future()
+    def follow(self, on_news: Callable[[], None]) -> None:
+        """Have `on_news` called when there may be something to `take`; once for all that comes at the same time."""
+        self._on_news = on_news
+        if self._ready:
+            on_news()
 
-        def note(index: int) -> None:
-            ready[index] = None
-            if not arrived.done():
-                arrived.set_result(None)
+    def take(self) -> list[tuple[int, Event]]:
+        """(number of the answer, event) of all that has come since. Where that is nothing, the error of an answer that
+        failed is raised (EngineError). A reader who is slow gets more at once."""
+        batch: list[tuple[int, Event]] = []
+        for index in list(self._ready):
+            stream = self._streams[index]
+            if stream.error is not None and batch:
+                continue  # raised once what came before it was handed over
+            events = stream.take()
+            if stream.error is None:
+                del self._ready[index]
+            for event in events:
+                self._latest[index] = event
+                self._track.take(index, event)
+                if self._trace is not None:
+                    self._trace.take(index, event)
+                if event.finish_reason is not None:
+                    self._unfinished -= 1
+                    self._visit.leave()
+                batch.append((index, event))
+        return batch
 
-        for index, stream in enumerate(self._streams):
-            stream.on_arrival = partial(note, index)
-        unfinished = len(self._streams)
-        try:
-            while unfinished:
-                if not ready:
-                    arrived = new_future()
-                    await arrived
-                batch: list[tuple[int, Event]] = []
-                for index in list(ready):
-                    stream = self._streams[index]
-                    if stream.error is not None and batch:
-                        continue  # raised once what came before it was handed over
-                    events = stream.take()
-                    if stream.error is None:
-                        del ready[index]
-                    for event in events:
-                        self._latest[index] = event
-                        self._track.take(index, event)
-                        if self._trace is not None:
-                            self._trace.take(index, event)
-                        if event.finish_reason is not None:
-                            unfinished -= 1
-                            self._visit.leave()
-                        batch.append((index, event))
-                if batch:
-                    yield batch
-        finally:
-            self.close()
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to `take`, or nothing will come any more."""
+        return bool(self._ready) or not self._unfinished
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event of each answer was taken."""
+        return not self._unfinished
+
+    async def news(self) -> None:
+        """Return when there may be something to `take`."""
+        arrived = asyncio.Event()
+        self.follow(arrived.set)
+        await arrived.wait()
+
+    def _note(self, index: int) -> None:
+        if not self._ready:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._ready[index] = None
+
+    def _tell(self) -> None:
+        self._on_news()
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far, in OpenAI's words."""
@@ -145,3 +161,7 @@ class Answers:
             completion_tokens=sum(event.completion_tokens for event in self._latest.values()),
             cached_tokens=sum(event.cached_tokens for event in prompts),
         )
+
+
+def _nobody_listens() -> None:
+    pass

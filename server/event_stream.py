@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.answers import Answers
+from server.connection import WRITE
 from server.errors import ClientGone
 
 Answer = TypeVar("Answer")
@@ -26,22 +28,55 @@ def event_line(content: dict[str, Any]) -> str:
     return f"data: {encoded(content)}\n\n"
 
 
-class LineStream(StreamingResponse):
-    """Sends `lines` as they come. `close` is called at the end, whether all was sent, failed, or the client left."""
+class LineStream(Response):
+    """Sends the `lines` of answers as they come: an iterator gives a text each time, empty where there is none as yet.
+    `close` is called at the end, whether all was sent, failed, or the client left.
+
+    Texts are written right where the engine's news came in, without a task that wakes up for them. One that a slow
+    reader has no room for is waited with, and what comes meanwhile is joined.
+    """
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, lines: AsyncGenerator[str, None], *, close: Callable[[], None]) -> None:
-        super().__init__(lines, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, answers: Answers, lines: Iterator[str], *, close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]
+        self._answers = answers
         self._lines = lines
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._write: Callable[[bytes], bool] = scope.get(WRITE, lambda body: False)
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with contextlib.suppress(ClientGone):
+                await unless_gone(Request(scope, receive), self._send_all(send))
         finally:
             self._close()
-            await self._lines.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        self._unwritten: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._answers.follow(self._write_news)
+        while (body := await self._unwritten) is not None:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._unwritten = asyncio.get_running_loop().create_future()
+            self._write_news()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _write_news(self) -> None:
+        """Write what has come. What cannot be written is left in `_unwritten`: None at the end."""
+        if self._unwritten.done():
+            return
+        try:
+            for text in self._lines:
+                if text and not self._write(body := text.encode()):
+                    self._unwritten.set_result(body)
+                    return
+                if not self._answers.has_news:
+                    return
+            self._unwritten.set_result(None)
+        except Exception as error:
+            self._unwritten.set_exception(error)
 
 
 class EventStream(LineStream):

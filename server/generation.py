@@ -233,7 +233,7 @@ class Generation:
     ) -> Response | dict[str, Any]:
         answers = await self.open(arrival, jobs, priority=priority)
         if stream:
-            return EventStream(shape.lines(answers, len(jobs)), close=answers.close)
+            return EventStream(answers, shape.lines(answers, len(jobs)), close=answers.close)
         try:
             return await unless_gone(arrival.request, shape.whole(answers, len(jobs)))
         finally:

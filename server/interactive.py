@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -135,9 +134,9 @@ class Interactive:
             ending.close()
 
         if asked.stream:
-            return LineStream(lines, close=close)
+            return LineStream(answers, lines, close=close)
         try:
-            return await unless_gone(request, _joined(lines))
+            return await unless_gone(request, _joined(answers, lines))
         finally:
             close()
 
@@ -149,36 +148,37 @@ class Interactive:
             return await self._generation.made(arrival, lambda: tokenizer.encode(text), size=size, param="prompt")
         return await self._generation.rendered(arrival, lambda: tokenizer.encode_chat(turns), size=size, param="prompt")
 
-    async def _lines(
+    def _lines(
         self,
         answers: Answers,
         conversation: Conversation,
         turns: list[dict[str, Any]],
         prompt: int,
         ending: _Ending,
-    ) -> AsyncGenerator[str, None]:
+    ) -> Iterator[str]:
         """LMDeploy's lines of JSON. What was said so far is kept, whichever way the round ends; it has ended when its
         last line is sent: who has read that may ask for the next."""
         history, texts = conversation.tokens, []
         try:
-            async with aclosing(answers.batches()) as batches:
-                async for batch in batches:
-                    for _, event in batch:
-                        texts.append(event.text)
-                        reason = "stop" if event.finish_reason == "abort" else event.finish_reason
-                        conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
-                        conversation.tokens = prompt + event.completion_tokens
-                        if reason:
-                            ending.close()
-                        if event.text or reason:
-                            line = _line(
-                                event.text,
-                                tokens=event.completion_tokens,
-                                history=history,
-                                prompt=prompt - history,
-                                reason=reason,
-                            )
-                            yield json.dumps(line, ensure_ascii=False) + "\n"
+            while not answers.over:
+                lines: list[str] = []
+                for _, event in answers.take():
+                    texts.append(event.text)
+                    reason = "stop" if event.finish_reason == "abort" else event.finish_reason
+                    conversation.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
+                    conversation.tokens = prompt + event.completion_tokens
+                    if reason:
+                        ending.close()
+                    if event.text or reason:
+                        line = _line(
+                            event.text,
+                            tokens=event.completion_tokens,
+                            history=history,
+                            prompt=prompt - history,
+                            reason=reason,
+                        )
+                        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+                yield "".join(lines)
         except EngineError as error:
             ending.close()
             yield json.dumps(engine_error_body(error)) + "\n"
@@ -210,14 +210,18 @@ def _line(text: str, *, tokens: int, history: int, prompt: int, reason: str | No
     }
 
 
-async def _joined(lines: AsyncGenerator[str, None]) -> dict[str, Any]:
+async def _joined(answers: Answers, lines: Iterator[str]) -> dict[str, Any]:
     """The last line, with the text of all."""
     texts: list[str] = []
     last: dict[str, Any] = {}
-    async for line in lines:
-        last = json.loads(line)
-        if "error" in last:
-            code = last["error"]["code"]
-            raise RequestError(last["error"]["message"], status=504 if code == "deadline_exceeded" else 503, code=code)
-        texts.append(last["text"])
+    for news in lines:
+        for line in news.split("\n")[:-1]:
+            last = json.loads(line)
+            if "error" in last:
+                code = last["error"]["code"]
+                status = 504 if code == "deadline_exceeded" else 503
+                raise RequestError(last["error"]["message"], status=status, code=code)
+            texts.append(last["text"])
+        if not answers.has_news:
+            await answers.news()
     return {**last, "text": "".join(texts)}
