@@ -33,7 +33,8 @@ def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
 def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int) -> Config:
     """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
-    that is unknown. `form` "fragments" is `decode_fragments`, where that can do it."""
+    that is unknown. `form` "fragments" is `decode_fragments`, where that can do it; else the rest is what is meant, if
+    `stages` are among it."""
     found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
     return _default(kind, stored) if found is None else found
 
@@ -138,10 +139,11 @@ def _launch(
     splits = splits if batch * kv_heads <= TILES else 1
     kind, stored, device = "one" if group == 1 else "group", storage_of(pages), facts(query.device)
     config = config or config_for(device, kind, stored, kv_heads, head_dim, batch)
-    if splits == 1 and not window and not turning and decode_fragments.runs(config, query, pages, device):
+    most = page_table.shape[1] * page_len
+    if splits == 1 and not window and not turning and decode_fragments.runs(config, query, pages, most, device):
         decode_fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config)
         return
-    if config.get("form") == decode_fragments.FORM:
+    if "stages" not in config:  # a row of the form that cannot do this, and none of the one that can
         config = _default(kind, stored)
     partial, sums, arrivals = out, out, out
     if splits > 1:

@@ -43,6 +43,9 @@ from engine.kernels.tuning import Config
 # The value of `form` in a configuration that means these kernels.
 FORM = "fragments"
 
+# Matrix instructions cut off what a float32 sum has no room for, always towards zero. With what a byte is too much in
+# the sums that is a relative error of up to 1e-3 (scales of tokens 2e-3) after 4000 tokens, and grows with them.
+MOST_TOKENS_OF_BYTES = 8192
 # What a byte is too much as float16.
 OFFSET = gl.constexpr(1024.0 + 128.0)
 # Scores of tokens that are not there, and the greatest before there is one: no real score is as low.
@@ -51,8 +54,9 @@ EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 LOG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
-def runs(config: Config, query: Tensor, pages: Pages, device: Device) -> bool:
-    """Whether this form is asked for and can do the attention of `query` [B, heads, head_dim] over all of a context."""
+def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device) -> bool:
+    """Whether this form is asked for and can do the attention of `query` [B, heads, head_dim] over all of a context of
+    at most `most` tokens."""
     _, kv_heads, page_len, head_dim = pages.key.shape
     return (
         config.get("form") == FORM
@@ -61,7 +65,7 @@ def runs(config: Config, query: Tensor, pages: Pages, device: Device) -> bool:
         and head_dim in (64, 128)
         and page_len % config["block"] == 0
         and query.dtype in (torch.float16, torch.bfloat16)
-        and pages.key.dtype in (query.dtype, torch.uint8)
+        and (pages.key.dtype == query.dtype or (pages.key.dtype == torch.uint8 and most <= MOST_TOKENS_OF_BYTES))
     )
 
 
