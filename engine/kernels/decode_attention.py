@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from engine.kernels import decode_fragments, tuning
+from engine.kernels import tuning
 from engine.kernels.decode_kernels import decode_group, decode_one
 from engine.kernels.dependent_launch import options
 from engine.kernels.device import INTERPRETER, Device, facts
@@ -49,8 +52,18 @@ def candidates(kind: str) -> list[Config]:
     one = ((32, 3, 4), (32, 3, 2), (32, 2, 4), (32, 4, 4), (16, 3, 1), (16, 3, 2), (16, 4, 4), (64, 2, 4), (64, 3, 8))
     group = ((64, 3, 2), (64, 2, 2), (64, 3, 4), (64, 2, 4), (128, 2, 4), (32, 3, 1), (32, 3, 2), (32, 4, 2))
     tried = one if kind == "one" else group
-    fragments = decode_fragments.candidates() if kind == "one" else []
-    return [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried] + fragments
+    found: list[Config] = [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
+    fragments = _fragments() if kind == "one" else None
+    return found + (fragments.candidates() if fragments else [])
+
+
+@functools.cache
+def _fragments() -> ModuleType | None:
+    """`decode_fragments`; None where this Triton's Gluon, which is experimental, is another one."""
+    try:
+        return importlib.import_module("engine.kernels.decode_fragments")
+    except ImportError:
+        return None
 
 
 def decode_attention(
@@ -140,8 +153,9 @@ def _launch(
     kind, stored, device = "one" if group == 1 else "group", storage_of(pages), facts(query.device)
     config = config or config_for(device, kind, stored, kv_heads, head_dim, batch)
     most = page_table.shape[1] * page_len
-    if splits == 1 and not window and not turning and decode_fragments.runs(config, query, pages, most, device):
-        decode_fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config)
+    fragments = _fragments() if "form" in config and splits == 1 and not window and not turning else None
+    if fragments and fragments.runs(config, query, pages, most, device):
+        fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config)
         return
     if "stages" not in config:  # a row of the form that cannot do this, and none of the one that can
         config = _default(kind, stored)

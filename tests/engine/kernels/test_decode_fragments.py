@@ -1,11 +1,14 @@
 """Decode attention by matrix instructions: as plain Python here (see gluon_on_cpu), compiled where there is a GPU."""
 
+import sys
+
 import pytest
 import torch
 
 from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 
 # isort: split
+from engine.kernels import decode_attention as forms
 from engine.kernels import decode_fragments, reference
 from engine.kernels.decode_attention import LOG2E, decode_attention
 from engine.kernels.device import Device, facts
@@ -108,6 +111,20 @@ def test_the_other_form_does_what_this_one_does_not(splits, window):
     expected = reference.paged_attention(query, case.pages, case, scale, window)
     given = there.pages, there.context_lens, there.page_table, scale, window, splits
     assert error(decode_attention(query.to(DEVICE), *given, config=config(16)), expected) < 2e-3
+
+
+def test_a_triton_whose_gluon_is_another_one_runs_the_other_form(monkeypatch):
+    case, query = made("channels", [40, 3], 2, 64, 64, torch.float16)
+    there, scale = on_device(case), 64**-0.5
+    monkeypatch.setitem(sys.modules, "engine.kernels.decode_fragments", None)
+    forms._fragments.cache_clear()
+    try:
+        assert not any("form" in tried for tried in forms.candidates("one"))
+        given = there.pages, there.context_lens, there.page_table, scale
+        out = decode_attention(query.to(DEVICE), *given, splits=1, config=config(16))
+    finally:
+        forms._fragments.cache_clear()
+    assert error(out, reference.paged_attention(query, case.pages, case, scale)) < 2e-3
 
 
 @pytest.mark.gpu
