@@ -72,7 +72,7 @@ def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device)
 def candidates() -> list[Config]:
     """The configurations that tuning tries: tokens at once, and blocks that are asked for before the kernel before has
     ended."""
-    return [{"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (1, 2, 4)]
+    return [{"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (0, 1, 2)]
 
 
 def run(
@@ -122,15 +122,19 @@ def _log2(x):
 def _scores(k, steps, q, STORED: gl.constexpr, BLOCK: gl.constexpr, DIMS: gl.constexpr, MMA: gl.constexpr):
     """The scores of a block times log2(e): [BLOCK, 4], each lane having those of its tokens. `q` is `_query`'s."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    start = gl.full([BLOCK, 8], -OFFSET * q[2], gl.float32, MMA)
-    products = mma_v2(key_operand(k, q[0].dtype, STORED, BLOCK, DIMS, A), q[0], start)
-    score, _ = products.reshape([BLOCK, 4, 2]).split()
-    score = gl.convert_layout(score, score_layout(BLOCK), assert_trivial=True)
+    score = _one_column(mma_v2(key_operand(k, q[0].dtype, STORED, BLOCK, DIMS, A), q[0], q[2]), BLOCK)
     if STORED == TOKENS:
         scale, zero = of_tokens(steps, BLOCK)
-        return score * (scale * q[1]) + zero * (q[2] * q[1])
+        return score * (scale * q[1]) + zero * (_one_column(q[2], BLOCK) * (q[1] / -OFFSET))
     else:
         return score * q[1]
+
+
+@gluon.jit
+def _one_column(products, BLOCK: gl.constexpr):
+    """[BLOCK, 8] equal columns as the [BLOCK, 4] of which every lane has a copy."""
+    column, _ = products.reshape([BLOCK, 4, 2]).split()
+    return gl.convert_layout(column, score_layout(BLOCK), assert_trivial=True)
 
 
 @gluon.jit
@@ -215,29 +219,42 @@ def _ask(pages, place, BLOCK: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _query(query, key_scale, factor, STORED: gl.constexpr, DIMS: gl.constexpr, dtype: gl.constexpr, B: gl.constexpr):
+def _query(
+    query,
+    key_scale,
+    factor,
+    STORED: gl.constexpr,
+    BLOCK: gl.constexpr,
+    DIMS: gl.constexpr,
+    dtype: gl.constexpr,
+    MMA: gl.constexpr,
+):
     """The right operand of the scores [DIMS, 8], what its products are to be multiplied by (`factor` and what it was
-    divided by), and its sum, 0 where no byte's offset is to be taken off.
+    divided by), and what they begin with: what the offset of bytes adds to them, taken off [BLOCK, 8].
 
     Beside bytes it is float16, brought to a magnitude of 1 to 2 by a power of two: scales of channels can be so small
     that the product with them leaves float16.
     """
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     PART: gl.constexpr = 8 if STORED == PLAIN else 16
     dim = gl.arange(0, DIMS, layout=query_layout(PART, DIMS))
     q = gl.load(query + dim)
-    reach, total = 1.0, 0.0
-    if STORED != PLAIN:
+    start = gl.zeros([BLOCK, 8], gl.float32, MMA)
+    if STORED == CHANNELS or q.dtype != dtype:
         wide = q.to(gl.float32)
         if STORED == CHANNELS:
             wide *= gl.load(key_scale + dim)
-        largest = gl.max(gl.abs(wide), 0)
-        reach = gl.where(largest > 0, gl.exp2(gl.floor(gl.log2(largest))), 1.0)
-        q = (wide * (1.0 / reach)).to(gl.float16)
-        total = gl.sum(q.to(gl.float32), 0)
+        # 2^e of the largest, and 2^-e: where all are zeros 2^127 of them.
+        power = gl.max(gl.abs(wide), 0).to(gl.int32, bitcast=True) & 0x7F800000
+        q = (wide * (0x7F000000 - power).to(gl.float32, bitcast=True)).to(dtype)
+        factor *= power.to(gl.float32, bitcast=True)
     q = q.reshape([DIMS // (4 * PART), 4, PART // 4, 2, 2]).permute([0, 2, 3, 1, 4]).reshape([DIMS])
     q = gl.convert_layout(q, gl.SliceLayout(1, B), assert_trivial=True)
     q, _ = gl.broadcast(gl.expand_dims(q, 1), gl.zeros([DIMS, 8], dtype, B))
-    return q, reach * factor, total
+    if STORED != PLAIN:
+        start = mma_v2(gl.full([BLOCK, DIMS], -OFFSET, dtype, A), q, start)
+    return q, factor, start
 
 
 @gluon.jit(do_not_specialize=["table_stride"])
@@ -266,7 +283,6 @@ def _attend(
     """One sequence and KV head; `factor` is the scale of the scores times log2(e)."""
     head, sequence = gl.program_id(0), gl.program_id(1).to(gl.int64)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     WIDTH: gl.constexpr = DIMS // 2 if STORED == PLAIN else DIMS // 4
     KEYS: gl.constexpr = key_layout(BLOCK, WIDTH)
     VALUES: gl.constexpr = value_layout(BLOCK, WIDTH)
@@ -290,8 +306,7 @@ def _attend(
         value_step = load_steps(value_steps, place, STORED, BLOCK)
         place = _place(table, gl.minimum(1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
         in_order(1)
-        q = _query(query + row * DIMS, key_scale + head * DIMS, factor, STORED, DIMS, dtype, B)
-        score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
+        q = _query(query + row * DIMS, key_scale + head * DIMS, factor, STORED, BLOCK, DIMS, dtype, MMA)
         nothing = gl.zeros([BLOCK, 4], gl.float32, score_layout(BLOCK))
         state = (
             gl.zeros([DIMS, 8], gl.float32, MMA),
@@ -300,8 +315,9 @@ def _attend(
             nothing,
             nothing,
         )
-        # K of a block is on its way while the one before is added up, V while the scores of its own are computed.
+        # What a turn loads the next one uses: within a turn the compiler would wait for it at once.
         for block in range(1, blocks):
+            score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
             k = load_rows(key, place, KEYS, BLOCK, WIDTH)
             key_step = load_steps(key_steps, place, STORED, BLOCK)
             in_order(1)
@@ -311,8 +327,8 @@ def _attend(
             value_step = load_steps(value_steps, place, STORED, BLOCK)
             place = _place(table, gl.minimum(block + 1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
             in_order(1)
-            score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         left = length - (blocks - 1) * BLOCK
+        score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         state, p = _weigh(state, score, value_step, left, STORED, True, BLOCK)
         acc, sums, _, weight, moved = _add(state, p, v, left, STORED, True, BLOCK, DIMS, dtype, MMA)
         PART: gl.constexpr = 8 if STORED == PLAIN else DIMS // 8
@@ -322,10 +338,10 @@ def _attend(
         total = gl.max(gl.max(sums, 1), 0)
         if STORED == TOKENS:
             # Each of the four lanes of a token has its weight.
-            weight = gl.sum(gl.max(weight, 1), 0)
-            o = (o - OFFSET * total + gl.sum(gl.max(moved, 1), 0)) / weight
+            inverse = 1.0 / gl.sum(gl.max(weight, 1), 0)
+            o = (o - OFFSET * total + gl.sum(gl.max(moved, 1), 0)) * inverse
         else:
-            o = o / total
+            o = o * (1.0 / total)
         if STORED == CHANNELS:
             scale = gl.load(value_scale + head * DIMS + dim)[:, None]
             o = (o - OFFSET) * scale + gl.load(value_zero + head * DIMS + dim)[:, None]
