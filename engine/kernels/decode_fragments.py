@@ -4,8 +4,8 @@
 
 A program is one warp: a sequence and a KV head. The query is eight equal columns: a matrix instruction then multiplies
 eight times too much, and still takes less than to convert each byte and multiply it alone. See `page_fragments` for
-how rows become its operands. What a byte's 1024 and the zero of bytes, 128, add to a sum of products is taken off by
-the sum of the other factor, as rounded.
+how rows become its operands. What the zero of bytes, 128, adds to a sum of products is taken off by the sum of the
+other factor, as rounded.
 (Above 300 lines: one kernel; what else it needs is in `page_fragments` already.)
 """
 
@@ -46,8 +46,8 @@ FORM = "fragments"
 # Matrix instructions cut off what a float32 sum has no room for, always towards zero. With what a byte is too much in
 # the sums that is a relative error of up to 1e-3 (scales of tokens 2e-3) after 4000 tokens, and grows with them.
 MOST_TOKENS_OF_BYTES = 8192
-# What a byte is too much as float16.
-OFFSET = gl.constexpr(1024.0 + 128.0)
+# What a byte's 1 is as float16, and how many of it the zero of bytes is.
+UNIT, ZERO = gl.constexpr(2.0**-24), gl.constexpr(128.0)
 # Scores of tokens that are not there, and the greatest before there is one: no real score is as low.
 ABSENT, NONE = gl.constexpr(-1.0e9), gl.constexpr(-(2**30))
 EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
@@ -125,7 +125,7 @@ def _scores(k, steps, q, STORED: gl.constexpr, BLOCK: gl.constexpr, DIMS: gl.con
     score = _one_column(mma_v2(key_operand(k, q[0].dtype, STORED, BLOCK, DIMS, A), q[0], q[2]), BLOCK)
     if STORED == TOKENS:
         scale, zero = of_tokens(steps, BLOCK)
-        return score * (scale * q[1]) + zero * (_one_column(q[2], BLOCK) * (q[1] / -OFFSET))
+        return score * (scale * q[1]) + zero * (_one_column(q[2], BLOCK) * (q[1] / -ZERO))
     else:
         return score * q[1]
 
@@ -230,7 +230,7 @@ def _query(
     MMA: gl.constexpr,
 ):
     """The right operand of the scores [DIMS, 8], what its products are to be multiplied by (`factor` and what it was
-    divided by), and what they begin with: what the offset of bytes adds to them, taken off [BLOCK, 8].
+    divided by), and what they begin with: what the zero of bytes adds to them, taken off [BLOCK, 8].
 
     Beside bytes it is float16, brought to a magnitude of 1 to 2 by a power of two: scales of channels can be so small
     that the product with them leaves float16.
@@ -253,7 +253,8 @@ def _query(
     q = gl.convert_layout(q, gl.SliceLayout(1, B), assert_trivial=True)
     q, _ = gl.broadcast(gl.expand_dims(q, 1), gl.zeros([DIMS, 8], dtype, B))
     if STORED != PLAIN:
-        start = mma_v2(gl.full([BLOCK, DIMS], -OFFSET, dtype, A), q, start)
+        start = mma_v2(gl.full([BLOCK, DIMS], -ZERO * UNIT, dtype, A), q, start)
+        factor *= 1.0 / UNIT
     return q, factor, start
 
 
@@ -339,12 +340,13 @@ def _attend(
         if STORED == TOKENS:
             # Each of the four lanes of a token has its weight.
             inverse = 1.0 / gl.sum(gl.max(weight, 1), 0)
-            o = (o - OFFSET * total + gl.sum(gl.max(moved, 1), 0)) * inverse
+            o = (o * (1.0 / UNIT) - ZERO * total + gl.sum(gl.max(moved, 1), 0)) * inverse
         else:
             o = o * (1.0 / total)
         if STORED == CHANNELS:
+            o = o * (1.0 / UNIT) - ZERO
             scale = gl.load(value_scale + head * DIMS + dim)[:, None]
-            o = (o - OFFSET) * scale + gl.load(value_zero + head * DIMS + dim)[:, None]
+            o = o * scale + gl.load(value_zero + head * DIMS + dim)[:, None]
         copy = gl.arange(0, 4, layout=gl.SliceLayout(0, OUT))
         places = out + row * DIMS + dim[:, None] + copy[None, :] * 0
         gl.store(places, o.to(out.dtype.element_ty), mask=copy[None, :] == 0)

@@ -7,7 +7,9 @@ In the words of mma.m16n8k16, lane 4 r + c (r 0..7, c 0..3) holds of the left op
   scores [tokens, 8] = K q: row 8 h + r is token 2 r + h. Lane (r, c) loads 16 bytes of it, c-th of a run of 64.
   out [dims, 8] = V^T p: lane (r, c) loads the r-th part of the rows of tokens 2c, 2c + 1, 2c + 8 and 2c + 9.
 
-A byte b under the bits of 1024 is the float16 1024 + b, exactly.
+A byte b with eight zeros before it is the float16 b / 2^24: a subnormal number, which matrix instructions take as any
+other. (Under the bits of 1024 it would be 1024 + b, and sums of long contexts would be short of bits: matrix
+instructions cut off what a float32 sum has no room for.)
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from engine.kernels.page_rows import PLAIN, TOKENS
 HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
 # $2: four bytes of a row; two float16 of the first two, and of the last two.
 BYTES = gl.constexpr("""{
-    prmt.b32 $0, $2, 0x64646464, 0x4140;
-    prmt.b32 $1, $2, 0x64646464, 0x4342;
+    prmt.b32 $0, $2, 0, 0x4140;
+    prmt.b32 $1, $2, 0, 0x4342;
 }""")
 # $4, $5: four bytes of two tokens' rows; of each dimension the two tokens' float16.
 PAIRS = gl.constexpr("""{
     .reg .b32 low, high;
     prmt.b32 low, $4, $5, 0x5140;
     prmt.b32 high, $4, $5, 0x7362;
-    prmt.b32 $0, low, 0x64646464, 0x4140;
-    prmt.b32 $1, low, 0x64646464, 0x4342;
-    prmt.b32 $2, high, 0x64646464, 0x4140;
-    prmt.b32 $3, high, 0x64646464, 0x4342;
+    prmt.b32 $0, low, 0, 0x4140;
+    prmt.b32 $1, low, 0, 0x4342;
+    prmt.b32 $2, high, 0, 0x4140;
+    prmt.b32 $3, high, 0, 0x4342;
 }""")
 # $2, $3: weights of two tokens; $0, $1: those of lanes $4 and $5, in 16 bits each.
 EXCHANGE_FLOAT16, EXCHANGE_BFLOAT16 = (

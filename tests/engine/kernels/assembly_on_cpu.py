@@ -79,7 +79,7 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
     floats = types.SimpleNamespace(f16x2=torch.float16, bf16x2=torch.bfloat16)
 
     def read(name):
-        return np.uint32(int(name, 16)) if name.startswith("0x") else registers[name]
+        return registers[name] if name in registers else np.uint32(int(name, 0))
 
     def floating(kind, register):
         bits = torch.from_numpy(np.broadcast_to(register, (*shape[:-1], shape[-1] // 2)).copy())
