@@ -19,7 +19,8 @@ class Answer:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        return self._advance(self._decoder.push([token_id]))
+        text = self._decoder.push_token(token_id)
+        return self._advance(text) if self._stop else text
 
     def finish(self) -> str:
         """The rest of the text, when no token follows."""
@@ -28,8 +29,6 @@ class Answer:
         return piece
 
     def _advance(self, text: str) -> str:
-        if not self._stop:
-            return text
         if self.stopped:
             return ""
         text = self._held + text

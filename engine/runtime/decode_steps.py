@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from engine.models.batch import Batch
-from engine.runtime.batch import Size, Step, aligned, bases_of, token_ids
+from engine.runtime.batch import Size, Step, aligned, bases_of
+from engine.runtime.page_rows import PageRows
 from engine.runtime.scheduler import Plan
-from engine.runtime.sequence import Sequence
+from engine.runtime.sequence import PENDING, Sequence
 from engine.runtime.staging import Staging
 
 # Rows of the header.
@@ -42,33 +43,38 @@ class DecodeSteps:
         self._staging = staging
         self._deterministic = deterministic
         most, device = max(sizes), staging.header.device
+        self._page_rows = PageRows(*staging.page_table.shape)
+        self._numbers = np.arange(most)
         self._rows = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._blocks = torch.stack([self._rows, torch.zeros_like(self._rows)], dim=1)
 
     def size_for(self, plan: Plan) -> Size | None:
         """The graph that computes a plan; None where none does."""
         sequences = plan.sequences
-        if not all(one.scheduled == 1 and one.draws for one in sequences):
+        # Those with more than one token are the last.
+        if len(plan.drawing) < len(sequences) or (sequences and sequences[-1].scheduled > 1):
             return None
         return next((size for size in self.sizes if size.tokens >= len(sequences)), None)
 
     def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: Size) -> Step:
         """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""
         sequences = plan.sequences
-        width = max((len(sequence.pages) for sequence in sequences), default=0)
-        lengths = [room_for(size), len(sequences) * width]
+        pages = self._page_rows.of(sequences)
+        here, width = pages.shape
+        lengths = [room_for(size), pages.size]
         flat, table = self._staging.host(number, lengths)
-        header, here, page_len = flat.reshape(FIELDS, -1), len(sequences), self._staging.page_len
-        header[IDS, :here] = [token_ids(sequence, rows)[0] for sequence in sequences]
+        table.reshape(here, width)[:] = pages
+        header, page_len = flat.reshape(FIELDS, -1), self._staging.page_len
+        # `token_ids` written out: this is done for every token.
+        last = [sequence.tokens[-1] for sequence in sequences]
+        header[IDS, :here] = [
+            -(rows[one] + 1) if token == PENDING else token for one, token in zip(sequences, last, strict=True)
+        ]
         cached = np.array([sequence.cached for sequence in sequences], dtype=np.int32)
         header[POSITIONS, :here] = cached
         header[LENGTHS, :here] = cached + 1
         header[IGNORES, :here] = [sequence.sampling.ignore_eos for sequence in sequences]
-        table[:] = 0
-        pages = table.reshape(here, width)
-        for row, sequence in zip(pages, sequences, strict=True):
-            row[: len(sequence.pages)] = sequence.pages
-        header[SLOTS, :here] = pages[np.arange(here), cached // page_len] * page_len + cached % page_len
+        header[SLOTS, :here] = pages[self._numbers[:here], cached // page_len] * page_len + cached % page_len
         header[:SLOTS, here:] = 0
         header[SLOTS, here:] = self._staging.spare_slot
         return Step(

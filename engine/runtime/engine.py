@@ -145,10 +145,11 @@ class Engine:
         """Wait for the oldest launched step and take in what it drew."""
         drawing, launch = self._flying.popleft()
         drawn = launch()
-        logprobs = dict(zip(drawing, drawn.logprobs, strict=True))
+        self._scheduler.resolve(drawing, drawn.token_ids)
         return [
-            self._advance(sequence, logprobs[sequence])
-            for sequence in self._scheduler.resolve(drawing, drawn.token_ids)
+            self._advance(sequence, token, logprob)
+            for sequence, token, logprob in zip(drawing, drawn.token_ids, drawn.logprobs, strict=True)
+            if not sequence.ended
         ]
 
     def add(
@@ -260,14 +261,14 @@ class Engine:
             for sequence in unfinished:
                 self._scheduler.finish(sequence)
 
-    def _advance(self, sequence: Sequence, logprob: TokenLogprob | None) -> Event:
-        """Take in the new last token of a sequence, and end the request where that token ends it."""
+    def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Event:
+        """Turn the newest token of a sequence into news, and end the request where that token ends it."""
         _, answer = self._requests[sequence.request_id]
-        token = sequence.tokens[sequence.known - 1]
+        known = len(sequence.tokens) - sequence.pending
         ended = token in self.eos_token_ids or token in sequence.sampling.stop_token_ids
         text = "" if ended else answer.push(token)
         reason: FinishReason | None = None
-        if ended or answer.stopped or sequence.known == sequence.limit:
+        if ended or answer.stopped or known == sequence.limit:
             text += answer.finish()
             reason = "stop" if ended or answer.stopped else "length"
             self._scheduler.finish(sequence)
@@ -304,14 +305,15 @@ def _event(
     reason: FinishReason | None,
     logprobs: tuple[TokenLogprob, ...] = (),
 ) -> Event:
-    return Event(
-        request_id=sequence.request_id,
-        token_ids=token_ids,
-        text=text,
-        finish_reason=reason,
-        prompt_tokens=sequence.prompt_length,
-        cached_tokens=sequence.prefix_hit or 0,
-        completion_tokens=sequence.known - sequence.prompt_length,
-        logprobs=logprobs,
-        admitted=sequence.admitted,
+    prompt = sequence.prompt_length
+    return Event(  # without keywords, which take as long again
+        sequence.request_id,
+        token_ids,
+        text,
+        reason,
+        prompt,
+        sequence.prefix_hit or 0,
+        len(sequence.tokens) - sequence.pending - prompt,
+        logprobs,
+        sequence.admitted,
     )

@@ -86,6 +86,8 @@ class ShortSteps:
 
     def took(self, planned: Iterable[Sequence]) -> None:
         """These are in the next step."""
+        if not self._most:
+            return
         self._steps += 1
         for sequence in planned:
             sequence.turn = self._steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ class Runner:
         drawing = plan.drawing
         number = len(drawing)
         self._step += 1
-        greedy = all(_is_greedy(sequence) for sequence in drawing)
+        greedy = all(map(attrgetter("greedy"), drawing))
         logprobs: list[TokenLogprob | None] = [None] * number
         graphs = self._graphs
         step = None if graphs is None else graphs.step_of(plan, self._rows, self._step)
@@ -189,10 +190,3 @@ class Runner:
             return read
 
         return wait
-
-
-def _is_greedy(sequence: Sequence) -> bool:
-    """Whether its next token is the likeliest one, but for end tokens that it ignores."""
-    sampling = sequence.sampling
-    plain = not sequence.needs_host and not sampling.logit_bias and sampling.logprobs is None
-    return sampling.temperature == 0 and plain

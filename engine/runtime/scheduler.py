@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 from engine.runtime.cache import PageTable, page_digest
 from engine.runtime.fairness import ShortSteps, WaitingLine, prompt_limits, unfair
@@ -25,7 +26,8 @@ class Plan:
     def drawing(self) -> list[Sequence]:
         """The sequences that get a new token from this step, in the order in which `commit` takes the tokens: to be
         asked for before the step is taken in."""
-        return [sequence for sequence in self.sequences if sequence.draws]
+        # `Sequence.draws` written out: it is asked for every token.
+        return [one for one in self.sequences if one.cached + one.scheduled == len(one.tokens) < one.limit]
 
 
 class Scheduler:
@@ -91,7 +93,7 @@ class Scheduler:
 
     def needs_host(self) -> bool:
         """Whether a running sequence draws its next token with what the host makes of the last ones."""
-        return any(sequence.needs_host for sequence in self.running)
+        return any(map(attrgetter("needs_host"), self.running))
 
     def schedule(self) -> Plan:
         """Choose the next step. A step that could not be run is simply scheduled anew."""
@@ -101,7 +103,9 @@ class Scheduler:
         self._short_steps.took(planned)
         # Sequences with one token first, as the kernels take them; of these the longest context first, so that of the
         # programs of attention, which start in this order, none that takes long begins when the others are done.
-        return Plan(tuple(sorted(planned, key=lambda each: (each.scheduled > 1, -each.cached))))
+        planned.sort(key=attrgetter("cached"), reverse=True)
+        single = [sequence for sequence in planned if sequence.scheduled == 1]
+        return Plan((*single, *[sequence for sequence in planned if sequence.scheduled > 1]))
 
     def _admit_newcomers(self) -> list[Sequence]:
         """Admits and schedules one sequence of each waiting owner that has none running, where others have."""
@@ -127,21 +131,27 @@ class Scheduler:
         limits = self._prompt_limits()
         admitting = self._admits()
         resting = self._short_steps.resting(self.running)
+        page_len = self.pages.page_len
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
+            length = len(sequence.tokens)
             if sequence in resting:
                 sequence.scheduled = 0
                 index += 1
                 continue
-            if sequence.pending and len(sequence) == sequence.limit:
+            if length == sequence.limit and sequence.pending:
                 index += 1  # its last token is being drawn: nothing is left to compute
                 continue
-            if not self._grow(sequence):
+            if length > len(sequence.pages) * page_len and not self._grow(sequence):
                 self._preempt(self.running[-1])  # the last in `running`: a later arrival, or this sequence itself
                 admitting = False
                 continue
-            budget -= self._give(sequence, budget, limits)
+            if budget and length == sequence.cached + 1:
+                sequence.scheduled = 1
+                budget -= 1
+            else:
+                budget -= self._give(sequence, budget, limits)
             index += 1
         while admitting and budget > 0 and self.waiting:
             sequence = self.waiting.first(self.running)
@@ -172,8 +182,7 @@ class Scheduler:
         for sequence in drawing:
             sequence.tokens.append(PENDING)
             sequence.pending += 1
-        for sequence in plan.sequences:
-            self._publish(sequence)
+        self._publish(plan.sequences)
         return drawing
 
     def resolve(self, drawing: Items[Sequence], tokens: Items[int]) -> list[Sequence]:
@@ -182,10 +191,10 @@ class Scheduler:
         alive = []
         for sequence, token in zip(drawing, tokens, strict=True):
             if not sequence.ended:
-                sequence.tokens[sequence.known] = token
+                sequence.tokens[-sequence.pending] = token
                 sequence.pending -= 1
-                self._publish(sequence)
                 alive.append(sequence)
+        self._publish(alive)
         return alive
 
     def finish(self, sequence: Sequence) -> None:
@@ -195,16 +204,20 @@ class Scheduler:
         sequence.ended = True
         self._release(sequence)
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequences: Items[Sequence]) -> None:
         """Make findable what is written and whose tokens are known."""
-        if not self._shares(sequence) or sequence.cached < (sequence.published + 1) * self.pages.page_len:
-            return  # most steps fill no page
-        full = min(sequence.cached, sequence.known) // self.pages.page_len
-        if sequence.published < full:
-            digests = self._digests(sequence)
-            for index in range(sequence.published, full):
-                self.pages.publish(sequence.pages[index], digests[index])
-            sequence.published = full
+        if not self._prefix_caching:
+            return
+        page_len = self.pages.page_len
+        for sequence in sequences:
+            if sequence.cached < (sequence.published + 1) * page_len or sequence.scored:
+                continue  # most steps fill no page
+            full = min(sequence.cached, sequence.known) // page_len
+            if sequence.published < full:
+                digests = self._digests(sequence)
+                for index in range(sequence.published, full):
+                    self.pages.publish(sequence.pages[index], digests[index])
+                sequence.published = full
 
     def _admit(self, sequence: Sequence) -> bool:
         if sequence.pending:
@@ -241,12 +254,11 @@ class Scheduler:
         return given_back
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence pages for all its tokens, if there are so many."""
-        missing = self.pages.pages_for(len(sequence.tokens)) - len(sequence.pages)
+        """Give a running sequence the pages that its tokens lack, if there are so many."""
+        missing = self.pages.pages_for(len(sequence)) - len(sequence.pages)
         if missing > self.pages.num_available:
             return False
-        if missing:
-            sequence.pages += self.pages.allocate(missing)
+        sequence.pages += self.pages.allocate(missing)
         return True
 
     def _prompt_limits(self) -> dict[str, int]:

@@ -40,7 +40,10 @@ class Sequence:
     `rope_base` is the base of its rotary embedding where the model's depends on the limit: fixed from first to last
     token, since K in the cache is turned by it. `constraint` is the grammar that the answer follows.
     `admitted` is when the engine first began with it, by the machine's monotonic clock; 0 before.
-    `turn` is the step that it was last in.
+    `turn` is the step that it was last in, where steps are shared in turns.
+    `needs_host` says that its tokens are drawn with what the host makes of those before: a grammar's mask, the counts
+    of a penalty. Such a token cannot be drawn before the last one is known here. A `greedy` one's next token is the
+    likeliest, but for end tokens that it ignores.
     Engines are shared fairly between owners; among one owner's, lower `priority` comes first, then `arrival`.
     """
 
@@ -67,9 +70,20 @@ class Sequence:
     arrival: int = 0
     admitted: float = 0.0
     turn: int = 0
+    needs_host: bool = field(init=False)
+    greedy: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+        sampling = self.sampling
+        self.needs_host = (
+            self.constraint is not None
+            or sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
+        plain = not self.needs_host and not sampling.logit_bias and sampling.logprobs is None
+        self.greedy = sampling.temperature == 0 and plain
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -88,18 +102,6 @@ class Sequence:
     def answer(self) -> list[int]:
         """The tokens after the prompt."""
         return self.tokens[self.prompt_length :]
-
-    @property
-    def needs_host(self) -> bool:
-        """True where the next token is drawn with what the host makes of the tokens before it: a grammar's mask, the
-        counts of a penalty. Such a token cannot be drawn before the last one is known here."""
-        sampling = self.sampling
-        return (
-            self.constraint is not None
-            or sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-        )
 
     @property
     def prefix_root(self) -> bytes:

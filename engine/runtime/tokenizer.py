@@ -38,6 +38,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys([*self._end_ids(), *end_ids]))
         self.chat_template = read_chat_template(folder, settings) if chat_template is None else chat_template
         self._bytes: dict[int, bytes] = {}
+        self._texts = {skip_special: TokenTexts(self, skip_special) for skip_special in (False, True)}
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Ids of `text`; special tokens written in it become their ids. `add_special` adds BOS where the model does."""
@@ -86,6 +87,9 @@ class Tokenizer:
             found = self._bytes[token_id] = self._vocabulary.to_bytes(token_id)
         return found
 
+    def texts(self, *, skip_special: bool = True) -> TokenTexts:
+        return self._texts[skip_special]
+
     @property
     def leading_spaces(self) -> int:
         """How many spaces that the encoder put before the text are taken off again."""
@@ -120,6 +124,22 @@ class Tokenizer:
         return found if own is None else [*found, own]
 
 
+class TokenTexts(dict[int, str | None]):
+    """The text of each token by itself, put in when it is first asked for; None where it has a part of a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._tokenizer.token_bytes(token_id, skip_special=self._skip_special).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
 class IncrementalDecoder:
     """Text of a growing list of ids, piece by piece: the pieces joined are `Tokenizer.decode` of all the ids.
 
@@ -130,16 +150,24 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, *, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._texts = tokenizer.texts(skip_special=skip_special)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         begun = any(tokenizer.token_bytes(token_id, skip_special=skip_special) for token_id in prompt_ids)
         self._strip = 0 if begun else tokenizer.leading_spaces
+        self._plain = not self._strip  # a token's text is what it has by itself
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` finish."""
         token_bytes = self._tokenizer.token_bytes
         joined = b"".join([token_bytes(token_id, skip_special=self._skip_special) for token_id in ids])
-        text = self._utf8.decode(joined)
-        return self._stripped(text) if self._strip else text
+        text = self._stripped(self._utf8.decode(joined))
+        self._plain = not self._strip and not self._utf8.getstate()[0]
+        return text
+
+    def push_token(self, token_id: int) -> str:
+        """`push` of one id, quicker where it has whole characters, as most have."""
+        text = self._texts[token_id] if self._plain else None
+        return self.push([token_id]) if text is None else text
 
     def flush(self) -> str:
         """What is left when no more ids come: U+FFFD for an unfinished character, else nothing."""

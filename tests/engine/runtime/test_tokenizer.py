@@ -191,9 +191,9 @@ def check_any_split(tokenizer: Tokenizer, data: st.DataObject) -> None:
     decoder = IncrementalDecoder(tokenizer)
     pieces, rest = [], ids
     while rest:
-        count = data.draw(st.integers(1, len(rest)))
-        pieces.append(decoder.push(rest[:count]))
-        rest = rest[count:]
+        count = data.draw(st.integers(0, len(rest)))
+        pieces.append(decoder.push(rest[:count]) if count else decoder.push_token(rest[0]))
+        rest = rest[count or 1 :]
     assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
 
 
@@ -203,11 +203,13 @@ def test_an_unfinished_character_is_held_back(folder: Path) -> None:
     byte_ids = {byte: backend.token_to_id(character) for character, byte in byte_level_alphabet().items()}
     for text in ("a😀b", "汉字", "é"):
         decoder = IncrementalDecoder(tokenizer)
-        pieces = [decoder.push([byte_ids[byte]]) for byte in text.encode()]
+        pieces = [decoder.push_token(byte_ids[byte]) for byte in text.encode()]
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
         assert decoder.flush() == ""
     decoder = IncrementalDecoder(tokenizer)
+    assert decoder.push([byte_ids[0xE6], byte_ids[0xB1]]) == ""
+    assert decoder.push_token(byte_ids[0x61]) == "\ufffda", "what is held back comes before a whole character"
     assert decoder.push([byte_ids[0xE6], byte_ids[0xB1]]) == ""
     assert decoder.flush() == "\ufffd"
 

@@ -7,6 +7,7 @@ import torch
 from engine.config import ModelConfig
 from engine.models.batch import packed
 from engine.models.decoder import Decoder
+from engine.runtime.tokenizer import TokenTexts
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ."
 END = len(ALPHABET)
@@ -78,6 +79,9 @@ class CharTokenizer:
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         return ALPHABET[token_id].encode() if token_id < END else b""
+
+    def texts(self, *, skip_special: bool = True) -> TokenTexts:
+        return TokenTexts(self, skip_special)
 
     def text(self, token_ids: Sequence[int]) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode()
