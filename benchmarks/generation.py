@@ -134,6 +134,7 @@ def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Reques
         run(engine, [Request(each.prompt_ids, min(each.new_tokens, WARM_UP_TOKENS)) for each in case])
         timelines = sorted((run(engine, case) for _ in range(options.repeats)), key=lambda each: each.seconds)
         yield Run(timeline=timelines[len(timelines) // 2], engine=subject.engine_name, load_seconds=load_seconds)
+    engine.close()
 
 
 def enough_pages(sequences: int, tokens: int, page_len: int) -> int:

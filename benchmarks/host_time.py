@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     begin(engine, requests)
     profiler = cProfile.Profile()
     profiler.runcall(decode, engine, len(requests))
+    engine.close()
     host_share = 1 - elsewhere.seconds / sum(times)
     step = statistics.median(times)
     found = places(pstats.Stats(profiler))[:PLACES]

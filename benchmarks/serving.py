@@ -223,6 +223,7 @@ def overhead(
     gc.freeze()  # as an engine process does
     offline = run(engine, requests).tokens_per_second
     gc.unfreeze()
+    engine.close()
     found = figures(requests, answers)
     return {
         "case": "streams",

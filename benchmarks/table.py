@@ -75,3 +75,4 @@ def measure(options: Options) -> None:
         done = Run(timeline=run(engine, requests), engine="ingot", load_seconds=load_seconds)
         row = throughput.row_of(subject, done, ceilings, requests, data=None, at_once=options.at_once)
         record(options.out / "throughput.csv", row, throughput.SHOWN)
+    engine.close()

@@ -113,7 +113,9 @@ def answered(options: Options, subject: Subject, requests: list[Request]) -> Run
     )
     load_seconds = time.perf_counter() - begun
     run(engine, [Request(request.prompt_ids, min(request.new_tokens, 4)) for request in requests[: options.at_once]])
-    return Run(timeline=run(engine, requests), engine=subject.engine_name, load_seconds=load_seconds)
+    timeline = run(engine, requests)
+    engine.close()
+    return Run(timeline=timeline, engine=subject.engine_name, load_seconds=load_seconds)
 
 
 def asked(subject: Subject, data: Path | None, count: int) -> list[Request]:

@@ -1,13 +1,18 @@
 """Tensor-parallel ranks, processes that compute one model together, and what they say to each other: torch.distributed
-with NCCL between GPUs and gloo between CPUs, over the loopback interface.
+with NCCL between GPUs and gloo between CPUs, over the loopback interface; small sums between GPUs that reach each
+other's memory in a kernel of our own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +22,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 # How long a rank waits for another that is alive but says nothing; the death of one is seen at once.
 PATIENCE = timedelta(minutes=10)
 LOOPBACK = "127.0.0.1"
+
+# `engine.kernels.peer_sum.Peers` of the group that this process is in, where its GPUs reach each other's memory.
+_peers: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +36,15 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in x: the same bits on all ranks."""
+        if _peers is not None and x.dtype != torch.float32 and _peers.carry(x):
+            return _peers.sum(x)  # type: ignore[no-any-return]
         dist.all_reduce(x)
         return x
 
     def max(self, x: Tensor) -> Tensor:
         """The largest of every rank's x, value by value, in x."""
+        if _peers is not None and x.dtype == torch.float32 and _peers.carry(x):
+            return _peers.max(x)  # type: ignore[no-any-return]
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x
 
@@ -86,6 +98,7 @@ def join(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     # NVLink's multicast is for sums larger than ours, and a fault in it stops the GPUs of the whole host.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     interface = "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME"
     said = interface in os.environ
     os.environ.setdefault(interface, loopback_interface())
@@ -101,6 +114,45 @@ def join(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
     finally:
         if not said:
             del os.environ[interface]
+    if on_gpu:
+        global _peers
+        _peers = _meet_in_memory(rank, size, device)
+
+
+def _meet_in_memory(rank: int, size: int, device: torch.device) -> Any:
+    """The `Peers` of the group; None, and a word from rank 0, where one of its GPUs does not reach another's memory."""
+    made, why = None, ""
+    try:
+        kernels = importlib.import_module("engine.kernels.peer_sum")
+        memory = importlib.import_module("torch.distributed._symmetric_memory")._SymmetricMemory
+        words = kernels.inbox_words(size)
+        inbox = memory.empty_strided_p2p((words,), (1,), torch.int64, device).zero_()
+        torch.cuda.synchronize(device)
+        meeting = memory.rendezvous(inbox, dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        if meeting.buffer_ptrs[rank] != inbox.data_ptr():
+            raise RuntimeError("symmetric memory begins elsewhere")
+        places, words = torch.tensor(meeting.buffer_ptrs, device=device), kernels.MOST_WORDS // kernels.BLOCK.value
+        counts, stop = (torch.zeros(count, dtype=torch.int32, device=device) for count in (words, 1))
+        made = kernels.Peers(rank, size, places, counts, stop, holds=(inbox, meeting))
+    except (ImportError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    if Ranks(rank, size).least(made is not None, device):
+        return made
+    if rank == 0:
+        why = why or "another rank says so"
+        sys.stderr.write(f"ingot: GPUs that do not reach each other's memory, so NCCL makes all sums ({why}).\n")
+    return None
+
+
+def abort() -> None:
+    """What this process waits for in its group ends soon, with results that mean nothing: of ranks that are gone."""
+    if not on_gpus():
+        return
+    if _peers is not None:
+        with torch.cuda.stream(torch.cuda.Stream(_peers.stop.device)):  # type: ignore[no-untyped-call]
+            _peers.stop.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), non_blocking=True)
+    with contextlib.suppress(Exception):  # it may have seen the death itself, and be at it
+        dist.distributed_c10d._abort_process_group()
 
 
 def joined() -> bool:
@@ -116,6 +168,8 @@ def on_gpus() -> bool:
 def leave() -> None:
     """End the group of this process. One of GPUs must be whole: its end waits for ranks that are gone, and for CUDA
     graphs with its sums in them."""
+    global _peers
+    _peers = None
     if joined():
         dist.destroy_process_group()
 
