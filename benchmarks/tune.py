@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.options import option, read_options
 from benchmarks.shapes import SHAPES, shape
+
+if TYPE_CHECKING:
+    from engine.config import ModelConfig
 
 ABOUT = """
 Times the configurations of the matrix products (int4, int8 and dense) at the sizes of a model's shape, and of decode
@@ -21,6 +25,7 @@ ATTENTION = "decode_attention"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     shape: str = option("internlm7b", "the model whose sizes are tuned", choices=tuple(SHAPES))
+    tp: int = option(1, "tensor-parallel ranks whose share of it is tuned", least=1)
     tokens: tuple[int, ...] = option((), "rows of a step; every size that a table has, where left out", least=1)
     operations: tuple[str, ...] = option(("all",), "which ones: the names that a table has")
     seconds: float = option(600.0, "for everything", least=1)
@@ -52,12 +57,12 @@ def main(argv: list[str]) -> int:
         from benchmarks.tune_attention import tune_attention
         from engine.kernels.device import facts
 
-        rows = tune_attention(shape(options.shape), device, seconds=options.seconds, report=report)
+        rows = tune_attention(share_of(options.shape, options.tp), device, seconds=options.seconds, report=report)
         tuning.write(facts(torch.device(device)).name, rows, tune.versions(), folder)
     path = tune.tune(
         device,
         seconds=options.seconds - (time.monotonic() - begun),
-        shapes=products(options.shape),
+        shapes=products(options.shape, options.tp),
         rows=options.tokens or tune.ROWS,
         operations=operations,
         folder=folder,
@@ -67,9 +72,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def products(name: str) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the products of a shape: those of a layer and that of the output matrix."""
+def share_of(name: str, tp: int) -> ModelConfig:
+    """What one of `tp` ranks has of a shape. ValueError where it cannot be cut so."""
+    from engine.config import Recipe
+    from engine.storage.rank_cuts import rank_config
+    from engine.storage.turbomind_files import check_fits
+
+    check_fits(shape(name), Recipe(), tp)
+    return rank_config(shape(name), Recipe(), tp)
+
+
+def products(name: str, tp: int = 1) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the products that a rank has of a shape: those of a layer and that of the output matrix."""
     from benchmarks.linear_cases import layer_products
 
-    config = shape(name)
-    return [*layer_products(config), (config.vocab_size, config.hidden_size)]
+    config = share_of(name, tp)
+    return [*layer_products(config), (-(-config.vocab_size // tp), config.hidden_size)]

@@ -1,5 +1,7 @@
 import pytest
 
+import pytest
+
 from benchmarks.tune import products
 from cli.main import main
 
@@ -14,3 +16,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "kernels are tuned on a GPU" in capsys.readouterr().err
     assert main(["bench", "tune", "device=cuda:99"]) == 1
     assert "device=cuda:99 is not on this machine" in capsys.readouterr().err
+    assert products("internlm7b", 2) == [(6144, 4096), (4096, 2048), (11008, 4096), (4096, 5504), (51584, 4096)]
+    assert products("llama3_8b", 4)[0] == (1536, 4096)
+    with pytest.raises(ValueError, match="tp"):
+        products("internlm7b", 64)
