@@ -1,7 +1,5 @@
 import pytest
 
-import pytest
-
 from benchmarks.tune import products
 from cli.main import main
 
