@@ -142,3 +142,69 @@ def left_operand(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.
     joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 16, i % 2, i // 2]
     joined = joined.permute([0, 3, 2, 1]).reshape([BLOCK_N, 64])
     return gl.convert_layout(joined, A, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def bases(start, end):
+    """[start, 0], [2 start, 0] ... below end."""
+    found = []
+    while start < end:
+        found.append([start, 0])
+        start *= 2
+    return found
+
+
+@gluon.constexpr_function
+def word_layout(block_n, warps):
+    """Of [(tile of rows, w, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
+    rows = block_n * 4
+    registers = [[0, 1], [0, 2], [0, 4], [32, 0], *bases(64 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, bases(1, 32), bases(64, 64 * warps), [], [rows, 8])
+
+
+@gluon.constexpr_function
+def pair_layout(block_n, warps):
+    """Of [(tile of rows, w, r), half]: a thread has its two rows; lanes that differ in t have the same."""
+    rows = block_n // 2
+    registers = [[0, 1], *bases(8 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, [[0, 0], [0, 0], *bases(1, 8)], bases(8, 8 * warps), [], [rows, 2])
+
+
+@gluon.jit
+def load_words(words_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """int16 [BLOCK_N * 4, 8] of a tile of inputs where it is `needed`, anything else where not.
+
+    What would lie past the last rows or inputs is another tile: x is zero there, or the rows are not stored.
+    """
+    LAYOUT: gl.constexpr = word_layout(BLOCK_N, gl.num_warps())
+    p = gl.arange(0, BLOCK_N * 4, layout=gl.SliceLayout(1, LAYOUT))
+    rows = first_tile + p // 256
+    if RAGGED:
+        rows = gl.minimum(rows, tile_rows - 1)
+    first = ((rows * tiles + gl.minimum(tile, tiles - 1)) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
+    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=needed)
+
+
+@gluon.jit
+def load_pairs(
+    scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `load_words`."""
+    LAYOUT: gl.constexpr = pair_layout(BLOCK_N, gl.num_warps())
+    q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
+    rows = first_tile + q // 32
+    if RAGGED:
+        rows = gl.minimum(rows, tile_rows - 1)
+    first = (rows * tiles + gl.minimum(tile, tiles - 1)) * 64 + q % 32 * 2
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=needed)
+
+
+@gluon.jit
+def halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
+    """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
+    # [tile of rows, w, a, r, t, half, h, e] -> [(tile of rows, w, half, r), (a, t, e), h]
+    words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2, 2]).permute([0, 4, 2, 1, 3, 6, 5])
+    first, second = words.reshape([BLOCK_N, 16, 2]).split()
+    return gl.convert_layout(first, A, assert_trivial=True), gl.convert_layout(second, A, assert_trivial=True)

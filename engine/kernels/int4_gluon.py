@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from engine.kernels import dependent_launch, splits
+from engine.kernels import dependent_launch, split_tiles, splits
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import left_operand, silu, turns_apart
+from engine.kernels.int4_fragments import halves, left_operand, load_pairs, load_words, silu, turns_apart
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -113,6 +113,42 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         programs = -(-n // block_n) * -(-m // block_m)
         for parts in splits.near(programs, device.multiprocessors, (1, 2, 3, 4) if m <= 64 else (1, 2)):
             found.append(_config(block_m, block_n, warps, loop, parts))
+    return found + _tails(m, n, k, device)
+
+
+def _tails(m: int, n: int, k: int, device: Device) -> list[Config]:
+    """Those that split the last tiles alone: `places` programs go together, 1 to 3 a multiprocessor."""
+    shapes: tuple[tuple[int, int, int, tuple[int, int, int, int, int], tuple[int, ...]], ...]
+    if m <= 32:
+        block_m = max(8, 1 << (m - 1).bit_length())
+        shapes = (
+            (block_m, 64, 4, (8, 8, 8, 8, 1), (2, 3)),
+            (block_m, 64, 4, (4, 4, 8, 4, 4), (1, 2, 3)),
+            (block_m, 128, 8, (4, 4, 8, 4, 4), (1, 2)),
+            (block_m, 128, 8, (4, 4, 8, 4, 1), (1, 2)),
+        )
+    elif m <= 64:
+        shapes = (
+            (64, 64, 4, (4, 4, 4, 4, 1), (2, 3)),
+            (64, 128, 8, (4, 4, 4, 4, 1), (1, 2)),
+            (64, 128, 8, (4, 4, 4, 2, 1), (1, 2)),
+            (64, 128, 8, (4, 4, 6, 2, 1), (1, 2)),
+        )
+    else:
+        shapes = (
+            (128, 128, 8, (4, 4, 6, 1, 1), (1,)),
+            (128, 128, 8, (4, 4, 6, 2, 1), (1,)),
+            (128, 128, 4, (4, 2, 3, 1, 1), (1, 2)),
+        )
+    if m > 128:
+        shapes += ((256, 128, 8, (4, 2, 3, 1, 1), (1,)), (256, 128, 8, (2, 2, 3, 1, 1), (1,)))
+    found = []
+    for block_m, block_n, warps, loop, shares in shapes:
+        tiles, turns = -(-n // block_n) * -(-m // block_m), -(-k // (128 * loop[0]))
+        for share in shares:
+            places = share * device.multiprocessors
+            for parts in split_tiles.likely_parts(tiles, places, turns):
+                found.append({**_config(block_m, block_n, warps, loop, parts), "places": places})
     return found
 
 
@@ -126,12 +162,18 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     block_m, block_n, turn = config["block_m"], config["block_n"], config["turn"]
     grid_n, grid_m = -(-n // block_n), -(-m // block_m)
     all_turns = -(-tiles // turn)
-    parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)
-    turns = -(-all_turns // parts)  # at most
+    grid: tuple[int, ...]
+    if "places" in config:
+        sizes = grid_n * grid_m, config["places"], config["splits"], all_turns, block_n * block_m
+        programs, whole, parts, lead, longest = split_tiles.plan(*sizes)
+        grid = (programs,)
+    else:
+        parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)
+        grid, whole, lead, longest = (grid_n, grid_m, parts), 0, 0, -(-all_turns // parts)
     partials, arrivals = splits.buffers(x.device)
     box = [block_m, 128 * config["wait"]]
     layout = gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype])
-    _gemm[(grid_n, grid_m, parts)](
+    _gemm[grid](
         TensorDescriptor.from_tensor(x, box, layout),
         weights.words.view(torch.int16),
         weights.scale_zero,
@@ -144,6 +186,9 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         y.shape[1] // 8,
         tiles,
         -(-n // 64),
+        whole,
+        lead,
+        parts,
         HAS_BIAS=bias is not None,
         GATED=gated,
         RAGGED=-(-n // 64) % (block_n // 64) != 0,
@@ -154,78 +199,13 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         RING=config["ring"] // config["wait"],
         SLOT=config["slot"],
         WAIT=config["wait"],
-        SPLITS=parts,
-        FITS=turns * turn <= config["ring"],
+        SPLITS=1 if "places" in config else parts,
+        TAIL="places" in config,
+        FITS=longest * turn <= config["ring"],
         num_warps=config["warps"],
         **dependent_launch.options(facts(x.device)),
     )
     return y
-
-
-@gluon.constexpr_function
-def _bases(start, end):
-    """[start, 0], [2 start, 0] ... below end."""
-    found = []
-    while start < end:
-        found.append([start, 0])
-        start *= 2
-    return found
-
-
-@gluon.constexpr_function
-def _word_layout(block_n, warps):
-    """Of [(tile of rows, w, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
-    rows = block_n * 4
-    registers = [[0, 1], [0, 2], [0, 4], [32, 0], *_bases(64 * warps, rows)]
-    return gl.DistributedLinearLayout(registers, _bases(1, 32), _bases(64, 64 * warps), [], [rows, 8])
-
-
-@gluon.constexpr_function
-def _pair_layout(block_n, warps):
-    """Of [(tile of rows, w, r), half]: a thread has its two rows; lanes that differ in t have the same."""
-    rows = block_n // 2
-    registers = [[0, 1], *_bases(8 * warps, rows)]
-    return gl.DistributedLinearLayout(registers, [[0, 0], [0, 0], *_bases(1, 8)], _bases(8, 8 * warps), [], [rows, 2])
-
-
-@gluon.jit
-def _load_words(words_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
-    """int16 [BLOCK_N * 4, 8] of a tile of inputs where it is `needed`, anything else where not.
-
-    What would lie past the last rows or inputs is another tile: x is zero there, or the rows are not stored.
-    """
-    LAYOUT: gl.constexpr = _word_layout(BLOCK_N, gl.num_warps())
-    p = gl.arange(0, BLOCK_N * 4, layout=gl.SliceLayout(1, LAYOUT))
-    rows = first_tile + p // 256
-    if RAGGED:
-        rows = gl.minimum(rows, tile_rows - 1)
-    first = ((rows * tiles + gl.minimum(tile, tiles - 1)) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
-    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=needed)
-
-
-@gluon.jit
-def _load_pairs(
-    scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """Scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `_load_words`."""
-    LAYOUT: gl.constexpr = _pair_layout(BLOCK_N, gl.num_warps())
-    q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
-    rows = first_tile + q // 32
-    if RAGGED:
-        rows = gl.minimum(rows, tile_rows - 1)
-    first = (rows * tiles + gl.minimum(tile, tiles - 1)) * 64 + q % 32 * 2
-    half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=needed)
-
-
-@gluon.jit
-def _halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
-    """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
-    # [tile of rows, w, a, r, t, half, h, e] -> [(tile of rows, w, half, r), (a, t, e), h]
-    words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2, 2]).permute([0, 4, 2, 1, 3, 6, 5])
-    first, second = words.reshape([BLOCK_N, 16, 2]).split()
-    return gl.convert_layout(first, A, assert_trivial=True), gl.convert_layout(second, A, assert_trivial=True)
 
 
 @gluon.jit
@@ -255,7 +235,7 @@ def _refill(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece % RING), ring.index(piece % RING))
 
 
-@gluon.jit(do_not_specialize=["m", "n", "eighths", "tiles", "tile_rows"])
+@gluon.jit(do_not_specialize=["m", "n", "eighths", "tiles", "tile_rows", "whole", "lead", "parts"])
 def _gemm(
     x_desc,
     words_ptr,
@@ -269,6 +249,9 @@ def _gemm(
     eighths,
     tiles,
     tile_rows,
+    whole,
+    lead,
+    parts,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
     RAGGED: gl.constexpr,
@@ -280,6 +263,7 @@ def _gemm(
     SLOT: gl.constexpr,
     WAIT: gl.constexpr,
     SPLITS: gl.constexpr,
+    TAIL: gl.constexpr,
     FITS: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -293,18 +277,25 @@ def _gemm(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     dtype: gl.constexpr = x_desc.dtype
-    column, block, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     # The parts of a sum are whole turns: only the last part may reach past the inputs, where x is zero.
-    all_turns = (tiles + TURN - 1) // TURN
-    start = split * all_turns // SPLITS * TURN
-    turns = (split + 1) * all_turns // SPLITS - start // TURN
+    if TAIL:
+        all_turns = (tiles + TURN - 1) // TURN
+        place, shared, split, begin, end = split_tiles.place(whole, lead, parts, all_turns)
+        blocks = (m + BLOCK_M - 1) // BLOCK_M
+        column, block = place // blocks, place % blocks  # programs of the same weights are neighbours
+        start, turns = begin * TURN, end - begin
+    else:
+        column, block, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+        all_turns = (tiles + TURN - 1) // TURN
+        start = split * all_turns // SPLITS * TURN
+        turns = (split + 1) * all_turns // SPLITS - start // TURN
     first_tile, first_token = column * (BLOCK_N // 64), block * BLOCK_M
 
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
-        words = words + (_load_words(words_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
+        words = words + (load_words(words_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
         pairs = pairs + (
-            _load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),
+            load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),
         )
     ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, 128 * WAIT], x_desc.layout)
     barriers = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -319,7 +310,7 @@ def _gemm(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    left = left_operand(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+    left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
     for turn in range(turns):
         for step in gl.static_range(TURN):
             used = turn * (TURN // WAIT) + step // WAIT
@@ -332,17 +323,17 @@ def _gemm(
             # All products of the tile before are done now.
             if not FITS and step % SLOT == 0 and step > 0:
                 _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
-            second = left_operand(_halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
+            second = left_operand(halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
             right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
             total = warpgroup_mma(second, right, total, is_async=True)
             tile, more = start + turn * TURN + step + AHEAD, step + AHEAD < TURN or turn + 1 < turns
-            words = words[1:] + (_load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
+            words = words[1:] + (load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
             pairs = pairs[1:] + (
-                _load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),
+                load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),
             )
             # The first half of the next tile is unpacked while the second of this one is multiplied.
             total = warpgroup_mma_wait(1, deps=[total])
-            left = left_operand(_halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+            left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
         # A product that is on its way from one turn to the next would make the compiler wait for each.
         total = warpgroup_mma_wait(0, deps=[total])
         if not FITS:
@@ -351,7 +342,13 @@ def _gemm(
 
     row = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
     last = True
-    if SPLITS > 1:
+    if TAIL:
+        last = place < whole
+        if shared:
+            total, last = split_tiles.join(
+                total, partials, arrivals, place - whole, split, parts, BLOCK_N, BLOCK_M, MMA
+            )
+    elif SPLITS > 1:
         tile = block * gl.num_programs(0) + column
         across = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
         inner = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))[:, None] * BLOCK_M + across

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="test_int4_gluon runs t
 
 @pytest.fixture(scope="module")
 def kernels():
-    _, gemv, gluon = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "int4_gluon")
+    _, gemv, _, gluon = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "split_tiles", "int4_gluon")
     return {"gemv": gemv, "gluon": gluon}
 
 
@@ -24,10 +24,10 @@ def gemv(rows, warps, ahead):
     return {"kernel": "gemv", "rows": rows, "warps": warps, "ahead": ahead}
 
 
-def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits):
+def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits, **places):
     return {
         "kernel": "gluon", "block_m": block_m, "block_n": block_n, "warps": warps, "turn": turn, "ahead": ahead,
-        "ring": ring, "slot": slot, "wait": wait, "splits": splits,
+        "ring": ring, "slot": slot, "wait": wait, "splits": splits, **places,
     }  # fmt: skip
 
 
@@ -46,6 +46,11 @@ def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits):
         (2, 64, 2048, 128, gluon(8, 64, 4, 4, 4, 6, 4, 1, 1)),  # and gives back four of six tiles at once
         (9, 72, 2048, 128, gluon(16, 64, 4, 4, 4, 4, 2, 1, 2)),
         (9, 72, 2048, 128, gluon(16, 64, 4, 8, 2, 3, 1, 1, 1)),  # fewer tiles of W ahead than a turn has
+        (9, 200, 1152, 128, gluon(16, 64, 4, 2, 2, 4, 2, 2, 2, places=3)),  # three whole tiles and one split
+        (70, 328, 1280, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 4, places=4)),  # two blocks of x, two of six split
+        (9, 136, 2048, 128, gluon(16, 64, 4, 1, 1, 4, 1, 1, 3, places=4)),  # all split; first parts of 12 of 16 turns
+        (9, 136, 256, 128, gluon(16, 64, 4, 2, 2, 2, 2, 2, 3, places=2)),  # fewer turns than parts
+        (9, 200, 512, 128, gluon(16, 64, 4, 2, 2, 4, 2, 2, 3, places=2)),  # none left to split
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,6 +72,7 @@ def test_the_product_is_that_of_the_weights(kernels, m, n, k, group, config, dty
         (5, 144, 1152, 128, gemv(2, 4, 2)),
         (3, 144, 384, 128, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1)),
         (70, 208, 640, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3)),
+        (70, 336, 1280, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3, places=4)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
