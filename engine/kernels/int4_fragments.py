@@ -187,9 +187,7 @@ def load_words(words_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl
 
 
 @gluon.jit
-def load_pairs(
-    scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr
-):
+def load_pairs(scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
     """Scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `load_words`."""
     LAYOUT: gl.constexpr = pair_layout(BLOCK_N, gl.num_warps())
     q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))

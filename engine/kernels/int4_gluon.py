@@ -56,7 +56,8 @@ def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, An
 
     turn: tiles of an iteration, at whose end all products are waited for; ahead: tiles of W in registers, a divisor of
     it; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given back at once. wait divides
-    slot and ring, slot divides turn, and where it is less, the ring holds more than a slot.
+    slot and ring, slot divides turn, and where it is less, the ring holds more than a slot. With `places` only the
+    tiles that are left when the others have gone round so many programs a whole number of times are split.
     """
     n, tiles = weights.out_features, weights.words.shape[1]
     if m <= 32:
@@ -108,15 +109,15 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         shapes += [(128, 128, 4, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1), (8, 2, 3, 1, 1))]
     if m > 128:
         shapes += [(256, 128, 8, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1))]
-    found = []
+    found: list[Config] = []
     for block_m, block_n, warps, loop in shapes:
         programs = -(-n // block_n) * -(-m // block_m)
         for parts in splits.near(programs, device.multiprocessors, (1, 2, 3, 4) if m <= 64 else (1, 2)):
             found.append(_config(block_m, block_n, warps, loop, parts))
-    return found + _tails(m, n, k, device)
+    return found + tails(m, n, k, device)
 
 
-def _tails(m: int, n: int, k: int, device: Device) -> list[Config]:
+def tails(m: int, n: int, k: int, device: Device) -> list[Config]:
     """Those that split the last tiles alone: `places` programs go together, 1 to 3 a multiprocessor."""
     shapes: tuple[tuple[int, int, int, tuple[int, int, int, int, int], tuple[int, ...]], ...]
     if m <= 32:
@@ -133,16 +134,19 @@ def _tails(m: int, n: int, k: int, device: Device) -> list[Config]:
             (64, 128, 8, (4, 4, 4, 4, 1), (1, 2)),
             (64, 128, 8, (4, 4, 4, 2, 1), (1, 2)),
             (64, 128, 8, (4, 4, 6, 2, 1), (1, 2)),
+            (64, 256, 8, (4, 2, 6, 2, 1), (1,)),
         )
     else:
         shapes = (
             (128, 128, 8, (4, 4, 6, 1, 1), (1,)),
             (128, 128, 8, (4, 4, 6, 2, 1), (1,)),
-            (128, 128, 4, (4, 2, 3, 1, 1), (1, 2)),
+            (128, 128, 4, (4, 2, 3, 1, 1), (2,)),
+            (128, 256, 8, (4, 2, 6, 1, 1), (1,)),
+            (128, 256, 8, (4, 2, 6, 2, 1), (1,)),
         )
     if m > 128:
         shapes += ((256, 128, 8, (4, 2, 3, 1, 1), (1,)), (256, 128, 8, (2, 2, 3, 1, 1), (1,)))
-    found = []
+    found: list[Config] = []
     for block_m, block_n, warps, loop, shares in shapes:
         tiles, turns = -(-n // block_n) * -(-m // block_m), -(-k // (128 * loop[0]))
         for share in shares:
@@ -294,9 +298,7 @@ def _gemm(
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
         words = words + (load_words(words_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
-        pairs = pairs + (
-            load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),
-        )
+        pairs = pairs + (load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
     ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, 128 * WAIT], x_desc.layout)
     barriers = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for piece in gl.static_range(RING):
@@ -328,9 +330,7 @@ def _gemm(
             total = warpgroup_mma(second, right, total, is_async=True)
             tile, more = start + turn * TURN + step + AHEAD, step + AHEAD < TURN or turn + 1 < turns
             words = words[1:] + (load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
-            pairs = pairs[1:] + (
-                load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),
-            )
+            pairs = pairs[1:] + (load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
             # The first half of the next tile is unpacked while the second of this one is multiplied.
             total = warpgroup_mma_wait(1, deps=[total])
             left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
@@ -372,7 +372,14 @@ def _gemm(
             result = total
         ACROSS: gl.constexpr = COLUMNS // 8
         OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-        y = gl.convert_layout(result.to(dtype).permute([1, 0]), OUT)
+        y = result.to(dtype).permute([1, 0])
+        if TAIL:
+            # All at once where x was: a conversion would go through little memory in many steps.
+            thread_barrier()
+            PLACE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, COLUMNS], dtype)
+            y = gl.allocate_shared_memory(dtype, [BLOCK_M, COLUMNS], PLACE, y).load(OUT)
+        else:
+            y = gl.convert_layout(y, OUT)
         token = first_token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
         out_row = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, OUT))
         width = eighths * 8  # a multiple that the compiler knows: 16 bytes are stored at once

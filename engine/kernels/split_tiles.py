@@ -1,5 +1,5 @@
 # ruff: noqa: RET505, RUF005  (a branch of constants: the other is not compiled only if it is an else; no unpacking)
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment"
 """Products of which only the last tiles are split along the inputs, in Gluon.
 
 As many tiles as go round the card a whole number of times are whole and come first; the tiles after them are split, so
@@ -149,7 +149,7 @@ def join(
     floats a tile; arrivals: a count a tile, 0 before and after. The parts are added in their order, whoever is last.
     """
     SIZE: gl.constexpr = BLOCK_N * BLOCK_M
-    COUNT: gl.constexpr = SIZE // gl.num_warps() // 1024 if SIZE > gl.num_warps() * 1024 else 1
+    COUNT: gl.constexpr = SIZE // gl.num_warps() // 1024 if gl.num_warps() * 1024 < SIZE else 1
     ROWS: gl.constexpr = SIZE // 4 // COUNT
     # [tile of rows, half, r, block of columns, t, e]: a thread has half and e of a place.
     flat = total.reshape([BLOCK_N // 16, 2, 8, BLOCK_M // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([SIZE // 4, 4])

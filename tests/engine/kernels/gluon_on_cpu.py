@@ -77,7 +77,9 @@ class Shared:
         return Shared(self.tensor.permute(order))
 
 
-def allocate_shared_memory(dtype, shape, layout):
+def allocate_shared_memory(dtype, shape, layout, value=None):
+    if value is not None:
+        return Shared(torch.as_tensor(value, dtype=dtype).clone())
     fill = float("nan") if dtype.is_floating_point else 77 if dtype == torch.int8 else 0
     return Shared(torch.full(shape, fill, dtype=dtype))
 

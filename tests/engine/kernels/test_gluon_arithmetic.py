@@ -1,12 +1,14 @@
 """What the Gluon kernels compute, run as plain Python (see gluon_on_cpu): sizes, masks, splits, rings, the assembly."""
 
+import random
+
 import pytest
 import torch
 
 from tests.engine.kernels.triton_device import DEVICE  # before any kernel
 
 # isort: split
-from engine.kernels import reference
+from engine.kernels import reference, splits
 from engine.kernels.int4_weights import Int4Weights, in_turns
 from tests.engine.kernels import gluon_on_cpu
 from tests.engine.kernels.quantized import awq, error, int4, normal
@@ -51,6 +53,7 @@ def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits, **plac
         (9, 136, 2048, 128, gluon(16, 64, 4, 1, 1, 4, 1, 1, 3, places=4)),  # all split; first parts of 12 of 16 turns
         (9, 136, 256, 128, gluon(16, 64, 4, 2, 2, 2, 2, 2, 3, places=2)),  # fewer turns than parts
         (9, 200, 512, 128, gluon(16, 64, 4, 2, 2, 4, 2, 2, 3, places=2)),  # none left to split
+        (70, 584, 768, 128, gluon(64, 256, 8, 2, 2, 4, 1, 1, 2, places=4)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -116,3 +119,19 @@ def test_every_code_and_zero_point_is_exact(kernels):
         assert torch.equal(y.float(), expected.expand(8, 256))
         y = kernels["gluon"].run(x.to(dtype), weights, None, gluon(8, 64, 4, 1, 1, 1, 1, 1, 1))
         assert torch.equal(y.float(), expected.expand(8, 256))
+
+
+def test_whoever_is_last_adds_the_parts_of_a_tile_in_their_order(kernels):
+    """Programs in any order: the same bits, and counts of arrivals that are zero again."""
+    weights, x = int4(200, 2048, 128), normal(9, 2048)
+    config, gl = gluon(16, 64, 4, 1, 1, 4, 1, 1, 4, places=3), kernels["gluon"].gl
+    before, results = gl.order, []
+    try:
+        for seed in range(6):
+            drawn = random.Random(seed)
+            gl.order = lambda ids, drawn=drawn: drawn.sample(ids, len(ids))
+            results.append(kernels["gluon"].run(x, weights, None, config))
+    finally:
+        gl.order = before
+    assert all(torch.equal(results[0], y) for y in results[1:])
+    assert not splits.buffers(x.device)[1].any()
