@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import workload
 from benchmarks.generation import enough_pages
@@ -25,11 +25,22 @@ if TYPE_CHECKING:
 ABOUT = """
 Decode steps of `batch` sequences around `context` tokens. `host_ms` is the time of a step in which the thread that
 steps the engine does not wait for the device (a GPU), or is not inside the model (a CPU): scheduling, staging,
-launching, sampling, text; `host_share` its share of the step. Printed below the row is where such a thread spends its
-time, by Python's profiler in steps of their own: it slows Python down, so these are shares, not times.
+launching, sampling, text; `host_share` its share of all steps. `host_median_ms` and `host_most_ms` tell a step that is
+always slow from a few that are; `host_processor_ms` is what the thread computed of `host_ms`: the rest it was kept from
+it. Printed below the row is where such a thread spends its time, by Python's profiler in steps of their own: it slows
+Python down, so these are shares, not times.
 """
-SHOWN = ("model", "recipe", "batch", "context", "steps", "step_ms", "host_ms", "host_share")
+MEASURED = ("steps", "step_ms", "host_ms", "host_share", "host_median_ms", "host_most_ms", "host_processor_ms")
+SHOWN = ("model", "recipe", "batch", "context", *MEASURED)
 PLACES = 12
+
+
+class Step(NamedTuple):
+    """A step in seconds: all of it, the host's part, and the processor's time in that."""
+
+    whole: float
+    host: float
+    processor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +69,18 @@ def main(argv: list[str]) -> int:
     )
     begin(engine, requests)
     with Stopwatch(not_the_host(subject.device)) as elsewhere:
-        times = decode(engine, len(requests))
+        steps = decode(engine, len(requests), elsewhere)
     if not elsewhere.calls:
         raise ValueError(
             "the engine waited for the device in a way that this benchmark does not know: nothing to tell."
         )
     begin(engine, requests)
     profiler = cProfile.Profile()
-    profiler.runcall(decode, engine, len(requests))
+    profiler.runcall(decode, engine, len(requests), elsewhere)
     engine.close()
-    host_share = 1 - elsewhere.seconds / sum(times)
-    step = statistics.median(times)
+    host = [step.host for step in steps]
+    host_share = sum(host) / sum(step.whole for step in steps)
+    step = statistics.median(step.whole for step in steps)
     found = places(pstats.Stats(profiler))[:PLACES]
     row = {
         **provenance(subject.device),
@@ -76,10 +88,13 @@ def main(argv: list[str]) -> int:
         **subject.columns,
         "batch": options.batch,
         "context": options.context,
-        "steps": len(times),
+        "steps": len(steps),
         "step_ms": round(step * 1e3, 4),
         "host_ms": round(host_share * step * 1e3, 4),
         "host_share": round(host_share, 4),
+        "host_median_ms": round(statistics.median(host) * 1e3, 4),
+        "host_most_ms": round(max(host) * 1e3, 4),
+        "host_processor_ms": round(statistics.mean(step.processor for step in steps) * 1e3, 4),
         "places": "; ".join(f"{place} {100 * share:.1f}%" for place, share in found),
     }
     record(options.out, row, SHOWN)
@@ -113,16 +128,23 @@ def begin(engine: Engine, requests: Sequence[Request]) -> None:
         begun |= {event.request_id for event in engine.step() if event.token_ids}
 
 
-def decode(engine: Engine, batch: int) -> list[float]:
-    """The lengths of the steps in which all sequences get a token; those that began early end early."""
-    times: list[float] = []
+def decode(engine: Engine, batch: int, elsewhere: Stopwatch) -> list[Step]:
+    """The steps in which all sequences get a token; those that began early end early."""
+    steps: list[Step] = []
     while engine.has_work():
-        before = time.perf_counter()
+        before = time.perf_counter(), time.thread_time(), elsewhere.seconds, elsewhere.processor
         events = engine.step()
-        if len(events) < batch and times:
+        after = time.perf_counter(), time.thread_time(), elsewhere.seconds, elsewhere.processor
+        whole, processor, seconds, computed = (late - early for late, early in zip(after, before, strict=True))
+        if len(events) == batch:
+            steps.append(Step(whole, whole - seconds, processor - computed))
+        elif steps:
             break
-        times.append(time.perf_counter() - before)
-    return times
+    if not steps:
+        raise ValueError(
+            f"the first of {batch} sequences had ended before the last began: raise num_tokens_per_iter or steps."
+        )
+    return steps
 
 
 def places(stats: Any) -> list[tuple[str, float]]:

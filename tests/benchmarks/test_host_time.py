@@ -49,6 +49,14 @@ def test_a_row_and_where_the_time_went(tmp_path: Path, capsys: pytest.CaptureFix
     [row] = rows.read(out)
     assert 0 < float(row["host_share"]) < 1
     assert float(row["host_ms"]) == pytest.approx(float(row["host_share"]) * float(row["step_ms"]), abs=0.01)
+    assert 0 < float(row["host_median_ms"]) <= float(row["host_most_ms"])
+    assert 0 < float(row["host_processor_ms"]) <= float(row["host_most_ms"])
     assert 25 <= int(row["steps"]) <= 31
     assert "engine/kernels/reference.py" in row["places"]
     assert "engine/kernels/reference.py" in capsys.readouterr().out
+
+
+def test_sequences_that_never_decode_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    case = ["shape=tiny", "device=cpu", "batch=8", "context=200", "steps=10", "num_tokens_per_iter=64", "out=none"]
+    assert main(["bench", "profile", *case]) != 0
+    assert "raise num_tokens_per_iter or steps" in capsys.readouterr().err
