@@ -64,7 +64,7 @@ class DecodeSteps:
         lengths = [room_for(size), pages.size]
         flat, table = self._staging.host(number, lengths)
         table.reshape(here, width)[:] = pages
-        header, page_len = flat.reshape(FIELDS, -1), self._staging.page_len
+        header = flat.reshape(FIELDS, -1)
         # `token_ids` written out: this is done for every token.
         last = [sequence.tokens[-1] for sequence in sequences]
         header[IDS, :here] = [
@@ -74,7 +74,8 @@ class DecodeSteps:
         header[POSITIONS, :here] = cached
         header[LENGTHS, :here] = cached + 1
         header[IGNORES, :here] = [sequence.sampling.ignore_eos for sequence in sequences]
-        header[SLOTS, :here] = pages[self._numbers[:here], cached // page_len] * page_len + cached % page_len
+        page, place = np.divmod(cached, self._staging.page_len)
+        header[SLOTS, :here] = pages[self._numbers[:here], page] * self._staging.page_len + place
         header[:SLOTS, here:] = 0
         header[SLOTS, here:] = self._staging.spare_slot
         return Step(

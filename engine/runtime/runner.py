@@ -68,7 +68,9 @@ class Runner:
         # How many steps may be launched before the tokens of the first are read.
         self.depth = 1 if self._on_gpu else 0
         self._drawn = torch.zeros(max_batch_size, dtype=torch.int64, device=model.device)
+        # Two of each: the tokens of a step may be unread while those of the next come.
         self._hosts = [torch.zeros(max_batch_size, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)]
+        self._done = [torch.cuda.Event() for _ in range(2 * self._on_gpu)]  # type: ignore[no-untyped-call]
         self._graphs: Graphs | None = None
         if self._on_gpu and graphs:
             self._graphs = Graphs(
@@ -108,14 +110,14 @@ class Runner:
         graphs = self._graphs
         step = None if graphs is None else graphs.step_of(plan, self._rows, self._step)
         if replayed := graphs is not None and step is not None:
-            step = replace(step, sampled=not greedy)
+            step = step if greedy else replace(step, sampled=True)
             self._tell(step)
             graphs.replay(step, self._step)
-            logits = graphs.logits[:number]
+            logits = graphs.logits
         else:
             logits = self._logits(self._step_of(plan), share=True)
         if drawing and not greedy:
-            wide = logits.float()
+            wide = logits[:number].float()
             tokens = sample(wide, collect_draws(drawing, eos_token_ids=self._eos_token_ids))
             logprobs = token_logprobs(wide, tokens, [sequence.sampling.logprobs for sequence in drawing])
             self._drawn[:number] = tokens
@@ -178,9 +180,8 @@ class Runner:
         if not self._on_gpu:
             tokens: list[int] = self._drawn[:number].tolist()
             return lambda: tokens
-        host = self._hosts[self._step % 2][:number]
+        host, done = self._hosts[self._step % 2][:number], self._done[self._step % 2]
         host.copy_(self._drawn[:number], non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
 
         def wait() -> list[int]:

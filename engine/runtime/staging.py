@@ -38,29 +38,41 @@ class Staging:
         self._pinned = device.type == "cuda"
         # Two pieces: one may still be on its way while the other is filled.
         self._hosts = [torch.empty(room, dtype=torch.int32, pin_memory=self._pinned) for _ in range(2)]
+        self._arrays = [host.numpy() for host in self._hosts]
+        # The pieces that are copied, of the latest step from each: most steps are as long as the last.
+        self._pieces: list[tuple[tuple[int, ...], tuple[Tensor, ...]]] = [((), ()), ((), ())]
 
     def host(self, number: int, lengths: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The integers of a step of this `number`, to be written: its header, and its page table, flat."""
         header, table = lengths
-        integers = self._hosts[number % 2].numpy()
+        integers = self._arrays[number % 2]
         return integers[:header], integers[header : header + table]
 
     def integers(self, number: int, lengths: list[int]) -> NDArray[np.int32]:
         """Both in one piece."""
-        return self._hosts[number % 2].numpy()[: sum(lengths)]
+        return self._arrays[number % 2][: sum(lengths)]
 
     def send(self, step: Step, number: int) -> None:
         """What `host` was filled with for this step, or another rank's step of the same `number`, to the device."""
-        host = self._hosts[number % 2][: len(step.integers)]
-        if not np.shares_memory(step.integers, host.numpy()):
-            host.numpy()[:] = step.integers
-        there = self.header[: len(host)]
+        array = self._arrays[number % 2][: len(step.integers)]
+        if not np.may_share_memory(step.integers, array):  # by their bounds, which say it of such pieces
+            array[:] = step.integers
+        lengths = (*step.lengths, step.width)
+        known, pieces = self._pieces[number % 2]
+        if known != lengths:
+            pieces = self._pieces_of(number % 2, *lengths)
+            self._pieces[number % 2] = lengths, pieces
+        host, there, table, rows = pieces
         there.copy_(host, non_blocking=True)
-        header, size = step.lengths
-        if size:
-            table = there[header:].view(-1, step.width)
-            self.page_table[: len(table), : step.width].copy_(table)
+        if step.width:
+            rows.copy_(table)
         if self.rope_bases is not None and step.bases:
             bases = torch.tensor(step.bases, dtype=torch.float64)
             bases = bases.pin_memory() if self._pinned else bases
             self.rope_bases[: len(bases)].copy_(bases, non_blocking=True)
+
+    def _pieces_of(self, number: int, header: int, size: int, width: int) -> tuple[Tensor, ...]:
+        """The integers of a step on the host and on the device, and of these the page table and where it goes."""
+        there = self.header[: header + size]
+        table = there[header:].view(-1, width or 1)
+        return self._hosts[number][: header + size], there, table, self.page_table[: len(table), :width]
