@@ -47,7 +47,8 @@ class Step:
 
     `draws` sequences draw. `width` is that of the page table; `decodes` and `bases` are those of `Batch`, no bases
     where the model has one. `graph` is that which computes the step, None where none does, and `sampled` says that the
-    tokens of a graph's step are not just the likeliest ones.
+    tokens of a graph's step are not just the likeliest ones. `table` says which page table a graph's step has: no table
+    is sent, its length is 0, where that lies on the device already.
     """
 
     integers: NDArray[np.int32]
@@ -58,6 +59,7 @@ class Step:
     bases: list[float]
     graph: Size | None = None
     sampled: bool = False
+    table: int = 0
 
     def message(self) -> dict[str, Any]:
         """The step as msgpack has it; `of_message` reads it."""

@@ -61,9 +61,11 @@ class DecodeSteps:
         sequences = plan.sequences
         pages = self._page_rows.of(sequences)
         here, width = pages.shape
-        lengths = [room_for(size), pages.size]
+        lies_there = self._page_rows.version == self._staging.table
+        lengths = [room_for(size), 0 if lies_there else pages.size]
         flat, table = self._staging.host(number, lengths)
-        table.reshape(here, width)[:] = pages
+        if not lies_there:
+            table.reshape(here, width)[:] = pages
         header = flat.reshape(FIELDS, -1)
         # `token_ids` written out: this is done for every token.
         last = [sequence.tokens[-1] for sequence in sequences]
@@ -86,6 +88,7 @@ class DecodeSteps:
             decodes=here,
             bases=bases_of(plan),
             graph=size,
+            table=self._page_rows.version,
         )
 
     def batch(self, size: Size) -> Batch:

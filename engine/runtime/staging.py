@@ -31,6 +31,7 @@ class Staging:
         self.page_len = cache.page_len
         self.spare_slot = (cache.num_pages - 1) * cache.page_len
         self.drawn = drawn
+        self.table = 0  # `Step.table` of the step whose page table is there
         self.page_table = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.rope_bases = torch.ones(rows, dtype=torch.float64, device=device) if is_dynamic(model.config) else None
         room += max_batch_size * width
@@ -64,8 +65,9 @@ class Staging:
             self._pieces[number % 2] = lengths, pieces
         host, there, table, rows = pieces
         there.copy_(host, non_blocking=True)
-        if step.width:
+        if len(table):
             rows.copy_(table)
+            self.table = step.table
         if self.rope_bases is not None and step.bases:
             bases = torch.tensor(step.bases, dtype=torch.float64)
             bases = bases.pin_memory() if self._pinned else bases

@@ -90,6 +90,8 @@ def test_another_rank_computes_the_same_from_what_it_is_told(monkeypatch):
     one.generate(PROMPTS, Sampling(temperature=0, max_new_tokens=8))
     steps = [Step.of_message(unpack(message)) for message in told]
     assert {step.graph.room > 0 for step in steps} == {False, True}
+    tables = {(step.graph.room > 0, step.lengths[1] > 0) for step in steps}
+    assert tables == {(True, True), (False, True), (False, False)}, "what has not changed is not sent"
     for step in steps:
         other._runner.follow(step)
         other._runner._drawn.tolist()  # waits, as rank 0 does before it goes on

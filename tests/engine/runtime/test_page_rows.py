@@ -23,11 +23,14 @@ def test_another_list_of_the_same_length_is_another_row():
     assert rows.of([one]).tolist() == [[4, 5]]
     one.pages = [4, 6]  # given back, and admitted anew with what is left of its prefix
     assert rows.of([one]).tolist() == [[4, 6]]
+    assert rows.version == 2
+    rows.of([one])
+    assert rows.version == 2, "nothing has changed"
 
 
 def test_a_row_is_what_the_scheduler_makes_of_it():
     rng, rows = random.Random(3), PageRows(5, 7)
-    alive = [sequence([rng.randrange(1, 99)]) for _ in range(3)]
+    alive, before = [sequence([rng.randrange(1, 99)]) for _ in range(3)], None
     for _ in range(2000):
         one = rng.choice(alive)
         match rng.randrange(5):
@@ -42,4 +45,7 @@ def test_a_row_is_what_the_scheduler_makes_of_it():
             case 4:
                 rng.shuffle(alive)
         taken = alive[: rng.randint(1, 5)]
-        assert rows.of(taken).tolist() == plain(taken)
+        version, table = rows.version, rows.of(taken).tolist()
+        assert table == plain(taken)
+        assert rows.version > version or table == before
+        before = table
