@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 ABOUT = """
 Decode steps of `batch` sequences around `context` tokens. `host_ms` is the time of a step in which the thread that
 steps the engine does not wait for the device (a GPU), or is not inside the model (a CPU): scheduling, staging,
-launching, sampling, text; `host_share` its share of all steps. `host_median_ms` and `host_most_ms` tell a step that is
-always slow from a few that are; `host_processor_ms` is what the thread computed of `host_ms`: the rest it was kept from
-it. Printed below the row is where such a thread spends its time, by Python's profiler in steps of their own: it slows
+launching, sampling, text; `host_share` its share of the step. Both are medians; where a few steps are slow
+`host_mean_ms` and `host_most_ms` are far above. `host_processor_ms` is what the thread computed in the mean: the rest
+it was kept from it. `launch_ms` is spent in calls that start the device's work, copies and a graph, in the mean.
+Printed below the row is where such a thread spends its time, by Python's profiler in steps of their own: it slows
 Python down, so these are shares, not times.
 """
-MEASURED = ("steps", "step_ms", "host_ms", "host_share", "host_median_ms", "host_most_ms", "host_processor_ms")
-SHOWN = ("model", "recipe", "batch", "context", *MEASURED)
+MEASURED = ("steps", "step_ms", "host_ms", "host_share", "host_mean_ms", "host_most_ms", "host_processor_ms")
+SHOWN = ("model", "recipe", "batch", "context", *MEASURED, "launch_ms")
 PLACES = 12
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         options.batch, inputs, options.steps + 1, vocab_size=subject.config.vocab_size, seed=subject.seed
     )
     begin(engine, requests)
-    with Stopwatch(not_the_host(subject.device)) as elsewhere:
+    with Stopwatch(not_the_host(subject.device)) as elsewhere, Stopwatch(launching()) as launches:
         steps = decode(engine, len(requests), elsewhere)
     if not elsewhere.calls:
         raise ValueError(
@@ -79,8 +80,7 @@ def main(argv: list[str]) -> int:
     profiler.runcall(decode, engine, len(requests), elsewhere)
     engine.close()
     host = [step.host for step in steps]
-    host_share = sum(host) / sum(step.whole for step in steps)
-    step = statistics.median(step.whole for step in steps)
+    typical, whole = statistics.median(host), statistics.median(step.whole for step in steps)
     found = places(pstats.Stats(profiler))[:PLACES]
     row = {
         **provenance(subject.device),
@@ -89,12 +89,13 @@ def main(argv: list[str]) -> int:
         "batch": options.batch,
         "context": options.context,
         "steps": len(steps),
-        "step_ms": round(step * 1e3, 4),
-        "host_ms": round(host_share * step * 1e3, 4),
-        "host_share": round(host_share, 4),
-        "host_median_ms": round(statistics.median(host) * 1e3, 4),
+        "step_ms": round(whole * 1e3, 4),
+        "host_ms": round(typical * 1e3, 4),
+        "host_share": round(typical / whole, 4),
+        "host_mean_ms": round(statistics.mean(host) * 1e3, 4),
         "host_most_ms": round(max(host) * 1e3, 4),
         "host_processor_ms": round(statistics.mean(step.processor for step in steps) * 1e3, 4),
+        "launch_ms": round(launches.seconds / len(steps) * 1e3, 4),
         "places": "; ".join(f"{place} {100 * share:.1f}%" for place, share in found),
     }
     record(options.out, row, SHOWN)
@@ -112,6 +113,16 @@ def not_the_host(device: str) -> list[tuple[type, str]]:
     if device.startswith("cuda"):
         return [(torch.cuda.Event, "synchronize")]
     return [(Decoder, "__call__"), (Decoder, "logits")]
+
+
+def launching() -> list[tuple[type, str]]:
+    """The methods that start copies and graphs, and do not wait for them."""
+    import torch
+
+    from engine.runtime.runner import Runner
+    from engine.runtime.staging import Staging
+
+    return [(Staging, "send"), (torch.cuda.CUDAGraph, "replay"), (Runner, "_read")]
 
 
 def begin(engine: Engine, requests: Sequence[Request]) -> None:

@@ -136,7 +136,7 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             length = len(sequence.tokens)
-            if sequence in resting:
+            if resting and sequence in resting:
                 sequence.scheduled = 0
                 index += 1
                 continue
