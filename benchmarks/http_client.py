@@ -1,23 +1,28 @@
 """A small HTTP/1.1 client for streams of server-sent events, so that the client is not what is measured.
 
-It keeps the time and the bytes of every piece that arrives, and reads them when the run is over. When one has come it
-sleeps for a millisecond and takes what came meanwhile: a server that writes to 64 streams in turn would wake it 64
-times else, on a processor that the server may need. So times are late by up to a millisecond.
+It keeps the time and the bytes of every piece that arrives, and reads them when the run is over. All connections are
+looked after in one thread, without a framework: what it takes of the processor, the server may need. When some have
+news it takes those and sleeps for a millisecond: a server that writes to 64 streams in turn would wake it 64 times
+else. So times are late by up to a millisecond, and by a round trip where another request connects meanwhile.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
+import selectors
+import socket
 import time
 import urllib.parse
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, ClassVar, cast
+from typing import Any
 
 SECONDS_TO_GATHER = 0.001
+PIECE = 1 << 14
 DATA = b"data: "
 DONE = b"[DONE]"
 
@@ -54,50 +59,32 @@ def address_of(url: str, key: str | None = None) -> Address:
     return Address(parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"), key)
 
 
-async def get(address: Address, path: str) -> dict[str, Any]:
+def get(address: Address, path: str) -> dict[str, Any]:
     """The JSON object at `path`; ValueError, in the server's words, for any status but 200."""
-    return _object(await _exchange(address, _head(address, "GET", path)))
+    [received] = _exchange(address, [(0.0, _head(address, "GET", path))])
+    return _object(received)
 
 
-async def stream(address: Address, path: str, content: Mapping[str, Any]) -> Streamed:
-    """Post `content`, with streaming asked for, and keep all that comes until the connection ends."""
-    body = json.dumps({**content, "stream": True, "stream_options": {"include_usage": True}}).encode()
-    return await _exchange(address, _head(address, "POST", path, body))
+def stream(address: Address, path: str, posts: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Streamed]:
+    """Post each content at its time, in seconds from now, with streaming asked for, and keep all that comes until the
+    connections end."""
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    bodies = [(at, json.dumps({**content, **asked}).encode()) for at, content in posts]
+    return _exchange(address, [(at, _head(address, "POST", path, body)) for at, body in bodies])
 
 
-class Streamed(asyncio.Protocol):
-    """What a server sent: pieces of bytes, each with its time."""
+@dataclass(slots=True)
+class Streamed:
+    """What a server sent: pieces of bytes, and the time of each. Two lists, since garbage collection goes through
+    every tuple that is kept."""
 
-    _sleep_is_due: ClassVar[bool] = False
-
-    def __init__(self, request: bytes) -> None:
-        self.asked = time.perf_counter()
-        self.arrived: list[tuple[float, bytes]] = []
-        self.ended = asyncio.get_running_loop().create_future()
-        self._request = request
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self._request)  # uvloop's are of no class of asyncio
-
-    def data_received(self, data: bytes) -> None:
-        self.arrived.append((time.perf_counter(), data))
-        if not Streamed._sleep_is_due:
-            Streamed._sleep_is_due = True
-            asyncio.get_running_loop().call_soon(self._sleep)
-
-    @staticmethod
-    def _sleep() -> None:
-        """The whole loop sleeps, after what has come by now was taken."""
-        Streamed._sleep_is_due = False
-        time.sleep(SECONDS_TO_GATHER)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+    asked: float
+    times: list[float] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
 
     def answered(self) -> Answered:
         """The streamed answer. ValueError, in the server's words, where it was refused, broke off, or told no usage."""
-        whole = b"".join(piece for _, piece in self.arrived)
+        whole = b"".join(self.pieces)
         status, headers, begin = _status(whole)
         if status != 200 or headers.get("transfer-encoding") != "chunked":
             _object(self)
@@ -106,14 +93,14 @@ class Streamed(asyncio.Protocol):
 
     def _chunks(self, whole: bytes, begin: int) -> list[tuple[float, bytes]]:
         """The chunks of the body, which begins there, each with the time at which its last byte came."""
-        ends = list(accumulate(len(piece) for _, piece in self.arrived))
+        ends = list(accumulate(map(len, self.pieces)))
         found: list[tuple[float, bytes]] = []
         while (line := whole.find(b"\r\n", begin)) > 0 and (size := int(whole[begin:line].split(b";")[0], 16)):
             begin = line + 2 + size + 2
             last = line + 2 + size - 1
             if last >= len(whole):
                 break
-            found.append((self.arrived[bisect_right(ends, last)][0], whole[line + 2 : last + 1]))
+            found.append((self.times[bisect_right(ends, last)], whole[line + 2 : last + 1]))
         else:
             if line > 0:
                 return found
@@ -141,18 +128,48 @@ def _read(asked: float, arrived: list[tuple[float, bytes]]) -> Answered:
     return Answered(asked, tuple(pieces), arrived[-1][0], tokens)
 
 
-async def _exchange(address: Address, request: bytes) -> Streamed:
+def _exchange(address: Address, requests: Sequence[tuple[float, bytes]]) -> list[Streamed]:
+    """What came of each request, sent at its time, until its connection ended."""
+    begun = time.perf_counter()
+    answers = [Streamed(begun + at) for at, _ in requests]
+    ahead = deque(sorted(range(len(requests)), key=lambda number: requests[number][0]))
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        while ahead or selector.get_map():
+            wait = max(answers[ahead[0]].asked - time.perf_counter(), 0) if ahead else None
+            ready = selector.select(wait)
+            now = time.perf_counter()
+            connection: Any
+            for (connection, _, _, answer), _ in ready:
+                if piece := _piece(connection):
+                    answer.times.append(now)
+                    answer.pieces.append(piece)
+                else:
+                    selector.unregister(connection)
+                    connection.close()
+            while ahead and answers[ahead[0]].asked <= time.perf_counter():
+                number = ahead.popleft()
+                connection = stack.enter_context(_connected(address))
+                answers[number].asked = time.perf_counter()
+                connection.sendall(requests[number][1])
+                selector.register(connection, selectors.EVENT_READ, answers[number])
+            if ready:
+                time.sleep(SECONDS_TO_GATHER)
+    return answers
+
+
+def _connected(address: Address) -> socket.socket:
     try:
-        transport, received = await asyncio.get_running_loop().create_connection(
-            lambda: Streamed(request), address.host, address.port
-        )
+        return socket.create_connection((address.host, address.port))
     except OSError as error:
         raise ValueError(f"no server answers at {address.host}:{address.port}: {error.strerror or error}.") from error
+
+
+def _piece(connection: socket.socket) -> bytes:
+    """What has come; empty at the end, however that came about."""
     try:
-        await received.ended
-    finally:
-        transport.close()
-    return received
+        return connection.recv(PIECE)
+    except OSError:
+        return b""
 
 
 def _head(address: Address, method: str, path: str, body: bytes = b"") -> bytes:
@@ -174,7 +191,7 @@ def _status(whole: bytes) -> tuple[int, dict[str, str], int]:
 
 
 def _object(received: Streamed) -> dict[str, Any]:
-    whole = b"".join(piece for _, piece in received.arrived)
+    whole = b"".join(received.pieces)
     status, _, begin = _status(whole)
     try:
         content = json.loads(whole[begin:])

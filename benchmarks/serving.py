@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import os
@@ -18,13 +17,12 @@ from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.cold import workspace_of
-from benchmarks.http_client import Address, Answered, Streamed, address_of, get, stream
+from benchmarks.http_client import Address, Answered, address_of, get, stream
 from benchmarks.options import option, read_options
 from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
 from benchmarks.timeline import percentile, run
 from benchmarks.workload import Request
-from server import event_loop
 
 ABOUT = """
 Sends requests to /v1/completions as a Poisson process of each rate, one row a rate: requests and tokens a second, and
@@ -71,6 +69,14 @@ class Options(SubjectOptions):
     out: Path = option(RESULTS / "serving.csv", "rows are added to this file; `none` keeps none")
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """All answers to requests, and the processor time in seconds that sending and receiving took."""
+
+    answers: list[Answered]
+    seconds: float
+
+
 def main(argv: list[str]) -> int:
     options = read_options(Options, argv, prog="ingot bench serving", about=ABOUT)
     check_out(options.out)
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> int:
         if options.artifact or options.folder or options.shape:
             raise ValueError("url= names a running server: leave artifact=, folder= and shape= out.")
         address = address_of(options.url, os.environ.get("INGOT_API_KEY"))
-        model = event_loop.run(get(address, "/v1/models"))["data"][0]["id"]
+        model = get(address, "/v1/models")["data"][0]["id"]
         at_rates(options, address, {**provenance(), "engine": "server", "model": model}, vocab_size=None)
         return 0
     subject = find_subject(options)
@@ -99,8 +105,8 @@ def main(argv: list[str]) -> int:
                     at_rates(options, address, common, vocab_size=subject.config.vocab_size)
                 if not together:
                     break
-                event_loop.run(send(address, together, [0.0] * len(together)))  # the first time is not counted
-                through_http = event_loop.run(send(address, together, [0.0] * len(together)))
+                send(address, together, [0.0] * len(together))  # the first time is not counted
+                through_http = send(address, together, [0.0] * len(together))
             compared.append(overhead(subject, together, batch, through_http))
     if compared:
         compared.sort(key=lambda row: float(str(row["http_overhead"])))
@@ -114,14 +120,14 @@ def at_rates(options: Options, address: Address, common: dict[str, object], *, v
     """A row for each rate. Without a known vocabulary prompts are of the ids that every model has."""
     for rate in options.rates:
         requests = asked(options, vocab_size or 256)
-        answers = event_loop.run(send(address, requests, workload.arrivals(len(requests), rate, seed=options.seed)))
+        sent = send(address, requests, workload.arrivals(len(requests), rate, seed=options.seed))
         row = {
             **common,
             "case": "rate",
             "rate": rate or "all at once",
             "requests": len(requests),
             "seed": options.seed,
-            **figures(requests, answers),
+            **figures(requests, sent),
         }
         record(options.out, row, SHOWN)
 
@@ -136,30 +142,25 @@ def asked(options: Options, vocab_size: int) -> list[Request]:
     ]
 
 
-async def until_it_answers(address: Address) -> None:
+def until_it_answers(address: Address) -> None:
     """Return when the server takes connections, a moment after it said where; ValueError if it never does."""
     until = time.perf_counter() + SECONDS_TO_ANSWER
     while True:
         try:
-            await get(address, "/v1/models")
+            get(address, "/v1/models")
             return
         except ValueError:
             if time.perf_counter() > until:
                 raise
-        await asyncio.sleep(0.05)
+        time.sleep(0.05)
 
 
-async def send(address: Address, requests: Sequence[Request], times: Sequence[float]) -> list[Answered]:
-    """All answers, each request sent at its time. ValueError where one is refused or comes short."""
-    models = await get(address, "/v1/models")
-    name = models["data"][0]["id"]
-    begun = time.perf_counter()
-
-    async def one(request: Request, at: float) -> Streamed:
-        await asyncio.sleep(max(at - (time.perf_counter() - begun), 0))
-        return await stream(
-            address,
-            "/v1/completions",
+def send(address: Address, requests: Sequence[Request], times: Sequence[float]) -> Sent:
+    """Each request sent at its time. ValueError where one is refused or comes short."""
+    name = get(address, "/v1/models")["data"][0]["id"]
+    posts = [
+        (
+            at,
             {
                 "model": name,
                 "prompt": request.prompt_ids,
@@ -168,10 +169,13 @@ async def send(address: Address, requests: Sequence[Request], times: Sequence[fl
                 "ignore_eos": True,
             },
         )
-
-    streams = await asyncio.gather(*(one(request, at) for request, at in zip(requests, times, strict=True)))
+        for request, at in zip(requests, times, strict=True)
+    ]
+    begun = time.process_time()
+    streams = stream(address, "/v1/completions", posts)
+    seconds = time.process_time() - begun
     # Read when all have come: what reads one would delay the others.
-    return [whole(request, each.answered()) for request, each in zip(requests, streams, strict=True)]
+    return Sent([whole(request, each.answered()) for request, each in zip(requests, streams, strict=True)], seconds)
 
 
 def whole(request: Request, answer: Answered) -> Answered:
@@ -184,8 +188,9 @@ def whole(request: Request, answer: Answered) -> Answered:
     return answer
 
 
-def figures(requests: Sequence[Request], answers: Sequence[Answered]) -> dict[str, object]:
-    """Columns of a row: rates of the whole run, and percentiles in milliseconds."""
+def figures(requests: Sequence[Request], sent: Sent) -> dict[str, object]:
+    """Columns of a row: rates of the whole run, percentiles in milliseconds, and the processor time of the client."""
+    answers = sent.answers
     seconds = max(answer.ended for answer in answers) - min(answer.asked for answer in answers)
     tokens = sum(answer.tokens for answer in answers)
     gaps = [
@@ -203,15 +208,14 @@ def figures(requests: Sequence[Request], answers: Sequence[Answered]) -> dict[st
         "requests_per_second": round(len(answers) / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "tokens_per_piece": round(tokens / sum(len(answer.pieces) for answer in answers), 3),
+        "client_us_per_token": round(1e6 * sent.seconds / tokens, 1),
     }
     for name, values in measured.items():
         found |= {f"{name}_p{100 * share:.0f}_ms": round(1e3 * percentile(values, share), 2) for share in SHARES}
     return found
 
 
-def overhead(
-    subject: Subject, requests: Sequence[Request], batch: int, answers: Sequence[Answered]
-) -> dict[str, object]:
+def overhead(subject: Subject, requests: Sequence[Request], batch: int, sent: Sent) -> dict[str, object]:
     """The same requests by an engine of this process, its server having ended, and what HTTP costs against it."""
     engine = subject.engine(
         session_len=workload.longest(requests),
@@ -224,7 +228,7 @@ def overhead(
     offline = run(engine, requests).tokens_per_second
     gc.unfreeze()
     engine.close()
-    found = figures(requests, answers)
+    found = figures(requests, sent)
     return {
         "case": "streams",
         "rate": "all at once",
@@ -265,7 +269,7 @@ def started(subject: Subject, folder: Path, batch: int) -> Iterator[Address]:
                 last = said.read().strip().splitlines()[-1:] or ["it said nothing"]
                 raise ValueError(f"the server did not start: {last[0].removeprefix('ingot: ')}")
             address = address_of(url)
-            event_loop.run(until_it_answers(address))
+            until_it_answers(address)
             yield address
         finally:
             process.send_signal(signal.SIGTERM)

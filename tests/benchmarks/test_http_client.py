@@ -1,4 +1,3 @@
-import asyncio
 import json
 
 import pytest
@@ -35,12 +34,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def received(*pieces: bytes) -> http_client.Streamed:
-    async def make() -> http_client.Streamed:
-        return http_client.Streamed(b"")
-
-    streamed = asyncio.run(make())
-    streamed.asked, streamed.arrived = 0.5, [(1.0 + number, piece) for number, piece in enumerate(pieces)]
-    return streamed
+    times = [1.0 + number for number in range(len(pieces))]
+    return http_client.Streamed(0.5, times, list(pieces))
 
 
 def chunk(content: bytes) -> bytes:
@@ -89,4 +84,4 @@ def test_what_is_no_address(url: str) -> None:
 
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="no server answers"):
-        asyncio.run(get(Address("127.0.0.1", 9, ""), "/v1/models"))
+        get(Address("127.0.0.1", 9, ""), "/v1/models")

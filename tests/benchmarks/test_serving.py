@@ -1,4 +1,3 @@
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from benchmarks import rows
 from benchmarks.http_client import Answered, stream
 from benchmarks.random_workspace import write_workspace
-from benchmarks.serving import figures, started
+from benchmarks.serving import Sent, figures, started
 from benchmarks.shapes import shape
 from benchmarks.subject import Subject
 from benchmarks.workload import Request
@@ -50,15 +49,15 @@ def test_a_running_server_and_what_it_refuses(tmp_path: Path, capsys: pytest.Cap
         assert main([*asked, "input=40", "output=50"]) == 1
         assert "gave 24 tokens where 50 were asked for" in capsys.readouterr().err
         with pytest.raises(ValueError, match="404"):
-            asyncio.run(stream(address, "/v1/completions", {"model": "other", "prompt": [4]})).answered()
+            stream(address, "/v1/completions", [(0.0, {"model": "other", "prompt": [4]})])[0].answered()
 
 
 def test_figures_are_those_of_the_answers() -> None:
     answers = [Answered(0.0, (1.0, 1.5, 2.5), 3.0, 6), Answered(1.0, (4.0,), 5.0, 4)]
-    found = figures([Request([1], 6), Request([1, 2], 4)], answers)
+    found = figures([Request([1], 6), Request([1, 2], 4)], Sent(answers, 0.0002))
     assert found["seconds"] == 5.0
     assert found["tokens_per_second"] == 2.0
-    assert found["tokens_per_piece"] == 2.5
+    assert (found["tokens_per_piece"], found["client_us_per_token"]) == (2.5, 20.0)
     assert (found["first_p50_ms"], found["gap_p50_ms"], found["total_p50_ms"]) == (2000.0, 750.0, 3500.0)
 
 
