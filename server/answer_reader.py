@@ -40,7 +40,7 @@ class AnswerReader:
         entries = None if self._logprobs is None else self._logprobs.take(event)
         reason: str | None = event.finish_reason
         if self._parser is None:
-            return Delta(content=event.text, logprobs=entries, finish_reason=reason)
+            return Delta(event.text, (), entries, reason)
         pieces = self._parser.push(event.text)
         if reason is not None:
             pieces += self._parser.finish()

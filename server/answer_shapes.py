@@ -59,12 +59,9 @@ class ChatShape:
         readers = [self._reader() for _ in range(count)]
         sent = [0] * count
         plain = [self._around_text(index) for index in range(count)]
+        lines = [self._line([opening]) for index in range(count) if (opening := self.opening(index))]
         try:
-            openings = [opening for index in range(count) if (opening := self.opening(index))]
-            if openings:
-                yield "".join(self._line([opening]) for opening in openings)
             while not answers.over:
-                lines: list[str] = []
                 for index, event in answers.take():
                     delta = readers[index].read(event)
                     if delta.content and delta.logprobs is None and not delta.calls:
@@ -75,10 +72,11 @@ class ChatShape:
                     if delta.finish_reason:
                         lines.append(self._line([self.ending(index, delta.finish_reason)]))
                 yield "".join(lines)
+                lines = []
             usage = self._line([], usage=answers.usage()) if self._with_usage else ""
             yield usage + DONE
         except EngineError as error:
-            yield event_line(engine_error_body(error))
+            yield "".join([*lines, event_line(engine_error_body(error))])
 
     def choice(self, index: int, deltas: Sequence[Delta]) -> Choice:
         content = "".join(delta.content for delta in deltas)

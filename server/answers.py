@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from engine.config import Sampling
@@ -40,7 +39,7 @@ class Answers:
         self._late: DeadlineExceeded | None = None
         self._streams: list[Stream] = []
         self._unfinished = len(jobs)
-        self._ready: dict[int, None] = {}
+        self._failed = False
         self._on_news: Callable[[], None] = _nobody_listens
         self._latest: dict[int, Event] = {}
 
@@ -66,11 +65,10 @@ class Answers:
         try:
             if seconds is not None and until is not None:
                 answers._timer = asyncio.get_running_loop().call_at(until, answers._expire, seconds)
-            for index, job in enumerate(jobs):
+            for job in jobs:
                 stream = await client.submit(job.prompt_ids, job.sampling, owner=owner, priority=priority)
                 answers._streams.append(stream)
-                stream.on_arrival = partial(answers._note, index)
-                answers._note(index)  # it may have begun already
+                stream.on_arrival = answers._tell
                 if answers._late is not None:
                     raise answers._late
         except BaseException:
@@ -101,23 +99,19 @@ class Answers:
                 stream.cut(latest)
 
     def follow(self, on_news: Callable[[], None]) -> None:
-        """Have `on_news` called when there may be something to `take`; once for all that comes at the same time."""
+        """Have `on_news` called when there may be more to `take`: once for all that comes at the same time."""
         self._on_news = on_news
-        if self._ready:
-            on_news()
 
     def take(self) -> list[tuple[int, Event]]:
         """(number of the answer, event) of all that has come since. Where that is nothing, the error of an answer that
         failed is raised (EngineError). A reader who is slow gets more at once."""
         batch: list[tuple[int, Event]] = []
-        for index in list(self._ready):
-            stream = self._streams[index]
-            if stream.error is not None and batch:
-                continue  # raised once what came before it was handed over
-            events = stream.take()
-            if stream.error is None:
-                del self._ready[index]
-            for event in events:
+        for index, stream in enumerate(self._streams):
+            if stream.error is not None:
+                if batch:
+                    continue  # raised once what came before it was handed over
+                self._failed = not stream.has_events
+            for event in stream.take():
                 self._latest[index] = event
                 self._track.take(index, event)
                 if self._trace is not None:
@@ -131,23 +125,19 @@ class Answers:
     @property
     def has_news(self) -> bool:
         """Whether there is something to `take`, or nothing will come any more."""
-        return bool(self._ready) or not self._unfinished
+        return self.over or any(stream.error is not None or stream.has_events for stream in self._streams)
 
     @property
     def over(self) -> bool:
-        """Whether the last event of each answer was taken."""
-        return not self._unfinished
+        """Whether nothing will come any more: the last event of each answer was taken, or an error raised."""
+        return self._failed or not self._unfinished
 
     async def news(self) -> None:
         """Return when there may be something to `take`."""
         arrived = asyncio.Event()
         self.follow(arrived.set)
-        await arrived.wait()
-
-    def _note(self, index: int) -> None:
-        if not self._ready:
-            asyncio.get_running_loop().call_soon(self._tell)
-        self._ready[index] = None
+        if not self.has_news:
+            await arrived.wait()
 
     def _tell(self) -> None:
         self._on_news()

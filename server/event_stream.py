@@ -29,7 +29,7 @@ def event_line(content: dict[str, Any]) -> str:
 
 
 class LineStream(Response):
-    """Sends the `lines` of answers as they come: an iterator gives a text each time, empty where there is none as yet.
+    """Sends the `lines` of answers as they come: an iterator gives what has come since, empty where that is nothing.
     `close` is called at the end, whether all was sent, failed, or the client left.
 
     Texts are written right where the engine's news came in, without a task that wakes up for them. One that a slow
@@ -57,6 +57,7 @@ class LineStream(Response):
     async def _send_all(self, send: Send) -> None:
         self._unwritten: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         self._answers.follow(self._write_news)
+        self._write_news()
         while (body := await self._unwritten) is not None:
             await send({"type": "http.response.body", "body": body, "more_body": True})
             self._unwritten = asyncio.get_running_loop().create_future()
@@ -72,7 +73,7 @@ class LineStream(Response):
                 if text and not self._write(body := text.encode()):
                     self._unwritten.set_result(body)
                     return
-                if not self._answers.has_news:
+                if not self._answers.over:
                     return
             self._unwritten.set_result(None)
         except Exception as error:

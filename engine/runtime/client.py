@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -222,13 +222,16 @@ class EngineClient:
     def _take(self, message: Message) -> None:
         match message["type"]:
             case "events":
-                for packed in message["events"]:
-                    event = unpack_event(packed)
+                told: dict[Callable[[], None], None] = {}
+                for event in map(unpack_event, message["events"]):
                     stream = self._streams.get(event.request_id)
                     if stream:
                         stream.put(event)
+                        told[stream.on_arrival] = None
                     if event.finish_reason:
                         self._streams.pop(event.request_id, None)
+                for tell in told:
+                    tell()
             case "accepted":
                 self._settle(message["request_id"], None)
             case "refused":
@@ -256,9 +259,9 @@ class EngineClient:
         if self._ended.is_set():
             return
         self._error = error
-        for stream in self._streams.values():
-            stream.put(error)
-        self._streams.clear()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
         for request_id in list(self._accepted):
             self._settle(request_id, error)
         for figures in self._figures:

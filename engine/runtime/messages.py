@@ -34,7 +34,7 @@ def unpack_sampling(packed: dict[str, Any]) -> Sampling:
 
 def unpack_event(packed: tuple[Any, ...]) -> Event:
     """The event of which only the tuple has arrived."""
-    event = Event._make(packed)
+    event: Event = tuple.__new__(Event, packed)  # Event._make counts the fields, of which the engine sent all
     return event._replace(logprobs=tuple(map(TokenLogprob._make, event.logprobs))) if event.logprobs else event
 
 

@@ -20,7 +20,8 @@ class Stream:
     """
 
     def __init__(self, abort: Callable[[str], None], request_id: str) -> None:
-        """`abort` ends the request of an id. `error` is why the request failed, if it did."""
+        """`abort` ends the request of an id. `error` is why the request failed, if it did. `on_arrival` is called when
+        something has come: once for all streams that have the same, where it came at the same time."""
         self.request_id = request_id
         self.on_arrival: Callable[[], None] = self._wake
         self._abort = abort
@@ -54,16 +55,18 @@ class Stream:
             raise self.error
         return taken
 
-    def put(self, arrived: Event | Exception) -> None:
-        """News of the request; what comes after its end is dropped."""
-        if isinstance(arrived, Exception):
-            self.error = self.error or arrived
-        elif not self._ended:
-            self._ended = arrived.finish_reason is not None
-            self._waiting.append(arrived)
+    @property
+    def has_events(self) -> bool:
+        """Whether there is something to `take`."""
+        return bool(self._waiting)
+
+    def put(self, event: Event) -> None:
+        """News of the request, after which `on_arrival` is to be called; what comes after its end is dropped."""
+        if not self._ended:
+            self._ended = event.finish_reason is not None
+            self._waiting.append(event)
             if len(self._waiting) % MOST_WAITING == 0:
                 self._waiting = joined(self._waiting)
-        self.on_arrival()
 
     def cut(self, latest: Event | None) -> None:
         """Abort the request and let it end with an event that says so, after `latest` or what waits already."""
@@ -80,15 +83,19 @@ class Stream:
                 completion_tokens=counts[2],
             )
         )
-        self._abort(self.request_id)
+        self._tell_and_abort()
 
     def fail(self, error: Exception) -> None:
-        """Abort the request and let it end with `error`."""
-        self.put(error)
-        self._abort(self.request_id)
+        """Abort the request and let it end with `error`; the first error stays."""
+        self.error = self.error or error
+        self._tell_and_abort()
 
     def close(self) -> None:
         self._over = True
+        self._abort(self.request_id)
+
+    def _tell_and_abort(self) -> None:
+        asyncio.get_running_loop().call_soon(self.on_arrival)
         self._abort(self.request_id)
 
     def _wake(self) -> None:

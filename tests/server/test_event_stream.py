@@ -20,12 +20,11 @@ class News:
         self.on_news: Callable[[], None] = lambda: None
 
     @property
-    def has_news(self) -> bool:
-        return bool(self.waiting) or not self.left
+    def over(self) -> bool:
+        return not self.left
 
     def follow(self, on_news: Callable[[], None]) -> None:
         self.on_news = on_news
-        on_news()
 
     def put(self, text: str) -> None:
         self.waiting.append(text)
