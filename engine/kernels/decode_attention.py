@@ -17,6 +17,7 @@ from engine.kernels.dependent_launch import options
 from engine.kernels.device import INTERPRETER, Device, facts
 from engine.kernels.page_rows import TOKENS, pointers, storage_of
 from engine.kernels.reference import Pages
+from engine.kernels.rope_write_kv import rope_write_kv
 from engine.kernels.splits import TILES, buffers
 from engine.kernels.tuning import Config
 
@@ -36,8 +37,8 @@ def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
 def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int) -> Config:
     """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
-    that is unknown. `form` "fragments" is `decode_fragments`, where that can do it; else the rest is what is meant, if
-    `stages` are among it."""
+    that is unknown. `form` "fragments" is `decode_fragments` or `decode_group_fragments`, where it can do that; else
+    the rest is what is meant, if `stages` are among it."""
     found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
     return _default(kind, stored) if found is None else found
 
@@ -48,20 +49,21 @@ def _default(kind: str, stored: str) -> Config:
 
 
 def candidates(kind: str) -> list[Config]:
-    """The configurations that tuning tries: block, stages, warps; and those of `decode_fragments`."""
+    """The configurations that tuning tries: block, stages, warps; and those by matrix instructions."""
     one = ((32, 3, 4), (32, 3, 2), (32, 2, 4), (32, 4, 4), (16, 3, 1), (16, 3, 2), (16, 4, 4), (64, 2, 4), (64, 3, 8))
     group = ((64, 3, 2), (64, 2, 2), (64, 3, 4), (64, 2, 4), (128, 2, 4), (32, 3, 1), (32, 3, 2), (32, 4, 2))
     tried = one if kind == "one" else group
     found: list[Config] = [{"block": block, "stages": stages, "warps": warps} for block, stages, warps in tried]
-    fragments = _fragments() if kind == "one" else None
+    fragments = _fragments(kind)
     return found + (fragments.candidates() if fragments else [])
 
 
 @functools.cache
-def _fragments() -> ModuleType | None:
-    """`decode_fragments`; None where this Triton's Gluon, which is experimental, is another one."""
+def _fragments(kind: str) -> ModuleType | None:
+    """`decode_fragments` or `decode_group_fragments`; None where this Triton's Gluon, which is experimental, is another
+    one."""
     try:
-        return importlib.import_module("engine.kernels.decode_fragments")
+        return importlib.import_module(f"engine.kernels.decode_{'' if kind == 'one' else 'group_'}fragments")
     except ImportError:
         return None
 
@@ -104,8 +106,13 @@ def rope_decode_attention(
     splits: int | None = None,
 ) -> Tensor:
     """`rope_write_kv` of one token a sequence, and the attention of its queries: [B, heads, head_dim]. A sequence of 0
-    tokens gets zeros and writes nothing."""
+    tokens gets zeros; what is in its slot afterwards is not said."""
     out = torch.empty(len(qkv), heads, pages.key.shape[3], dtype=qkv.dtype, device=qkv.device)
+    parts = _splits(splits, len(qkv), pages, qkv.device)
+    config = _config(out, pages)
+    if _by_fragments(config, out, pages, page_table, window, parts):
+        query = rope_write_kv(qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads)
+        return decode_attention(query, pages, context_lens, page_table, scale, None, parts, out, config)
     query_norm, key_norm = head_norms or (qkv, qkv)
     _launch(
         qkv,
@@ -131,6 +138,32 @@ def rope_decode_attention(
     return out
 
 
+def _kind(out: Tensor, pages: Pages) -> str:
+    return "one" if out.shape[1] == pages.key.shape[1] else "group"
+
+
+def _splits(asked: int | None, batch: int, pages: Pages, device: torch.device) -> int:
+    kv_heads = pages.key.shape[1]
+    return (asked or splits_for(batch, kv_heads, device)) if batch * kv_heads <= TILES else 1
+
+
+def _config(out: Tensor, pages: Pages) -> Config:
+    _, kv_heads, _, head_dim = pages.key.shape
+    return config_for(facts(out.device), _kind(out, pages), storage_of(pages), kv_heads, head_dim, len(out))
+
+
+def _by_fragments(
+    config: Config, query: Tensor, pages: Pages, page_table: Tensor, window: int | None, splits: int
+) -> ModuleType | None:
+    """What has the form that is asked for, if it can do this attention; only groups may be split."""
+    kind = _kind(query, pages)
+    if "form" not in config or window or (kind == "one" and splits > 1):
+        return None
+    fragments = _fragments(kind)
+    most = -(-page_table.shape[1] * pages.key.shape[2] // splits)
+    return fragments if fragments and fragments.runs(config, query, pages, most, facts(query.device)) else None
+
+
 def _launch(
     query: Tensor,
     pages: Pages,
@@ -148,14 +181,13 @@ def _launch(
     group = heads // kv_heads
     if not batch:
         return
-    splits = splits or splits_for(batch, kv_heads, query.device)
-    splits = splits if batch * kv_heads <= TILES else 1
-    kind, stored, device = "one" if group == 1 else "group", storage_of(pages), facts(query.device)
-    config = config or config_for(device, kind, stored, kv_heads, head_dim, batch)
-    most = page_table.shape[1] * page_len
-    fragments = _fragments() if "form" in config and splits == 1 and not window and not turning else None
-    if fragments and fragments.runs(config, query, pages, most, device):
-        fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config)
+    splits = _splits(splits, batch, pages, query.device)
+    kind, stored, device = _kind(out, pages), storage_of(pages), facts(query.device)
+    config = config or _config(out, pages)
+    fragments = None if turning else _by_fragments(config, query, pages, page_table, window, splits)
+    if fragments:
+        given = {} if splits == 1 else {"splits": splits}
+        fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config, **given)
         return
     if "stages" not in config:  # a row of the form that cannot do this, and none of the one that can
         config = _default(kind, stored)

@@ -4,7 +4,8 @@
 
 In the words of mma.m16n8k16, lane 4 r + c (r 0..7, c 0..3) holds of the left operand rows r and r + 8, columns 2c,
 2c + 1, 2c + 8 and 2c + 9. A sum over dimensions may be taken in any order, so each lane's operands are what it loaded.
-  scores [tokens, 8] = K q: row 8 h + r is token 2 r + h. Lane (r, c) loads 16 bytes of it, c-th of a run of 64.
+  scores [tokens, 8] = K q: row 8 h + r is token 2 r + h (or 8 h + r, where h is said to be 8 apart). Lane (r, c) loads
+  16 bytes of it, c-th of a run of 64.
   out [dims, 8] = V^T p: lane (r, c) loads the r-th part of the rows of tokens 2c, 2c + 1, 2c + 8 and 2c + 9.
 
 A byte b with eight zeros before it is the float16 b / 2^24: a subnormal number, which matrix instructions take as any
@@ -49,7 +50,7 @@ EXCHANGE_FLOAT16, EXCHANGE_BFLOAT16 = (
 
 
 @gluon.constexpr_function
-def _bases(start, end, axis, rank):
+def bases(start, end, axis, rank):
     """Multiples of `start` by powers of two, below `end`, along an axis."""
     found = []
     while start < end:
@@ -59,48 +60,60 @@ def _bases(start, end, axis, rank):
 
 
 @gluon.constexpr_function
-def key_layout(block, width):
-    """Of [tokens, words of a row]: see the module's text."""
-    registers = [*_bases(1, 4, 1, 2), *_bases(16, width, 1, 2), [1, 0], *_bases(16, block, 0, 2)]
-    lanes = [*_bases(4, 16, 1, 2), *_bases(2, 16, 0, 2)]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [block, width])
+def same(warps, rank):
+    """The bases of warps that all hold the same, as the compiler is to think of what each of them does by itself."""
+    return [[0] * rank] * (warps.bit_length() - 1)
 
 
 @gluon.constexpr_function
-def value_layout(block, width):
+def _tokenbases(apart):
+    """Of the rows r of a matrix instruction, where rows r and r + 8 are tokens that many apart: 1 or 8."""
+    return bases(2, 16, 0, 2) if apart == 1 else bases(1, 8, 0, 2)
+
+
+@gluon.constexpr_function
+def key_layout(block, width, warps=1, apart=1):
+    """Of [tokens, words of a row]: see the module's text."""
+    registers = [*bases(1, 4, 1, 2), *bases(16, width, 1, 2), [apart, 0], *bases(16, block, 0, 2)]
+    lanes = [*bases(4, 16, 1, 2), *_tokenbases(apart)]
+    return gl.DistributedLinearLayout(registers, lanes, same(warps, 2), [], [block, width])
+
+
+@gluon.constexpr_function
+def value_layout(block, width, warps=1):
     """The same of V."""
     part = min(4, width // 8)
-    registers = [*_bases(1, part, 1, 2), *_bases(8 * part, width, 1, 2), [1, 0], *_bases(8, block, 0, 2)]
-    lanes = [*_bases(2, 8, 0, 2), *_bases(part, 8 * part, 1, 2)]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [block, width])
+    registers = [*bases(1, part, 1, 2), *bases(8 * part, width, 1, 2), [1, 0], *bases(8, block, 0, 2)]
+    lanes = [*bases(2, 8, 0, 2), *bases(part, 8 * part, 1, 2)]
+    return gl.DistributedLinearLayout(registers, lanes, same(warps, 2), [], [block, width])
 
 
 @gluon.constexpr_function
 def query_layout(part, dims):
     """Of a query: the dimensions whose K the lane has."""
-    registers = [*_bases(1, part, 0, 1), *_bases(4 * part, dims, 0, 1)]
-    return gl.DistributedLinearLayout(registers, [*_bases(part, 4 * part, 0, 1), [0], [0], [0]], [], [], [dims])
+    registers = [*bases(1, part, 0, 1), *bases(4 * part, dims, 0, 1)]
+    return gl.DistributedLinearLayout(registers, [*bases(part, 4 * part, 0, 1), [0], [0], [0]], [], [], [dims])
 
 
 @gluon.constexpr_function
-def _step_layout(block):
+def _step_layout(block, warps, apart):
     """Of [tokens, 2]: the scales and zero points of the tokens whose scores the lane has."""
-    registers = [[0, 1], [1, 0], *_bases(16, block, 0, 2)]
-    return gl.DistributedLinearLayout(registers, [[0, 0], [0, 0], *_bases(2, 16, 0, 2)], [], [], [block, 2])
+    registers = [[0, 1], [apart, 0], *bases(16, block, 0, 2)]
+    return gl.DistributedLinearLayout(registers, [[0, 0]] * 2 + _tokenbases(apart), same(warps, 2), [], [block, 2])
 
 
 @gluon.constexpr_function
-def score_layout(block):
+def score_layout(block, warps=1):
     """Of [rows, 4 copies] of scores."""
-    lanes = [*_bases(1, 4, 1, 2), *_bases(1, 8, 0, 2)]
-    return gl.DistributedLinearLayout(_bases(8, block, 0, 2), lanes, [], [], [block, 4])
+    lanes = [*bases(1, 4, 1, 2), *bases(1, 8, 0, 2)]
+    return gl.DistributedLinearLayout(bases(8, block, 0, 2), lanes, same(warps, 2), [], [block, 4])
 
 
 @gluon.constexpr_function
 def out_layout(part, dims):
     """Of [dimensions, 4 copies] of the result."""
-    registers = [*_bases(1, part, 0, 2), *_bases(8 * part, dims, 0, 2)]
-    return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], *_bases(part, 8 * part, 0, 2)], [], [], [dims, 4])
+    registers = [*bases(1, part, 0, 2), *bases(8 * part, dims, 0, 2)]
+    return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], *bases(part, 8 * part, 0, 2)], [], [], [dims, 4])
 
 
 @gluon.jit
@@ -112,10 +125,12 @@ def load_rows(pages, place, LAYOUT: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl
 
 
 @gluon.jit
-def load_steps(steps, place, STORED: gl.constexpr, BLOCK: gl.constexpr):
+def load_steps(
+    steps, place, STORED: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr = 1, APART: gl.constexpr = 1
+):
     """The scales and zero points of tokens `place` and following: float16 [BLOCK, 2]; nothing where there are none."""
     if STORED == TOKENS:
-        LAYOUT: gl.constexpr = _step_layout(BLOCK)
+        LAYOUT: gl.constexpr = _step_layout(BLOCK, WARPS, APART)
         row = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LAYOUT))
         which = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
         return gl.load(steps + place * 2 + (row[:, None] * 2 + which[None, :]))
@@ -132,7 +147,15 @@ def _halves(words, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def key_operand(k, dtype: gl.constexpr, STORED: gl.constexpr, BLOCK: gl.constexpr, DIMS: gl.constexpr, A: gl.constexpr):
+def key_operand(
+    k,
+    dtype: gl.constexpr,
+    STORED: gl.constexpr,
+    BLOCK: gl.constexpr,
+    DIMS: gl.constexpr,
+    A: gl.constexpr,
+    APART: gl.constexpr = 1,
+):
     """The left operand of the scores [BLOCK, DIMS]: rows and dimensions in the order of the module's text."""
     PART: gl.constexpr = 8 if STORED == PLAIN else 16
     if STORED == PLAIN:
@@ -142,8 +165,12 @@ def key_operand(k, dtype: gl.constexpr, STORED: gl.constexpr, BLOCK: gl.constexp
             BYTES, "=r,=r,r", [_halves(k, BLOCK, DIMS // 2)], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
         )
         values = gl.join(pairs[0], pairs[1]).reshape([BLOCK, DIMS // 4, 2, 2]).permute([0, 1, 3, 2])
-    values = values.reshape([BLOCK // 16, 8, 2, DIMS // (4 * PART), 4, PART // 4, 2, 2])
-    values = values.permute([0, 2, 1, 3, 5, 6, 4, 7]).reshape([BLOCK, DIMS])
+    if APART == 1:
+        values = values.reshape([BLOCK // 16, 8, 2, DIMS // (4 * PART), 4, PART // 4, 2, 2])
+        values = values.permute([0, 2, 1, 3, 5, 6, 4, 7]).reshape([BLOCK, DIMS])
+    else:
+        values = values.reshape([BLOCK, DIMS // (4 * PART), 4, PART // 4, 2, 2])
+        values = values.permute([0, 1, 3, 4, 2, 5]).reshape([BLOCK, DIMS])
     return gl.convert_layout(values, A, assert_trivial=True)
 
 
@@ -214,10 +241,13 @@ def weight_operand(p, BLOCK: gl.constexpr, dtype: gl.constexpr, B: gl.constexpr)
 
 
 @gluon.jit
-def of_tokens(steps, BLOCK: gl.constexpr):
+def of_tokens(steps, BLOCK: gl.constexpr, WARPS: gl.constexpr = 1, APART: gl.constexpr = 1):
     """Scales and zero points [BLOCK, 1] float32, in the order of the scores' rows."""
-    LAYOUT: gl.constexpr = score_layout(BLOCK)
-    scale, zero = steps.to(gl.float32).reshape([BLOCK // 16, 8, 2, 2]).permute([0, 2, 1, 3]).reshape([BLOCK, 2]).split()
+    LAYOUT: gl.constexpr = score_layout(BLOCK, WARPS)
+    steps = steps.to(gl.float32)
+    if APART == 1:
+        steps = steps.reshape([BLOCK // 16, 8, 2, 2]).permute([0, 2, 1, 3]).reshape([BLOCK, 2])
+    scale, zero = steps.split()
     scale = gl.convert_layout(scale, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     zero = gl.convert_layout(zero, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     return gl.expand_dims(scale, 1), gl.expand_dims(zero, 1)

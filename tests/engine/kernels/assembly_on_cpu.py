@@ -65,6 +65,8 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
     if asm.startswith("mov.b32 {$0, $1}"):
         halves = operands[0].int().contiguous().as_subclass(torch.Tensor).view(torch.int16)
         return tuple(values(half) for half in halves.view(*operands[0].shape, 2).unbind(-1))
+    if "movmatrix" in asm:
+        return values(operands[0].to(dtype).reshape(-1, 8, 8).transpose(1, 2).reshape(operands[0].shape))
     if "shfl.sync.idx" in asm:
         return exchange(*operands, dtype)
     if pack == 1:

@@ -10,7 +10,9 @@ check: every conversion in these kernels is asserted to move nothing.
 import importlib.util
 import math
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -146,6 +148,7 @@ class Language(types.ModuleType):
         self.constexpr, self.static_range = lambda value: value, range
         self.load, self.store, self.atomic_add = load, store, atomic_add
         self.allocate_shared_memory, self.inline_asm_elementwise = allocate_shared_memory, inline_asm_elementwise
+        self.run = lambda program, warps: program()
 
     def __getattr__(self, name):
         if not name.endswith("Layout"):
@@ -241,6 +244,53 @@ class Language(types.ModuleType):
         pass
 
 
+class EachWarp(Language):
+    """`gl` of kernels whose warps do different things: each is a thread of its own. What a program does once, the first
+    warp does for all."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.run, self.atomic_add = self._run, self._atomic_add
+        self.allocate_shared_memory, self.inline_asm_elementwise = self._allocate, self._assembly
+        self.here = threading.local()
+
+    def _run(self, program, warps):
+        self.meeting, self.memory, self.arrival = threading.Barrier(warps), {}, None
+
+        def warp(number):
+            self.here.warp, self.here.allocated = number, 0
+            try:
+                program()
+            except BaseException:
+                self.meeting.abort()  # or the others would wait for it
+                raise
+
+        with ThreadPoolExecutor(warps) as threads:
+            ended = [threads.submit(warp, number) for number in reversed(range(warps))]
+        failed = [problem for problem in (one.exception() for one in ended) if problem is not None]
+        for problem in sorted(failed, key=lambda problem: isinstance(problem, threading.BrokenBarrierError)):
+            raise problem
+
+    def thread_barrier(self):
+        self.meeting.wait()
+
+    def _allocate(self, dtype, shape, layout):
+        self.here.allocated += 1
+        return self.memory.setdefault(self.here.allocated, allocate_shared_memory(dtype, shape, layout))
+
+    def _assembly(self, asm, *arguments, **options):
+        if "%tid.x" in getattr(asm, "value", asm):
+            return values(torch.tensor(self.here.warp))
+        return inline_asm_elementwise(asm, *arguments, **options)
+
+    def _atomic_add(self, *arguments, **options):
+        self.meeting.wait()
+        if self.here.warp == 0:
+            self.arrival = atomic_add(*arguments, **options)
+        self.meeting.wait()
+        return self.arrival
+
+
 class Kernel:
     """A jitted function: called, it is the function; `[grid]` runs it for every program, in the language's order."""
 
@@ -259,14 +309,14 @@ class Kernel:
                 for y in gl.order(range(gl.grid[1])):
                     for x in gl.order(range(gl.grid[0])):
                         gl.ids = (x, y, z)
-                        self.function(*arguments, **constants)
+                        gl.run(lambda: self.function(*arguments, **constants), num_warps)
 
         return launch
 
 
-def modules():
+def modules(language):
     """The modules that kernels in Gluon import, by name."""
-    gl = Language("gl")
+    gl = language("gl")
     given = {}
 
     def module(name, **attributes):
@@ -297,9 +347,9 @@ def modules():
     return given
 
 
-def kernels(*names):
+def kernels(*names, language=Language):
     """The modules engine.kernels.<name>, of which later ones may import earlier ones, run as plain Python."""
-    replaced = modules()
+    replaced = modules(language)
     replaced |= {f"engine.kernels.{name}": None for name in names}
     before = {name: sys.modules.get(name) for name in replaced}
     loaded = []
