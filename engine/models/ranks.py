@@ -133,7 +133,8 @@ def _meet_in_memory(rank: int, size: int, device: torch.device) -> Any:
             raise RuntimeError("symmetric memory begins elsewhere")
         places, words = torch.tensor(meeting.buffer_ptrs, device=device), kernels.MOST_WORDS // kernels.BLOCK.value
         counts, stop = (torch.zeros(count, dtype=torch.int32, device=device) for count in (words, 1))
-        made = kernels.Peers(rank, size, places, counts, stop, holds=(inbox, meeting))
+        alarm = torch.ones(1, dtype=torch.int32).pin_memory(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        made = kernels.Peers(rank, size, places, counts, stop, holds=(*alarm, (inbox, meeting)))
     except (ImportError, AttributeError, RuntimeError) as error:
         why = f"{type(error).__name__}: {error}"
     if Ranks(rank, size).least(made is not None, device):
@@ -145,12 +146,14 @@ def _meet_in_memory(rank: int, size: int, device: torch.device) -> Any:
 
 
 def abort() -> None:
-    """What this process waits for in its group ends soon, with results that mean nothing: of ranks that are gone."""
+    """What this process waits for in its group ends soon, with results that mean nothing: of ranks that are gone. May
+    take as long as the device does."""
     if not on_gpus():
         return
     if _peers is not None:
-        with torch.cuda.stream(torch.cuda.Stream(_peers.stop.device)):  # type: ignore[no-untyped-call]
-            _peers.stop.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), non_blocking=True)
+        one, stream, _ = _peers.holds
+        with torch.cuda.stream(stream):
+            _peers.stop.copy_(one, non_blocking=True)
     with contextlib.suppress(Exception):  # it may have seen the death itself, and be at it
         dist.distributed_c10d._abort_process_group()
 

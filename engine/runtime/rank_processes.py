@@ -206,7 +206,7 @@ class _Watch:
                 process.wait(SECONDS_TO_END)
         self.said.put(None)
         self._known.set()
-        ranks.abort()
+        threading.Thread(target=ranks.abort, name="abort", daemon=True).start()
 
     def blame(self) -> RankError:
         assert self.error is not None

@@ -11,6 +11,7 @@ from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 from engine.kernels import decode_attention as forms
 from engine.kernels import decode_fragments, reference
 from engine.kernels.decode_attention import LOG2E, decode_attention
+from engine.kernels.decode_fragments import MOST_TOKENS_OF_BYTES as MOST
 from engine.kernels.device import Device, facts
 from tests.engine.kernels import gluon_on_cpu
 
@@ -94,13 +95,13 @@ def test_scores_may_be_far_apart_and_scales_small(kernels, stored):
 
 def test_where_this_form_runs():
     case, query = made("channels", [3], 2, 64, 64, torch.float16)
-    assert decode_fragments.runs(config(16), query, case.pages, 8192, CARD)
-    assert not decode_fragments.runs(config(16), query, case.pages, 8193, CARD)
-    assert not decode_fragments.runs({"block": 16, "stages": 3, "warps": 1}, query, case.pages, 8192, CARD)
-    assert not decode_fragments.runs(config(128), query, case.pages, 8192, CARD)
-    assert not decode_fragments.runs(config(16), query.float(), case.pages, 8192, CARD)
-    assert not decode_fragments.runs(config(16), query.repeat(1, 2, 1), case.pages, 8192, CARD)
-    assert not decode_fragments.runs(config(16), query, case.pages, 8192, Device("card", (7, 5), 132))
+    assert decode_fragments.runs(config(16), query, case.pages, MOST, CARD)
+    assert not decode_fragments.runs(config(16), query, case.pages, MOST + 1, CARD)
+    assert not decode_fragments.runs({"block": 16, "stages": 3, "warps": 1}, query, case.pages, MOST, CARD)
+    assert not decode_fragments.runs(config(128), query, case.pages, MOST, CARD)
+    assert not decode_fragments.runs(config(16), query.float(), case.pages, MOST, CARD)
+    assert not decode_fragments.runs(config(16), query.repeat(1, 2, 1), case.pages, MOST, CARD)
+    assert not decode_fragments.runs(config(16), query, case.pages, MOST, Device("card", (7, 5), 132))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -139,7 +140,7 @@ def test_every_configuration_over_unequal_contexts(stored, dtype):
     query = query.to(DEVICE)
     expected = reference.paged_attention(query, there.pages, there, scale)
     for tried in decode_fragments.candidates():
-        assert decode_fragments.runs(tried, query, there.pages, 8192, facts(query.device))
+        assert decode_fragments.runs(tried, query, there.pages, MOST, facts(query.device))
         given = there.pages, there.context_lens, there.page_table, scale
         out = decode_attention(query, *given, splits=1, config=tried)
         worst = max(error(a, b) for a, b, length in zip(out, expected, lens, strict=True) if length)

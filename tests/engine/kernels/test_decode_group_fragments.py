@@ -10,6 +10,7 @@ from tests.engine.kernels.paged import DEVICE, error, on_device, paged_case
 from engine.kernels import decode_attention as forms
 from engine.kernels import decode_group_fragments, reference, tuning
 from engine.kernels.decode_attention import LOG2E, decode_attention, rope_decode_attention
+from engine.kernels.decode_fragments import MOST_TOKENS_OF_BYTES as MOST
 from engine.kernels.device import Device, facts
 from tests.engine.kernels import gluon_on_cpu
 
@@ -118,15 +119,15 @@ def test_scales_may_be_small(kernels):
 def test_where_this_form_runs():
     case, query = made("channels", [3], 2, 4, 64, 64, torch.float16)
     runs = decode_group_fragments.runs
-    assert runs(config(16, 1), query, case.pages, 8192, CARD)
-    assert not runs(config(16, 1), query, case.pages, 8193, CARD)
-    assert runs(config(16, 4), query, case.pages, 4 * 8192, CARD)
-    assert not runs({"block": 16, "stages": 3, "warps": 1}, query, case.pages, 8192, CARD)
-    assert not runs(config(128, 1), query, case.pages, 8192, CARD)
-    assert not runs(config(16, 1), query.float(), case.pages, 8192, CARD)
-    assert not runs(config(16, 1), query[:, :2], case.pages, 8192, CARD)
-    assert not runs(config(16, 1), query.repeat(1, 4, 1), case.pages, 8192, CARD)
-    assert not runs(config(16, 1), query, case.pages, 8192, Device("card", (7, 5), 132))
+    assert runs(config(16, 1), query, case.pages, MOST, CARD)
+    assert not runs(config(16, 1), query, case.pages, MOST + 1, CARD)
+    assert runs(config(16, 4), query, case.pages, 4 * MOST, CARD)
+    assert not runs({"block": 16, "stages": 3, "warps": 1}, query, case.pages, MOST, CARD)
+    assert not runs(config(128, 1), query, case.pages, MOST, CARD)
+    assert not runs(config(16, 1), query.float(), case.pages, MOST, CARD)
+    assert not runs(config(16, 1), query[:, :2], case.pages, MOST, CARD)
+    assert not runs(config(16, 1), query.repeat(1, 4, 1), case.pages, MOST, CARD)
+    assert not runs(config(16, 1), query, case.pages, MOST, Device("card", (7, 5), 132))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -171,7 +172,7 @@ def test_every_configuration_over_unequal_contexts(stored, dtype, group, kv_head
     expected = reference.paged_attention(query, there.pages, there, scale)
     for tried in decode_group_fragments.candidates():
         for splits in (1, 4):
-            assert decode_group_fragments.runs(tried, query, there.pages, 8192, facts(query.device))
+            assert decode_group_fragments.runs(tried, query, there.pages, MOST, facts(query.device))
             given = there.pages, there.context_lens, there.page_table, scale
             out = decode_attention(query, *given, splits=splits, config=tried)
             worst = max(error(a, b) for a, b, length in zip(out, expected, lens, strict=True) if length)
