@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.models import names
-from pipelines.quant.pairs import PAIRS
+from pipelines.quant.pairs import ATTENTION_OUT, MLP_IN, PAIRS
 
 STEP_SECONDS = {"cpu": 60e-6, "cuda": 3e-6}
 """One column of error feedback, or one of the smallest operations, takes this long whatever its size (a GPU rounds a
@@ -119,17 +119,24 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
     # Gate and up are two thirds of the MLP, which is most of a layer.
     again = 0.5 * (1 - kept / inner)
     hidden = load.tokens * config.hidden_size * load.element
-    between = load.tokens * max(size.query, config.hidden_size) * load.element
+    attended = load.tokens * size.query * load.element
     tried = 1 + len(weights.get("activation_exponents", ())) * len(weights.get("weight_exponents", ()))
-    search, grams_operations, operations, steps = 0, 0.0, 0.0, 0.0
+    # Memory at the worst of the moments: what attention gave out, and what the search holds beside it.
+    worst, grams_operations, operations, steps = (0, 0), 0.0, 0.0, 0.0
     for pair in PAIRS:
         inputs = names.linear_shape(config, pair.after[0])[1]
         outputs = sum(names.linear_shape(config, module)[0] for module in pair.after)
         square, weight = inputs * inputs, inputs * outputs
-        grams = (2 + load.workers) * streams * 4 * square
-        factor = (6 * load.wide + 4 + 4 * streams) * square if feedback or drift else 4 * square
-        rounding = 4 * square * (2 + load.workers) + load.workers * 13 * weight + 12 * weight
-        search = max(search, grams, factor, rounding)
+        grams = (1 + load.workers) * streams * 4 * square
+        held = (streams + 1) * 4 * square  # the sums and the mean of the Gram matrix
+        factor = 2 * load.wide * square if feedback or drift else 0
+        rounding = (load.workers + bool(factor)) * 4 * square + load.workers * 13 * weight + 12 * weight
+        # o_proj's inputs are kept until those of gate and up are made of them.
+        moments = [
+            (attended if pair in (ATTENTION_OUT, MLP_IN) else 0, grams),
+            (attended if pair is ATTENTION_OUT else 0, held + max(factor, rounding)),
+        ]
+        worst = max(worst, *moments, key=sum)
         grams_operations += streams * 2.0 * load.tokens * square
         operations += (8.0 / 3) * square * inputs
         operations += (tried + 2) * 2.0 * weight * (inputs / 2 if feedback else inputs)
@@ -138,11 +145,11 @@ def quantization_cost(config: ModelConfig, weights: Mapping[str, Any], load: Loa
         steps += (tried + 2) * inputs * 5.0 if feedback else 0.0
     return Cost(
         memory={
-            "hidden states": streams * hidden + between,
+            "hidden states": streams * hidden + worst[0],
             "one layer": size.layer * (7 + (load.element if load.element != 4 else 0))
             + size.stacked * load.element
             + (streams - 1) * (size.layer + size.stacked) * load.element,
-            "search": search,
+            "search": worst[1],
             "samples under way": load.workers * size.sample(load) + kept,
             "libraries": LIBRARIES,
             **matrix,

@@ -56,8 +56,8 @@ class LayerWalk:
         self._walk = walk
         self._number = number
         self._plain = walk.stream.dense(tensors) if walk.unquantized is not None else None
-        # What a sample is between attention's input and its MLP: first o's input, then the residual stream.
-        self._between: list[Tensor] = list(walk.stream.hidden)
+        # What o_proj reads, until the residual stream behind attention takes the place of the one before it.
+        self._attended: dict[int, Tensor] = {}
         # What down_proj reads, of as many samples as KEPT holds: the others' is computed again at the end.
         self._inner: dict[int, Tensor] = {}
 
@@ -77,6 +77,7 @@ class LayerWalk:
         joined = Joined()
         for statistics in stream.workers.in_order(one, len(stream.hidden)):
             joined.add(statistics)
+            del statistics  # up to two square matrices, which the next sample's are not to be made beside
         return joined.checked(self._number, pair.after[0])
 
     def finish(self, tensors: Mapping[str, Tensor], smoothing: Mapping[str, Tensor]) -> None:
@@ -88,27 +89,26 @@ class LayerWalk:
         def one(sample: int) -> Tensor:
             inner = self._inner.pop(sample, None)
             if inner is None:
-                inner = _floats(layer.inner(layer.mlp_input(self._between[sample])))
+                inner = _floats(layer.inner(layer.mlp_input(stream.hidden[sample])))
             elif divisor is not None:
                 inner /= divisor
-            return layer.after_mlp(self._between[sample], inner)
+            return layer.after_mlp(stream.hidden[sample], inner)
 
         for sample, out in enumerate(stream.workers.in_order(one, len(stream.hidden))):
             stream.hidden[sample] = out
-        self._between = []
 
     def _quantized_input(self, pair: Pair, layer: DecoderLayer, sample: int) -> Tensor:
-        stream, between = self._walk.stream, self._between
+        stream, hidden = self._walk.stream, self._walk.stream.hidden
         if pair is ATTENTION_IN:
-            return _floats(layer.attention_input(stream.hidden[sample]))
+            return _floats(layer.attention_input(hidden[sample]))
         if pair is ATTENTION_OUT:
-            normed = layer.attention_input(stream.hidden[sample])
-            between[sample] = layer.attend(normed, stream.batch, stream.rope)
-            return between[sample]
+            normed = layer.attention_input(hidden[sample])
+            self._attended[sample] = layer.attend(normed, stream.batch, stream.rope)
+            return self._attended[sample]
         if pair is MLP_IN:
-            between[sample] = layer.after_attention(stream.hidden[sample], between[sample])
-            return _floats(layer.mlp_input(between[sample]))
-        inner = _floats(layer.inner(layer.mlp_input(between[sample])))
+            hidden[sample] = layer.after_attention(hidden[sample], self._attended.pop(sample))
+            return _floats(layer.mlp_input(hidden[sample]))
+        inner = _floats(layer.inner(layer.mlp_input(hidden[sample])))
         if (sample + 1) * inner.nbytes <= KEPT:
             self._inner[sample] = inner
         return inner

@@ -25,19 +25,21 @@ def inverse_factor(gram: Tensor) -> Tensor:
     Computed in float64 on a CPU. Channels that were never active are damped alone; a gram of zeros counts as the unit
     matrix. ValueError where it stays indefinite.
     """
-    wide = gram.double() if gram.device.type == "cpu" else gram.float()
-    mean = wide.diagonal().mean()
+    # One name for every step on the way: beside the gram there are two matrices at a time.
+    wide = torch.float64 if gram.device.type == "cpu" else torch.float32
+    mean = gram.to(wide).diagonal().mean()
     damping = DAMPING * mean if float(mean) > 0 else torch.ones_like(mean)
     for _ in range(ATTEMPTS):
-        damped = wide.clone()
-        damped.diagonal().add_(damping)
         # Reversed, so that the lower factor L gives H = (JLJ)(JLJ)^T with an upper triangular JLJ, U's inverse.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        matrix: Tensor = gram.to(wide).flip(0, 1)
+        matrix.diagonal().add_(damping)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
-            upper = lower.flip(0, 1)
-            unit = torch.eye(len(gram), dtype=upper.dtype, device=upper.device)
-            factor: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
-            return factor.float()
+            matrix = matrix.flip(0, 1)
+            # Columns are runs of memory, as the solver has them, so the factor takes the unit matrix's place.
+            unit = torch.eye(len(gram), dtype=wide, device=gram.device).t()
+            matrix = torch.linalg.solve_triangular(matrix, unit, upper=True, out=unit)
+            return matrix.float()
         damping = damping * MORE_DAMPING
     raise ValueError("the Gram matrix of a linear's inputs is not positive definite: calibrate on other text")
 

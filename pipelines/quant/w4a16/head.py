@@ -98,4 +98,5 @@ def _statistics(checkpoint: Checkpoint, walk: Walk, device: str) -> Statistics:
     joined = Joined()
     for statistics in stream.workers.in_order(one, len(stream.hidden)):
         joined.add(statistics)
+        del statistics
     return joined.checked(checkpoint.config.num_layers, MODULE)

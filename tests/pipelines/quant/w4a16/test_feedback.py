@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.quant.w4a16.feedback import feedback, inverse_factor
 from pipelines.quant.w4a16.rounding import quantize_groups
@@ -106,3 +108,28 @@ def test_weights_of_zeros_and_constant_groups_are_exact():
 def test_an_indefinite_matrix_is_refused():
     with pytest.raises(ValueError, match="not positive definite"):
         inverse_factor(torch.diag(torch.tensor([1.0, 1.0, -50000.0])))
+
+
+def test_a_factor_takes_the_memory_of_two_matrices_beside_the_gram():
+    gram = gram_of(inputs(channels=256))
+    with LiveBytes() as live:
+        inverse_factor(gram)
+    assert live.most <= 2.1 * 8 * gram.numel()
+
+
+class LiveBytes(TorchDispatchMode):
+    """`most`: the bytes of the tensors made in here that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._made = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._made.values()))
+        return out
