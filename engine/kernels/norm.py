@@ -48,6 +48,11 @@ def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.empty(len(x), dtype=torch.float32, device=x.device)
 
 
+def float_warps(padded: int) -> int:
+    """Warps of a program that norms so many numbers to floats."""
+    return max(min(padded // 512, 16), 1)
+
+
 def _launch(
     x: Tensor,
     residual: Tensor | None,
@@ -63,7 +68,7 @@ def _launch(
         return
     padded = triton.next_power_of_2(width)
     # Eight numbers a thread where they are rounded: their codes are stored by the thread that loaded them.
-    warps = min(padded // 512, 16) if scales is None else min(padded // 256, 32)
+    warps = float_warps(padded) if scales is None else max(min(padded // 256, 32), 1)
     _norm[(rows,)](
         x,
         x if residual is None else residual,
@@ -77,7 +82,7 @@ def _launch(
         padded=padded,
         adds=residual is not None,
         quantizes=scales is not None,
-        num_warps=max(warps, 1),
+        num_warps=warps,
         **options(facts(x.device)),
     )
 
@@ -109,11 +114,17 @@ def _norm(
         value = value.to(tl.float32) + tl.load(residual + row * width + column, mask=inside, other=0.0).to(tl.float32)
         value = value.to(total.dtype.element_ty)
         tl.store(total + row * width + column, value, mask=inside)
-    wide = value.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps) * factor
+    normed = normed_row(value, factor, eps, width)
     if quantizes:
         scale = row_scale(largest_size(tl.abs(normed)))
         tl.store(out + row * width + column, row_codes(normed, scale), mask=inside)
         tl.store(scales + row, scale)
     else:
         tl.store(out + row * width + column, normed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normed_row(value, factor, eps, width: tl.constexpr):
+    """The RMS norm in float32 of a row of `width` numbers, zeros behind them."""
+    wide = value.to(tl.float32)
+    return wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps) * factor

@@ -33,6 +33,7 @@ __all__ = [
     "likeliest",
     "normed_int4_linear",
     "normed_int8_linear",
+    "norms_in_int4_linear",
     "pack_int4",
     "packs_int4",
     "paged_attention",
@@ -168,6 +169,11 @@ def normed_int4_linear(
 ) -> tuple[Tensor, Tensor]:
     """`int4_linear` or `gated_int4_linear` of what `add_rms_norm` gives, and the sum: on a GPU alone."""
     return _kernels("normed_linear").normed_int4_linear(delta, residual, norm, eps, weights, bias, gated=gated)
+
+
+def norms_in_int4_linear(rows: int) -> bool:
+    """Whether `normed_int4_linear` may be one kernel for so many rows."""
+    return bool(rows <= _kernels("normed_linear").MOST_ROWS)
 
 
 def int4_linear(x: Tensor, weights: Any, bias: Tensor | None = None) -> Tensor:

@@ -29,9 +29,9 @@ from engine.models.linear import (
     settled,
     stack,
 )
-from engine.models.ranks import Ranks
+from engine.models.ranks import Part, Ranks, add_rms_norm, whole
 from engine.models.rope import Rope, begin_step
-from engine.models.row_parallel import Int8RowParallel, row_parallel
+from engine.models.row_parallel import Int8RowParallel, row_parallel, unsummed
 
 Observe = Callable[[str, Tensor], None]
 Rows = Tensor | Int8Rows
@@ -176,19 +176,20 @@ class DecoderLayer:
         return hidden + self._down.forward(inner)
 
     def run(
-        self, hidden: Tensor, delta: Tensor | None, batch: Batch, pages: KVPages, rope: Rope
-    ) -> tuple[Tensor, Tensor]:
-        """`__call__` over the cache, with each sum of the residual stream left to the norm that follows it: the stream
-        before this layer is hidden + delta (None: 0), the one behind it is the sum of the two results."""
+        self, hidden: Tensor, delta: Tensor | Part | None, batch: Batch, pages: KVPages, rope: Rope
+    ) -> tuple[Tensor, Tensor | Part]:
+        """`__call__` over the cache, with each sum of the residual stream left to the norm that follows it, and so the
+        one over ranks: the stream before this layer is hidden + delta (None: 0), the one behind it is the sum of the
+        two results."""
         qkv, hidden = self._forward_normed(self._qkv, hidden, delta, self._attention_norm)
-        delta = self._output.forward(self._attend_cached(qkv, batch, pages, rope))
+        delta = unsummed(self._output, self._attend_cached(qkv, batch, pages, rope))
         gate_up, hidden = self._forward_normed(self._gate_up, hidden, delta, self._mlp_norm)
         if isinstance(self._down, Int8Linear) and not isinstance(self._gate_up, GatedInt4Linear):
             return hidden, self._down.forward_gated(gate_up)
-        return hidden, self._down.forward(self._activated(gate_up))
+        return hidden, unsummed(self._down, self._activated(gate_up))
 
     def _forward_normed(
-        self, reader: Linear, hidden: Tensor, delta: Tensor | None, weight: Tensor
+        self, reader: Linear, hidden: Tensor, delta: Tensor | Part | None, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What `reader` makes of the norm of the stream hidden + delta, and the stream."""
         if delta is None:
@@ -266,13 +267,13 @@ class Decoder:
             for layer in layers:
                 hidden = layer(hidden, batch, None, rope)
             return self._project(ops.rms_norm(hidden[batch.logits_at], self._norm, self.config.norm_eps))
-        delta: Tensor | None = None
+        delta: Tensor | Part | None = None
         for layer, pages in zip(layers, cache.layers[: len(layers)], strict=True):
             hidden, delta = layer.run(hidden, delta, batch, pages, rope)
         assert delta is not None, "a model without layers"
         if len(batch.logits_at) != len(hidden) or batch.decode_lens is not None:
-            hidden, delta = hidden[batch.logits_at], delta[batch.logits_at]
-        normed, _ = ops.add_rms_norm(delta, hidden, self._norm, self.config.norm_eps)
+            hidden, delta = hidden[batch.logits_at], whole(delta)[batch.logits_at]
+        normed, _ = add_rms_norm(delta, hidden, self._norm, self.config.norm_eps)
         return self._project(normed)
 
     def embed(self, token_ids: Tensor) -> Tensor:

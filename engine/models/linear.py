@@ -16,6 +16,7 @@ from engine.kernels import invariant, ops
 from engine.kernels.int4_weights import in_turns
 from engine.kernels.rotation import rotate
 from engine.models import names
+from engine.models.ranks import Part, add_rms_norm, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +176,25 @@ def reads_int8(linear: Linear) -> bool:
     return isinstance(linear.linear if isinstance(linear, TiledLinear) else linear, Int8Linear)
 
 
-def forward_normed(linear: Linear, delta: Tensor, hidden: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def forward_normed(
+    linear: Linear, delta: Tensor | Part, hidden: Tensor, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """What `linear` makes of the RMS norm of total = hidden + delta [T, in], and total.
 
     Here is decided whether that is one operation, which takes one kernel where rows are few on a GPU: for int8 weights,
     and 4-bit ones in the order of a GPU's kernels. `TiledLinear` is none, so a deterministic model never depends on it.
     """
-    if isinstance(linear, GatedInt4Linear | Int8Linear) or (isinstance(linear, PackedInt4Linear) and not linear.on_cpu):
-        return linear.forward_normed(delta, hidden, norm, eps)
+    if isinstance(linear, Int8Linear):
+        return linear.forward_normed(whole(delta), hidden, norm, eps)
+    if isinstance(linear, GatedInt4Linear) or (isinstance(linear, PackedInt4Linear) and not linear.on_cpu):
+        # Where rows are many the product does not make the norm, and the kernel of a sum over ranks can.
+        apart = isinstance(delta, Part) and not ops.norms_in_int4_linear(len(hidden))
+        if not apart:
+            return linear.forward_normed(whole(delta), hidden, norm, eps)
     if reads_int8(linear):
-        values, scales, total = ops.add_rms_norm_int8(delta, hidden, norm, eps)
+        values, scales, total = ops.add_rms_norm_int8(whole(delta), hidden, norm, eps)
         return linear.forward(Int8Rows(values, scales, total.dtype)), total
-    normed, total = ops.add_rms_norm(delta, hidden, norm, eps)
+    normed, total = add_rms_norm(delta, hidden, norm, eps)
     return linear.forward(normed), total
 
 

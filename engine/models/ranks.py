@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from engine.kernels import ops
+
 # How long a rank waits for another that is alive but says nothing; the death of one is seen at once.
 PATIENCE = timedelta(minutes=10)
 LOOPBACK = "127.0.0.1"
@@ -40,6 +42,12 @@ class Ranks:
             return _peers.sum(x)  # type: ignore[no-any-return]
         dist.all_reduce(x)
         return x
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`ops.add_rms_norm` of the sum of every rank's x [T, hidden], which is lost."""
+        if _peers is not None and _peers.carry_rows(x):
+            return _peers.add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+        return ops.add_rms_norm(self.sum(x), residual, weight, eps)
 
     def max(self, x: Tensor) -> Tensor:
         """The largest of every rank's x, value by value, in x."""
@@ -68,6 +76,32 @@ class Ranks:
         pieces = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x, pieces, dst=0)
         return x if pieces is None else torch.cat(pieces, dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank has of a sum over all of them, x [T, hidden], that is still to be made: once, by one of these."""
+
+    x: Tensor
+    ranks: Ranks
+
+    def whole(self) -> Tensor:
+        return self.ranks.sum(self.x)
+
+    def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self.ranks.add_rms_norm(self.x, residual, weight, eps)
+
+
+def whole(x: Tensor | Part) -> Tensor:
+    """x, its sum made where that is still to do."""
+    return x.whole() if isinstance(x, Part) else x
+
+
+def add_rms_norm(x: Tensor | Part, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm` of `whole(x)`."""
+    if isinstance(x, Part):
+        return x.add_rms_norm(residual, weight, eps)
+    return ops.add_rms_norm(x, residual, weight, eps)
 
 
 def open_store(size: int) -> TCPStore:
@@ -131,8 +165,8 @@ def _meet_in_memory(rank: int, size: int, device: torch.device) -> Any:
         meeting = memory.rendezvous(inbox, dist.group.WORLD.group_name)  # type: ignore[union-attr]
         if meeting.buffer_ptrs[rank] != inbox.data_ptr():
             raise RuntimeError("symmetric memory begins elsewhere")
-        places, words = torch.tensor(meeting.buffer_ptrs, device=device), kernels.MOST_WORDS // kernels.BLOCK.value
-        counts, stop = (torch.zeros(count, dtype=torch.int32, device=device) for count in (words, 1))
+        places = torch.tensor(meeting.buffer_ptrs, device=device)
+        counts, stop = (torch.zeros(count, dtype=torch.int32, device=device) for count in (kernels.COUNTS, 1))
         alarm = torch.ones(1, dtype=torch.int32).pin_memory(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         made = kernels.Peers(rank, size, places, counts, stop, holds=(*alarm, (inbox, meeting)))
     except (ImportError, AttributeError, RuntimeError) as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from engine.kernels import cpu_linear, ops, reference
 from engine.kernels.rotation import rotate
 from engine.models.linear import Int8Linear, Int8Rows, Kind, Linear, settled
-from engine.models.ranks import Ranks
+from engine.models.ranks import Part, Ranks
 
 
 class RowParallel:
@@ -18,7 +20,11 @@ class RowParallel:
         self._linear, self._ranks = linear, ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ranks.sum(self._linear.forward(x))
+        return self.part(x).whole()
+
+    def part(self, x: Tensor) -> Part:
+        """`forward`, its sum left to what reads it."""
+        return Part(self._linear.forward(x), self._ranks)
 
 
 class Int8RowParallel:
@@ -51,6 +57,11 @@ class Int8RowParallel:
             products = self._ranks.sum(exact.int8_products(values, weight))
             out = reference.scale_products(products, scales, weight_scales, bias, rows.dtype)
         return out.view(*rows.values.shape[:-1], len(weight))
+
+
+def unsummed(linear: Linear, x: Any) -> Tensor | Part:
+    """What `linear` makes of x, a sum over ranks left to what reads it where it can be."""
+    return linear.part(x) if isinstance(linear, RowParallel) else linear.forward(x)
 
 
 def row_parallel(linear: Kind, ranks: Ranks | None, dtype: torch.dtype, *, tile: int = 0) -> Linear:

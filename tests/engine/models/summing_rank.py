@@ -4,11 +4,12 @@ import sys
 
 import torch
 
+from engine.kernels import ops
 from engine.models import ranks
-from engine.models.ranks import Ranks, leave
+from engine.models.ranks import Part, Ranks, leave
 from engine.runtime.rank_process import meet, run
 
-WIDTH, REPLAYS = 4096, 200
+WIDTH, REPLAYS, EPS = 4096, 200, 1e-5
 
 
 def given(rank, rows, dtype, device):
@@ -25,27 +26,43 @@ def add_up(group, device):
             expected = sum(x.float() for x in every).to(dtype)
             assert ranks._peers.carry(expected) == (rows <= 256)
             assert torch.equal(group.sum(every[group.rank].clone()), expected)
+            assert ranks._peers.carry_rows(expected) == (rows <= 256)
+            stream, weight = (given(7, count, dtype, device) for count in (rows, 1))
+            found = Part(every[group.rank].clone(), group).add_rms_norm(stream, weight[0], EPS)
+            for one, other in zip(found, ops.add_rms_norm(expected, stream, weight[0], EPS), strict=True):
+                assert torch.equal(one, other), (rows, dtype)
         maxima = [x[:, 0].float().contiguous() for x in every]
         assert torch.equal(group.max(maxima[group.rank].clone()), torch.stack(maxima).amax(0))
     replay(group, device)
 
 
 def replay(group, device):
-    """A graph of sums one after the other, in which what one leaves is what the next one takes."""
+    """A graph of sums one after the other, with a norm and without, in which what one leaves is what the next takes."""
     sizes = (64, 64, 1, 256, 1, 64)
     xs = [given(group.rank, rows, torch.float16, device) for rows in sizes]
     outs = [torch.empty_like(x) for x in xs]
+    first, weight = given(7, 256, torch.float16, device), given(7, 1, torch.float16, device)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        streams, norms = [], []
         for x, out in zip(xs, outs, strict=True):
+            normed, stream = group.add_rms_norm(x, first[: len(x)], weight, EPS)
             group.sum(out.copy_(x))
+            # At once behind the first, of what it leaves.
+            again, stream = group.add_rms_norm(normed, stream, weight, EPS)
+            streams.append(stream)
+            norms.append(again)
     for turn in range(REPLAYS):
         for x, rows in zip(xs, sizes, strict=True):
             x.copy_(given(group.rank, rows, torch.float16, device) * (turn % 7))
         graph.replay()
-        for out, rows in zip(outs, sizes, strict=True):
+        for out, stream, normed, rows in zip(outs, streams, norms, sizes, strict=True):
             every = [given(rank, rows, torch.float16, device) * (turn % 7) for rank in range(group.size)]
-            assert torch.equal(out, sum(x.float() for x in every).half()), turn
+            whole = sum(x.float() for x in every).half()
+            assert torch.equal(out, whole), turn
+            once, expected = ops.add_rms_norm(whole, first[:rows], weight, EPS)
+            twice, expected = ops.add_rms_norm((once.float() * group.size).half(), expected, weight, EPS)
+            assert torch.equal(stream, expected) and torch.equal(normed, twice), turn
     torch.cuda.synchronize(device)
 
 
