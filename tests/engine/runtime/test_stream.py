@@ -1,7 +1,10 @@
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
+from engine.runtime.client import EngineClient
 from engine.runtime.event import Event, TokenLogprob
 from engine.runtime.stream import MOST_WAITING, Stream
 
@@ -95,3 +98,19 @@ def test_what_came_before_a_failure_is_read_first():
             stream.take()
 
     asyncio.run(run())
+
+
+def test_who_reads_several_streams_is_told_once_a_message():
+    client = EngineClient(Path("unused"), EngineConfig())
+    streams = [Stream(lambda _: None, name) for name in "abc"]
+    client._streams.update({stream.request_id: stream for stream in streams})
+    seen = []
+
+    def tell():
+        seen.append([len(stream._waiting) for stream in streams])
+
+    for stream in streams[:2]:
+        stream.on_arrival = tell
+    client._take({"type": "events", "events": tuple(tuple(event()._replace(request_id=name)) for name in "abca")})
+    assert seen == [[2, 1, 1]], "when all of the message is there"
+    assert streams[2]._arrived.is_set()
