@@ -5,6 +5,7 @@
 The products are those of `int4_gemv`. Here every program has all rows of x in shared memory, and computes the residual
 sum and the norm for itself where x is one, while its first weights are on their way. So there are few programs, each of
 which goes on to further rows of W without a pause in its loads.
+(Above 300 lines: one kernel, and how its operands are found.)
 """
 
 from __future__ import annotations
