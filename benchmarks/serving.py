@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import statistics
@@ -21,7 +20,7 @@ from benchmarks.http_client import Address, Answered, address_of, get, stream
 from benchmarks.options import option, read_options
 from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
-from benchmarks.timeline import percentile, run
+from benchmarks.timeline import percentile
 from benchmarks.workload import Request
 
 ABOUT = """
@@ -29,9 +28,9 @@ Sends requests to /v1/completions as a Poisson process of each rate, one row a r
 the 50th, 95th and 99th percentile of the time to the first piece of text, of the gaps between pieces, and of the whole
 request. Greedy, answers to their full length; lengths are log-normal (see `ingot bench throughput --help`) or fixed.
 url= names a running server (its key in INGOT_API_KEY); else a server is started for artifact=, folder= or shape=, and
-a last row compares `streams` requests at once through it with the same requests in an engine of this process:
+a last row compares `streams` requests at once through it with the same requests in an engine without a server:
 `http_overhead` is the share of the tokens a second that HTTP costs. Both are run `rounds` times, one after the other,
-and the row is the round whose overhead is the median.
+each time in processes of their own, and the row is the round whose overhead is the median.
 """
 SHOWN = (
     "model",
@@ -68,6 +67,11 @@ class Options(SubjectOptions):
     max_batch_size: int = option(0, "most sequences in a step of a server that is started; 0 is `streams`", least=0)
     out: Path = option(RESULTS / "serving.csv", "rows are added to this file; `none` keeps none")
 
+    @property
+    def batch(self) -> int:
+        """The most sequences in a step."""
+        return self.max_batch_size or max(self.streams, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -88,32 +92,40 @@ def main(argv: list[str]) -> int:
         at_rates(options, address, {**provenance(), "engine": "server", "model": model}, vocab_size=None)
         return 0
     subject = find_subject(options)
-    batch = options.max_batch_size or max(options.streams, 1)
-    common = {**provenance(subject.device), "engine": "ingot", **subject.columns, "max_batch_size": batch}
-    together = workload.fixed(
-        options.streams,
-        options.streams_input,
-        options.streams_output,
-        vocab_size=subject.config.vocab_size,
-        seed=subject.seed,
-    )
+    common = {**provenance(subject.device), "engine": "ingot", **subject.columns, "max_batch_size": options.batch}
+    together = streams_of(options, subject)
     compared: list[dict[str, object]] = []
     with workspace_of(subject) as (folder, _):
         for number in range(options.rounds if together else 1):
-            with started(subject, folder, batch) as address:
+            with started(subject, folder, options.batch) as address:
                 if number == 0:
                     at_rates(options, address, common, vocab_size=subject.config.vocab_size)
                 if not together:
                     break
                 send(address, together, [0.0] * len(together))  # the first time is not counted
                 through_http = send(address, together, [0.0] * len(together))
-            compared.append(overhead(subject, together, batch, through_http))
+            compared.append(overhead(subject, together, through_http, engine_alone(argv)))
     if compared:
         compared.sort(key=lambda row: float(str(row["http_overhead"])))
         overheads = " ".join(str(row["http_overhead"]) for row in compared)
         row = {**common, **compared[len(compared) // 2], "overheads": overheads}
         record(options.out, row, (*SHOWN, "overheads"))
     return 0
+
+
+def streams_of(options: Options, subject: Subject) -> list[Request]:
+    """The requests that come at once, through HTTP and without it."""
+    lengths = {"vocab_size": subject.config.vocab_size, "seed": subject.seed}
+    return workload.fixed(options.streams, options.streams_input, options.streams_output, **lengths)
+
+
+def engine_alone(argv: list[str]) -> float:
+    """Tokens a second of the engine without a server, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.engine_alone", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise ValueError(f"the engine alone did not run: {done.stderr.strip()}")
+    return float(done.stdout.split()[-1])
 
 
 def at_rates(options: Options, address: Address, common: dict[str, object], *, vocab_size: int | None) -> None:
@@ -215,19 +227,8 @@ def figures(requests: Sequence[Request], sent: Sent) -> dict[str, object]:
     return found
 
 
-def overhead(subject: Subject, requests: Sequence[Request], batch: int, sent: Sent) -> dict[str, object]:
-    """The same requests by an engine of this process, its server having ended, and what HTTP costs against it."""
-    engine = subject.engine(
-        session_len=workload.longest(requests),
-        max_batch_size=batch,
-        num_tokens_per_iter=tokens_per_step(subject.device, 0),
-    )
-    run(engine, [Request(request.prompt_ids, min(request.new_tokens, 16)) for request in requests])
-    gc.collect()
-    gc.freeze()  # as an engine process does
-    offline = run(engine, requests).tokens_per_second
-    gc.unfreeze()
-    engine.close()
+def overhead(subject: Subject, requests: Sequence[Request], sent: Sent, offline: float) -> dict[str, object]:
+    """What HTTP costs against `offline` tokens a second of an engine without it."""
     found = figures(requests, sent)
     return {
         "case": "streams",
@@ -238,6 +239,13 @@ def overhead(subject: Subject, requests: Sequence[Request], batch: int, sent: Se
         "offline_tokens_per_second": round(offline, 1),
         "http_overhead": round(1 - float(str(found["tokens_per_second"])) / offline, 4),
     }
+
+
+def environment() -> dict[str, str]:
+    """That of the processes which are measured: this checkout's code, and no key."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    found.pop("INGOT_API_KEY", None)
+    return found
 
 
 @contextlib.contextmanager
@@ -256,10 +264,8 @@ def started(subject: Subject, folder: Path, batch: int) -> Iterator[Address]:
     command += [f"serve.tp={subject.tp}", f"serve.dtype={str(subject.dtype).removeprefix('torch.')}"]
     if budget := tokens_per_step(subject.device, 0):
         command.append(f"serve.num_tokens_per_iter={budget}")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("INGOT_API_KEY", None)
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment())
         try:
             assert process.stdout is not None
             url = next((line.split()[1] for line in process.stdout if line.startswith("URL")), None)
