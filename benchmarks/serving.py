@@ -124,7 +124,7 @@ def engine_alone(argv: list[str]) -> float:
     command = [sys.executable, "-m", "benchmarks.engine_alone", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
-        raise ValueError(f"the engine alone did not run: {done.stderr.strip()}")
+        raise ValueError(f"the engine alone did not run: {(done.stderr.splitlines() or ['no word'])[-1]}")
     return float(done.stdout.split()[-1])
 
 

@@ -57,7 +57,7 @@ class Peers:
     holds: tuple[Any, ...] = ()
 
     def carry(self, x: Tensor) -> bool:
-        """Whether `sum` (of float16 and bfloat16) or `max` (of float32) takes x: so much that its latency counts."""
+        """Whether `sum` (of float16 and bfloat16) or `max` (of float32) takes x: so little that its latency counts."""
         words, rest = divmod(x.numel() * x.element_size(), 4)
         kind = x.dtype in HALVES or x.dtype == torch.float32
         return kind and rest == 0 and 0 < words <= MOST_WORDS // (self.size - 1) and x.is_contiguous()
