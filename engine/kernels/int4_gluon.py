@@ -33,7 +33,7 @@ from engine.kernels.int4_fragments import halves, left_operand, load_pairs, load
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
-MOST_ROWS = 512
+MOST_ROWS = 4096
 # Two names that Triton changed after 3.6.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -109,6 +109,8 @@ def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
         shapes += [(128, 128, 4, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1), (8, 2, 3, 1, 1))]
     if m > 128:
         shapes += [(256, 128, 8, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1))]
+    if m > 512:
+        shapes = shapes[-2:]
     found: list[Config] = []
     for block_m, block_n, warps, loop in shapes:
         programs = -(-n // block_n) * -(-m // block_m)
@@ -157,7 +159,7 @@ def tails(m: int, n: int, k: int, device: Device) -> list[Config]:
 
 
 def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *, gated: bool = False) -> Tensor:
-    """The product for x [M, in], M up to 512; `gated` as in `int4_linear`."""
+    """The product for x [M, in], M up to MOST_ROWS; `gated` as in `int4_linear`."""
     m, n, tiles = x.shape[0], weights.out_features, weights.words.shape[1]
     y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     x = x.contiguous()

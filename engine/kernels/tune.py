@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +32,7 @@ SHAPES = (
     (4096, 14336),
 )
 HEAD = (103168, 4096)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 GROUP_SIZE = 128
 # Weights that a measurement goes round: several times what the L2 cache holds, so that each is read from memory.
 ROTATED_BYTES = 400_000_000
@@ -41,6 +44,9 @@ NORMED = {"normed_int4_linear": "int4_linear", "normed_int8_linear": "int8_linea
 ROUNDED = {"rounded_int8_linear": "int8_linear", "gated_int8_linear": "int8_linear"}
 FUSED = {**NORMED, **ROUNDED}
 EPS = 1e-5
+# That compile and check configurations at once, each with a context on the GPU.
+MOST_PROCESSES = 12
+LARGEST_ERROR = 2e-2
 
 
 @dataclass
@@ -193,37 +199,55 @@ def tune(
 ) -> Path:
     """Times the configurations of the operations at every shape and number of rows, and writes the device's table.
 
-    `report` is given one line a product. What is not reached within `seconds` keeps its former row, or none. A
-    configuration that fails or whose result is wrong is left out.
+    Configurations are compiled and checked by several processes at once, then timed by this one alone. `report` is
+    given one line a product. What is not reached within `seconds` keeps its former row, or none. A configuration that
+    fails or whose result is wrong is left out.
     """
     device = torch.device(device)
     if device.type != "cuda":
         raise ValueError(f"kernels are tuned on a GPU; the device given is {device}")
     deadline = time.monotonic() + seconds
     found = []
-    for n, k in shapes:
-        # What writes the residual stream has no more outputs than inputs, and reads no norm.
-        possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ROUNDED)]
-        for op in [op for op in possible if op in operations]:
-            product = Product(op, n, k, device)
-            for m in rows if op in MODULES else (m for m in rows if m <= normed_linear.MOST_ROWS):
-                best: tuple[float, Config] | None = None
-                for config in product.candidates(m):
-                    if time.monotonic() > deadline:
-                        break
-                    try:
-                        if product.error(m, config) < 2e-2:
-                            best = min(
-                                best or (float("inf"), {}), (time_product(product, m, config), config), key=_time
-                            )
-                    except Exception as problem:  # what a compiler or a launch says of one configuration
-                        report(f"{op} {n}x{k} M={m} {config}: {str(problem).splitlines()[0][:200]}")
-                if best is not None:
-                    found.append({"op": op, "n": n, "k": k, "m": m, "us": round(best[0], 2), "config": best[1]})
-                    report(f"{op} {n}x{k} M={m}: {best[0]:.1f} us, {best[1]}")
-            del product
-            torch.cuda.empty_cache()
+    processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for n, k in shapes:
+            # What writes the residual stream has no more outputs than inputs, and reads no norm.
+            possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ROUNDED)]
+            for op in [op for op in possible if op in operations and time.monotonic() < deadline]:
+                product = Product(op, n, k, device)
+                asked = [m for m in rows if op in MODULES or m <= normed_linear.MOST_ROWS]
+                cases = [(m, config) for m in asked for config in product.candidates(m)]
+                checks = pool.map(functools.partial(_check, op, n, k, device), cases, chunksize=1)
+                right: dict[int, list[Config]] = {}
+                for (m, config), problem in zip(cases, checks, strict=True):
+                    if problem is None:
+                        right.setdefault(m, []).append(config)
+                    else:
+                        report(f"{op} {n}x{k} M={m} {config}: {problem}")
+                for m, configs in right.items():
+                    timed = [(time_product(product, m, c), c) for c in configs if time.monotonic() < deadline]
+                    if len(timed) == len(configs):
+                        us, config = min(timed, key=_time)
+                        found.append({"op": op, "n": n, "k": k, "m": m, "us": round(us, 2), "config": config})
+                        report(f"{op} {n}x{k} M={m}: {us:.1f} us, {config}")
+                del product
+                torch.cuda.empty_cache()
     return tuning.write(facts(device).name, found, versions(), folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _checked(op: str, n: int, k: int, device: torch.device) -> Product:
+    return Product(op, n, k, device, rotated_bytes=1)
+
+
+def _check(op: str, n: int, k: int, device: torch.device, case: tuple[int, Config]) -> str | None:
+    """What is wrong with a configuration; compiles it into the cache on disk, for the process that times."""
+    m, config = case
+    try:
+        error = _checked(op, n, k, device).error(m, config)
+    except Exception as problem:  # what a compiler or a launch says of one configuration
+        return (str(problem).splitlines() or [type(problem).__name__])[0][:200]
+    return None if error < LARGEST_ERROR else f"error {error}"
 
 
 def versions() -> dict[str, str]:
