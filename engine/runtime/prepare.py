@@ -8,6 +8,7 @@ from typing import NamedTuple
 from engine.config import EngineConfig
 from engine.models.cache import KVCache, KVScales, PerToken
 from engine.models.decoder import Decoder
+from engine.runtime.heap import keep_freed_memory
 from engine.runtime.memory import MemoryReport, allocated, free_memory, num_pages_for, room_for_pages, working_memory
 from engine.runtime.rank_processes import RankProcesses
 from engine.runtime.runner import Runner
@@ -32,6 +33,8 @@ def prepare(
 ) -> Prepared:
     """Make what steps run on; `config` has nothing left open. ValueError if the cache cannot hold one session."""
     on_gpu = model.device.type == "cuda"
+    if not on_gpu:
+        keep_freed_memory()
     together = nullcontext if others is None else others.together
     with together():
         reserved = working_memory(model, config, session_len=session_len, scales=kv_scales) if on_gpu else 0
