@@ -6,7 +6,7 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from engine.runtime.engine import Engine
 
 ABOUT = """
-Decode steps of `batch` sequences around `context` tokens. `host_ms` is the time of a step in which the thread that
-steps the engine does not wait for the device (a GPU), or is not inside the model (a CPU): scheduling, staging,
-launching, sampling, text; `host_share` its share of the step. Both are medians; where a few steps are slow
-`host_mean_ms` and `host_most_ms` are far above. `host_processor_ms` is what the thread computed in the mean: the rest
-it was kept from it. `launch_ms` is spent in calls that start the device's work, copies and a graph, in the mean.
-Printed below the row is where such a thread spends its time, by Python's profiler in steps of their own: it slows
-Python down, so these are shares, not times.
+Decode steps of `batch` sequences around `context` tokens, when the same requests have been answered once, so that an
+engine is seen that has run for a while (each token's text is found when it first comes). `host_ms` is the time of a
+step in which the thread that steps the engine does not wait for the device (a GPU), or is not inside the model (a CPU):
+scheduling, staging, launching, sampling, text; `host_share` its share of the step. Both are medians; where a few steps
+are slow `host_mean_ms` and `host_most_ms` are far above. In steps of their own, since looking takes time:
+`host_processor_ms` is what the thread computed in the mean (the rest it was kept from it), of which `launch_ms` in
+calls that start the device's work, copies and a graph. Printed below the row is where such a thread spends its time, by
+Python's profiler, which slows Python down, so these are shares, not times.
 """
 MEASURED = ("steps", "step_ms", "host_ms", "host_share", "host_mean_ms", "host_most_ms", "host_processor_ms")
 SHOWN = ("model", "recipe", "batch", "context", *MEASURED, "launch_ms")
@@ -37,11 +38,10 @@ PLACES = 12
 
 
 class Step(NamedTuple):
-    """A step in seconds: all of it, the host's part, and the processor's time in that."""
+    """A step in seconds: all of it, and the host's part."""
 
     whole: float
     host: float
-    processor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +68,19 @@ def main(argv: list[str]) -> int:
     requests = workload.fixed(
         options.batch, inputs, options.steps + 1, vocab_size=subject.config.vocab_size, seed=subject.seed
     )
-    begin(engine, requests)
-    with Stopwatch(not_the_host(subject.device)) as elsewhere, Stopwatch(launching()) as launches:
-        steps = decode(engine, len(requests), elsewhere)
+    not_host = not_the_host(subject.device)
+    again(engine, requests, Stopwatch([]))
+    with Stopwatch(not_host) as elsewhere:
+        steps = again(engine, requests, elsewhere)
     if not elsewhere.calls:
         raise ValueError(
             "the engine waited for the device in a way that this benchmark does not know: nothing to tell."
         )
+    with Stopwatch(not_host, clock=time.thread_time) as elsewhere, Stopwatch(launching()) as launches:
+        computed = again(engine, requests, elsewhere, clock=time.thread_time)
     begin(engine, requests)
     profiler = cProfile.Profile()
-    profiler.runcall(decode, engine, len(requests), elsewhere)
+    profiler.runcall(decode, engine, len(requests), Stopwatch([]))
     engine.close()
     host = [step.host for step in steps]
     typical, whole = statistics.median(host), statistics.median(step.whole for step in steps)
@@ -94,8 +97,8 @@ def main(argv: list[str]) -> int:
         "host_share": round(typical / whole, 4),
         "host_mean_ms": round(statistics.mean(host) * 1e3, 4),
         "host_most_ms": round(max(host) * 1e3, 4),
-        "host_processor_ms": round(statistics.mean(step.processor for step in steps) * 1e3, 4),
-        "launch_ms": round(launches.seconds / len(steps) * 1e3, 4),
+        "host_processor_ms": round(statistics.mean(step.host for step in computed) * 1e3, 4),
+        "launch_ms": round(launches.seconds / len(computed) * 1e3, 4),
         "places": "; ".join(f"{place} {100 * share:.1f}%" for place, share in found),
     }
     record(options.out, row, SHOWN)
@@ -139,16 +142,25 @@ def begin(engine: Engine, requests: Sequence[Request]) -> None:
         begun |= {event.request_id for event in engine.step() if event.token_ids}
 
 
-def decode(engine: Engine, batch: int, elsewhere: Stopwatch) -> list[Step]:
-    """The steps in which all sequences get a token; those that began early end early."""
+def again(
+    engine: Engine, requests: Sequence[Request], elsewhere: Stopwatch, clock: Callable[[], float] = time.perf_counter
+) -> list[Step]:
+    """`begin` and `decode`."""
+    begin(engine, requests)
+    return decode(engine, len(requests), elsewhere, clock)
+
+
+def decode(
+    engine: Engine, batch: int, elsewhere: Stopwatch, clock: Callable[[], float] = time.perf_counter
+) -> list[Step]:
+    """The steps in which all sequences get a token; those that began early end early. `elsewhere` goes by `clock`."""
     steps: list[Step] = []
     while engine.has_work():
-        before = time.perf_counter(), time.thread_time(), elsewhere.seconds, elsewhere.processor
+        before, apart = clock(), elsewhere.seconds
         events = engine.step()
-        after = time.perf_counter(), time.thread_time(), elsewhere.seconds, elsewhere.processor
-        whole, processor, seconds, computed = (late - early for late, early in zip(after, before, strict=True))
+        whole = clock() - before
         if len(events) == batch:
-            steps.append(Step(whole, whole - seconds, processor - computed))
+            steps.append(Step(whole, whole - (elsewhere.seconds - apart)))
         elif steps:
             break
     if not steps:

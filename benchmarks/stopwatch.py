@@ -12,14 +12,14 @@ from typing import Any, Self
 class Stopwatch:
     """A context in which `methods`, pairs of a class and the name of one, are timed; a call within another counts once.
 
-    `seconds` have passed in them, of which this thread's processor computed in `processor`. Names that a class does not
-    have are passed over. Not for threads that call them side by side.
+    `seconds` have passed in them by `clock`. Names that a class does not have are passed over. Not for threads that
+    call them side by side.
     """
 
-    def __init__(self, methods: Sequence[tuple[type, str]]) -> None:
+    def __init__(self, methods: Sequence[tuple[type, str]], *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = 0.0
-        self.processor = 0.0
         self.calls = 0
+        self._clock = clock
         self._depth = 0
         self._methods = [(owner, name) for owner, name in methods if hasattr(owner, name)]
         self._originals: list[tuple[type, str, Any, bool]] = []
@@ -44,14 +44,13 @@ class Stopwatch:
         @functools.wraps(method)
         def timed(*arguments: Any, **named: Any) -> Any:
             self._depth += 1
-            begun, computed = time.perf_counter(), time.thread_time()
+            begun = self._clock()
             try:
                 return method(*arguments, **named)
             finally:
                 self._depth -= 1
                 if not self._depth:
-                    self.seconds += time.perf_counter() - begun
-                    self.processor += time.thread_time() - computed
+                    self.seconds += self._clock() - begun
                     self.calls += 1
 
         return timed
