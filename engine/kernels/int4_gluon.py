@@ -57,8 +57,7 @@ def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, An
     turn: tiles of an iteration, at whose end all products are waited for; ahead: tiles of W in registers, a divisor of
     it; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given back at once. wait divides
     slot and ring, slot divides turn, and where it is less, the ring holds more than a slot. With `places` only the
-    tiles that are left when the others have gone round so many programs a whole number of times are split; `lead` turns
-    in the first part of each.
+    tiles that are left when the others have gone round so many programs a whole number of times are split.
     """
     n, tiles = weights.out_features, weights.words.shape[1]
     if m <= 32:
@@ -172,7 +171,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     grid: tuple[int, ...]
     if "places" in config:
         sizes = grid_n * grid_m, config["places"], config["splits"], all_turns, block_n * block_m
-        programs, whole, parts, lead, longest = split_tiles.plan(*sizes, config.get("lead"))
+        programs, whole, parts, lead, longest = split_tiles.plan(*sizes)
         grid = (programs,)
     else:
         parts = splits.fitting(config["splits"], grid_n * grid_m, block_n * block_m, all_turns)

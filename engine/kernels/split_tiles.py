@@ -36,16 +36,15 @@ class Plan(NamedTuple):
     longest: int
 
 
-def plan(tiles: int, places: int, parts: int, turns: int, tile_floats: int, lead: int | None = None) -> Plan:
-    """How `tiles` of `turns` each go to `places`, those of the last round in at most `parts` parts, of which the first
-    has `lead` turns (left out: a place's share, as if no program took time to start)."""
+def plan(tiles: int, places: int, parts: int, turns: int, tile_floats: int) -> Plan:
+    """How `tiles` of `turns` each go to `places`, those of the last round in at most `parts` parts."""
     whole = tiles // places * places
     rest = tiles - whole
     parts = splits.fitting(parts, rest, tile_floats, turns) if rest else 1
     if parts == 1:
         return Plan(tiles, tiles, 1, turns, turns)
     share = max(-(-turns // parts), -(-turns * rest // places))
-    lead = min(share if lead is None else lead, turns - parts + 1)
+    lead = min(share, turns - parts + 1)
     return Plan(whole + rest * parts, whole, parts, lead, turns if whole else lead)
 
 
