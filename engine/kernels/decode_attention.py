@@ -38,7 +38,8 @@ def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: 
     """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
     that is unknown. `form` "fragments" is `decode_fragments` or `decode_group_fragments`, where it can do that; else
-    the rest is what is meant, if `stages` are among it."""
+    the rest is what is meant, if `stages` are among it. `parts` into which that form cuts every context are in place of
+    `splits_for`: the more programs there are, the more evenly they end."""
     found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
     return _default(kind, stored) if found is None else found
 
@@ -104,15 +105,15 @@ def rope_decode_attention(
     scale: float,
     window: int | None = None,
     splits: int | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """`rope_write_kv` of one token a sequence, and the attention of its queries: [B, heads, head_dim]. A sequence of 0
     tokens gets zeros; what is in its slot afterwards is not said."""
     out = torch.empty(len(qkv), heads, pages.key.shape[3], dtype=qkv.dtype, device=qkv.device)
-    parts = _splits(splits, len(qkv), pages, qkv.device)
-    config = _config(out, pages)
-    if _by_fragments(config, out, pages, page_table, window, parts):
+    config = config or _config(out, pages)
+    if _by_fragments(config, out, pages, page_table, window, _parts(splits, config, out, pages)):
         query = rope_write_kv(qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads)
-        return decode_attention(query, pages, context_lens, page_table, scale, None, parts, out, config)
+        return decode_attention(query, pages, context_lens, page_table, scale, None, splits, out, config)
     query_norm, key_norm = head_norms or (qkv, qkv)
     _launch(
         qkv,
@@ -123,6 +124,7 @@ def rope_decode_attention(
         window,
         splits,
         out,
+        config,
         cos=cos,
         sin=sin,
         query_scale=qkv if query_scale is None else query_scale,
@@ -147,20 +149,24 @@ def _splits(asked: int | None, batch: int, pages: Pages, device: torch.device) -
     return (asked or splits_for(batch, kv_heads, device)) if batch * kv_heads <= TILES else 1
 
 
+def _parts(asked: int | None, config: Config, query: Tensor, pages: Pages) -> int:
+    """Into how many parts the form by matrix instructions cuts each context."""
+    return _splits(asked or config.get("parts"), len(query), pages, query.device)
+
+
 def _config(out: Tensor, pages: Pages) -> Config:
     _, kv_heads, _, head_dim = pages.key.shape
     return config_for(facts(out.device), _kind(out, pages), storage_of(pages), kv_heads, head_dim, len(out))
 
 
 def _by_fragments(
-    config: Config, query: Tensor, pages: Pages, page_table: Tensor, window: int | None, splits: int
+    config: Config, query: Tensor, pages: Pages, page_table: Tensor, window: int | None, parts: int
 ) -> ModuleType | None:
-    """What has the form that is asked for, if it can do this attention; only groups may be split."""
-    kind = _kind(query, pages)
-    if "form" not in config or window or (kind == "one" and splits > 1):
+    """What has the form that is asked for, if it can do this attention."""
+    if "form" not in config or window:
         return None
-    fragments = _fragments(kind)
-    most = -(-page_table.shape[1] * pages.key.shape[2] // splits)
+    fragments = _fragments(_kind(query, pages))
+    most = -(-page_table.shape[1] * pages.key.shape[2] // parts)
     return fragments if fragments and fragments.runs(config, query, pages, most, facts(query.device)) else None
 
 
@@ -181,14 +187,14 @@ def _launch(
     group = heads // kv_heads
     if not batch:
         return
-    splits = _splits(splits, batch, pages, query.device)
     kind, stored, device = _kind(out, pages), storage_of(pages), facts(query.device)
     config = config or _config(out, pages)
-    fragments = None if turning else _by_fragments(config, query, pages, page_table, window, splits)
+    parts = _parts(splits, config, query, pages)
+    fragments = None if turning else _by_fragments(config, query, pages, page_table, window, parts)
     if fragments:
-        given = {} if splits == 1 else {"splits": splits}
-        fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config, **given)
+        fragments.run(query, pages, context_lens, page_table, scale * LOG2E, out, config, parts)
         return
+    splits = _splits(splits, batch, pages, query.device)
     if "stages" not in config:  # a row of the form that cannot do this, and none of the one that can
         config = _default(kind, stored)
     partial, sums, arrivals = out, out, out

@@ -2,11 +2,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment"
 """Decode attention of one query head a KV head by matrix instructions, in Gluon, for NVIDIA cards from sm_80.
 
-A program is one warp: a sequence and a KV head. The query is eight equal columns: a matrix instruction then multiplies
-eight times too much, and still takes less than to convert each byte and multiply it alone. See `page_fragments` for
-how rows become its operands. What the zero of bytes, 128, adds to a sum of products is taken off by the sum of the
-other factor, as rounded.
-(Above 300 lines: one kernel; what else it needs is in `page_fragments` already.)
+A program is one warp: a KV head and a part of a sequence. The query is eight equal columns: a matrix instruction then
+multiplies eight times too much, and still takes less than to convert each byte and multiply it alone. How rows become
+its operands is in `page_fragments`, how parts join in `decode_joins`. What the zero of bytes, 128, adds to a sum of
+products is taken off by the sum of the other factor, as rounded.
+(Above 300 lines: one kernel; what else it needs is in `page_fragments` and `decode_joins` already.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from engine.kernels.decode_joins import of_parts
 from engine.kernels.dependent_launch import depend, options, prefetch
 from engine.kernels.device import Device, facts
 from engine.kernels.load_order import in_order
@@ -38,6 +39,7 @@ from engine.kernels.page_fragments import (
 )
 from engine.kernels.page_rows import CHANNELS, PLAIN, TOKENS, pointers, storage_of
 from engine.kernels.reference import Pages
+from engine.kernels.splits import buffers
 from engine.kernels.tuning import Config
 
 # The value of `form` in a configuration that means these kernels.
@@ -70,20 +72,37 @@ def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device)
 
 
 def candidates() -> list[Config]:
-    """The configurations that tuning tries: tokens at once, and blocks that are asked for before the kernel before has
-    ended."""
-    return [{"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (0, 1, 2)]
+    """The configurations that tuning tries: tokens at once, blocks that are asked for before the kernel before has
+    ended, and parts that a context is cut into where a batch alone would not have it cut."""
+    tried: list[Config] = [
+        {"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (0, 1, 2)
+    ]
+    some = [config for config in tried if config["asks"] == 1]
+    return tried + [{**config, "parts": parts} for config in some for parts in (2, 4, 8)]
 
 
 def run(
-    query: Tensor, pages: Pages, context_lens: Tensor, page_table: Tensor, factor: float, out: Tensor, config: Config
+    query: Tensor,
+    pages: Pages,
+    context_lens: Tensor,
+    page_table: Tensor,
+    factor: float,
+    out: Tensor,
+    config: Config,
+    parts: int = 1,
 ) -> None:
     """`decode_attention.decode_attention` into `out`; `factor` is its scale times log2(e)."""
     batch, heads, head_dim = out.shape
     key, value, *beside = pointers(pages, query)
     key_scale, _, value_scale, value_zero, key_steps, value_steps = beside
+    partial, sums, arrivals = out, out, out
+    if parts > 1:
+        _, arrivals = buffers(query.device)
+        partial = torch.empty(batch, heads, parts, head_dim, dtype=torch.float32, device=query.device)
+        sums = torch.empty(batch, heads, parts, dtype=torch.float32, device=query.device)
     launch: dict[str, Any] = options(facts(query.device))
-    _attend[(heads, batch)](
+    # Programs start in this order, so those of a long context do before those of the shorter ones behind it.
+    _attend[(parts, heads, batch)](
         query,
         key.view(torch.int32),
         value.view(torch.int32),
@@ -95,6 +114,9 @@ def run(
         context_lens,
         page_table,
         out,
+        partial,
+        sums,
+        arrivals,
         page_table.stride(0),
         factor,
         STORED=storage_of(pages),
@@ -103,6 +125,7 @@ def run(
         DIMS=head_dim,
         BLOCK=config["block"],
         ASKS=config["asks"],
+        PARTS=parts,
         num_warps=1,
         **launch,
     )
@@ -271,6 +294,9 @@ def _attend(
     context_lens,
     page_table,
     out,
+    partial,
+    sums,
+    arrivals,
     table_stride,
     factor,
     STORED: gl.constexpr,
@@ -279,33 +305,40 @@ def _attend(
     DIMS: gl.constexpr,
     BLOCK: gl.constexpr,
     ASKS: gl.constexpr,
+    PARTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One sequence and KV head; `factor` is the scale of the scores times log2(e)."""
-    head, sequence = gl.program_id(0), gl.program_id(1).to(gl.int64)
+    """A part of one sequence and KV head; `factor` is the scale of the scores times log2(e)."""
+    part, head, sequence = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     WIDTH: gl.constexpr = DIMS // 2 if STORED == PLAIN else DIMS // 4
     KEYS: gl.constexpr = key_layout(BLOCK, WIDTH)
     VALUES: gl.constexpr = value_layout(BLOCK, WIDTH)
     dtype: gl.constexpr = query.dtype.element_ty if STORED == PLAIN else gl.float16
     length = gl.load(context_lens + sequence)
-    blocks = gl.cdiv(length, BLOCK)
+    all_blocks = gl.cdiv(length, BLOCK)
+    if PARTS == 1:
+        first, end = 0, all_blocks
+    else:
+        share = gl.cdiv(all_blocks, PARTS)
+        first = part * share
+        end = gl.minimum(first + share, all_blocks)
     table = page_table + sequence * table_stride
     if PDL:
         for early in gl.static_range(ASKS):
-            if early < blocks:
-                place = _place(table, early, head, KV_HEADS, PAGE_LEN, BLOCK)
+            if first + early < end:
+                place = _place(table, first + early, head, KV_HEADS, PAGE_LEN, BLOCK)
                 _ask(key, place, BLOCK, WIDTH)
                 _ask(value, place, BLOCK, WIDTH)
         depend()
     row = sequence * KV_HEADS + head
-    if length > 0:
-        place = _place(table, 0, head, KV_HEADS, PAGE_LEN, BLOCK)
+    if first < end:
+        place = _place(table, first, head, KV_HEADS, PAGE_LEN, BLOCK)
         k = load_rows(key, place, KEYS, BLOCK, WIDTH)
         v = load_rows(value, place, VALUES, BLOCK, WIDTH)
         key_step = load_steps(key_steps, place, STORED, BLOCK)
         value_step = load_steps(value_steps, place, STORED, BLOCK)
-        place = _place(table, gl.minimum(1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
+        place = _place(table, gl.minimum(first + 1, end - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
         in_order(1)
         q = _query(query + row * DIMS, key_scale + head * DIMS, factor, STORED, BLOCK, DIMS, dtype, MMA)
         nothing = gl.zeros([BLOCK, 4], gl.float32, score_layout(BLOCK))
@@ -317,7 +350,7 @@ def _attend(
             nothing,
         )
         # What a turn loads the next one uses: within a turn the compiler would wait for it at once.
-        for block in range(1, blocks):
+        for block in range(first + 1, end):
             score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
             k = load_rows(key, place, KEYS, BLOCK, WIDTH)
             key_step = load_steps(key_steps, place, STORED, BLOCK)
@@ -326,21 +359,22 @@ def _attend(
             state = _add(state, p, v, BLOCK, STORED, False, BLOCK, DIMS, dtype, MMA)
             v = load_rows(value, place, VALUES, BLOCK, WIDTH)
             value_step = load_steps(value_steps, place, STORED, BLOCK)
-            place = _place(table, gl.minimum(block + 1, blocks - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
+            place = _place(table, gl.minimum(block + 1, end - 1), head, KV_HEADS, PAGE_LEN, BLOCK)
             in_order(1)
-        left = length - (blocks - 1) * BLOCK
+        left = length - (end - 1) * BLOCK
         score = _scores(k, key_step, q, STORED, BLOCK, DIMS, MMA)
         state, p = _weigh(state, score, value_step, left, STORED, True, BLOCK)
-        acc, sums, _, weight, moved = _add(state, p, v, left, STORED, True, BLOCK, DIMS, dtype, MMA)
+        acc, all_sums, best, weight, moved = _add(state, p, v, left, STORED, True, BLOCK, DIMS, dtype, MMA)
         PART: gl.constexpr = 8 if STORED == PLAIN else DIMS // 8
         OUT: gl.constexpr = out_layout(PART, DIMS)
         o = natural(acc, PART, DIMS, OUT)
         dim = gl.arange(0, DIMS, layout=gl.SliceLayout(1, OUT))
-        total = gl.max(gl.max(sums, 1), 0)
+        total = gl.max(gl.max(all_sums, 1), 0)
         if STORED == TOKENS:
             # Each of the four lanes of a token has its weight.
-            inverse = 1.0 / gl.sum(gl.max(weight, 1), 0)
-            o = (o * (1.0 / UNIT) - ZERO * total + gl.sum(gl.max(moved, 1), 0)) * inverse
+            of_values = total
+            total = gl.sum(gl.max(weight, 1), 0)
+            o = (o * (1.0 / UNIT) - ZERO * of_values + gl.sum(gl.max(moved, 1), 0)) * (1.0 / total)
         else:
             o = o * (1.0 / total)
         if STORED == CHANNELS:
@@ -348,8 +382,19 @@ def _attend(
             scale = gl.load(value_scale + head * DIMS + dim)[:, None]
             o = o * scale + gl.load(value_zero + head * DIMS + dim)[:, None]
         copy = gl.arange(0, 4, layout=gl.SliceLayout(0, OUT))
-        places = out + row * DIMS + dim[:, None] + copy[None, :] * 0
-        gl.store(places, o.to(out.dtype.element_ty), mask=copy[None, :] == 0)
-    else:
+        places = dim[:, None] + copy[None, :] * 0
+        if PARTS == 1:
+            gl.store(out + row * DIMS + places, o.to(out.dtype.element_ty), mask=copy[None, :] == 0)
+        else:
+            count = gl.cdiv(all_blocks, share)
+            if count == 1:
+                gl.store(out + row * DIMS + places, o.to(out.dtype.element_ty), mask=copy[None, :] == 0)
+            else:
+                log = best.to(gl.float32) + gl.log2(total)
+                at = row * PARTS + part
+                gl.store(partial + at * DIMS + places, o, mask=copy[None, :] == 0)
+                gl.store(sums + at, log)
+                of_parts(out + row * DIMS, partial, sums, arrivals, row, count, DIMS, PARTS)
+    elif part == 0:
         lane = gl.arange(0, DIMS, layout=gl.BlockedLayout([DIMS // 32], [32], [1], [0]))
         gl.store(out + row * DIMS + lane, gl.zeros_like(lane).to(out.dtype.element_ty))

@@ -77,11 +77,14 @@ def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device)
 
 def candidates() -> list[Config]:
     """The configurations that tuning tries: tokens at once, warps, blocks that are asked for before the kernel before
-    has ended, and at most how many registers a thread gets, where that is not for the compiler to say."""
+    has ended, at most how many registers a thread gets, where that is not for the compiler to say, and parts that a
+    context is cut into where a batch alone would not have it cut."""
     tried: list[Config] = [
         {"form": FORM, "block": block, "warps": warps, "asks": 1} for block in (16, 32) for warps in (1, 2, 4, 8)
     ]
-    return tried + [{**config, "registers": 128} for config in tried if config["block"] == 16 and config["warps"] > 2]
+    small = [config for config in tried if config["block"] == 16]
+    tried += [{**config, "registers": 128} for config in small if config["warps"] > 2]
+    return tried + [{**config, "parts": parts} for config in small if config["warps"] < 8 for parts in (2, 4)]
 
 
 def run(

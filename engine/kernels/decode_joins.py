@@ -1,8 +1,10 @@
 # ruff: noqa: RET505  (a branch of constants: the other is not compiled only if it is an else)
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc,assignment"
-"""How parts of the attention of eight query heads join, in Gluon: those of a program's warps, and those of programs.
+"""How parts of attention join, in Gluon: those of a program's warps, and those of programs.
 
-A part is a sum [DIMS, 8] of values times weights, the weights' sum [8], and the power of two that both are relative to.
+A warp's part is a sum [DIMS, 8] of values times weights (eight query heads), the weights' sum [8], and the power of two
+that both are relative to. A program's is that sum divided by the weights', and log2 of the latter. The last program of
+a head to arrive joins all of them in their order, so that the result does not depend on which one it was.
 """
 
 from __future__ import annotations
@@ -72,3 +74,35 @@ def of_splits(o, logs, partial, sums, arrivals, tile, row, split, here, dim, DIM
         o = o / gl.where(whole > 0, whole, 1.0)[None, :]
         gl.store(arrivals + tile, 0)
     return o, last
+
+
+@gluon.constexpr_function
+def _power_of_two(number):
+    """The smallest that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+@gluon.jit
+def of_parts(out, partial, sums, arrivals, row, count, DIMS: gl.constexpr, PARTS: gl.constexpr):
+    """Counts in a program of one warp that has stored its part [DIMS] of head `row`, and the logarithm of its weights.
+    The last of `count` (at most PARTS) to arrive stores them all, joined, in `out` [DIMS]."""
+    barrier()  # every lane's values are written before one of them counts the program in
+    if gl.atomic_add(arrivals + row, 1, sem="acq_rel") == count - 1:
+        # All loads are on their way before the first is used, and no lane exchanges anything.
+        MOST: gl.constexpr = _power_of_two(PARTS)
+        PLACES: gl.constexpr = gl.BlockedLayout([MOST, DIMS // 32], [1, 32], [1, 1], [1, 0])
+        part = gl.arange(0, MOST, layout=gl.SliceLayout(1, PLACES))
+        dim = gl.arange(0, DIMS, layout=gl.SliceLayout(0, PLACES))
+        there = part < count
+        first = row * PARTS
+        logs = gl.load(sums + first + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts = gl.load(
+            partial + first * DIMS + (part * DIMS)[:, None] + dim[None, :],
+            mask=there[:, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        weight = gl.exp2(logs - gl.max(logs, 0))
+        joined = gl.sum(parts * weight[:, None], 0) / gl.sum(weight, 0)
+        gl.store(out + dim, joined.to(out.dtype.element_ty))
+        gl.store(arrivals + row, 0)

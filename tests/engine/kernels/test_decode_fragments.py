@@ -1,5 +1,6 @@
 """Decode attention by matrix instructions: as plain Python here (see gluon_on_cpu), compiled where there is a GPU."""
 
+import random
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from engine.kernels import decode_fragments, reference
 from engine.kernels.decode_attention import LOG2E, decode_attention
 from engine.kernels.decode_fragments import MOST_TOKENS_OF_BYTES as MOST
 from engine.kernels.device import Device, facts
+from engine.kernels.splits import buffers
 from tests.engine.kernels import gluon_on_cpu
 
 ON_GPU = DEVICE == "cuda"
@@ -26,7 +28,7 @@ CARD = Device("card", (9, 0), 132)
 def kernels():
     if ON_GPU:
         return decode_fragments
-    return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_fragments")[2]
+    return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_joins", "decode_fragments")[-1]
 
 
 def config(block, asks=2):
@@ -43,22 +45,30 @@ def made(stored, lens, heads, head_dim, page_len, dtype):
     return case, query
 
 
-def attended(kernels, case, query, config):
+def attended(kernels, case, query, config, parts=1):
     there, out = on_device(case), torch.full_like(query, float("nan")).to(DEVICE)
     scale = query.shape[2] ** -0.5 * LOG2E
-    kernels.run(query.to(DEVICE), there.pages, there.context_lens, there.page_table, scale, out, config)
+    kernels.run(query.to(DEVICE), there.pages, there.context_lens, there.page_table, scale, out, config, parts)
+    assert not buffers(out.device)[1].any()
     return out
 
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
-    ("head_dim", "page_len", "block", "dtype"),
-    [(128, 64, 16, torch.float16), (64, 32, 32, torch.bfloat16)],
+    ("head_dim", "page_len", "block", "parts", "dtype"),
+    [
+        (128, 64, 16, 1, torch.float16),
+        (64, 32, 32, 1, torch.bfloat16),
+        (128, 64, 16, 4, torch.float16),
+        (64, 64, 16, 3, torch.float16),
+        (64, 32, 16, 32, torch.bfloat16),
+    ],
 )
-def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, dtype):
+def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, parts, dtype):
+    """Parts: more than there are blocks, as many, fewer; some of one block, and some of none."""
     case, query = made(stored, LENS, 4 if ON_GPU else 1, head_dim, page_len, dtype)
     expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5)
-    out = attended(kernels, case, query, config(block)).cpu()
+    out = attended(kernels, case, query, config(block), parts).cpu()
     for b, length in enumerate(LENS):
         if length:
             assert error(out[b], expected[b]) < TOLERANCES[dtype], length
@@ -66,17 +76,36 @@ def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len,
             assert not out[b].any()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("stored", STORED)
-def test_what_lies_past_a_context_changes_nothing(kernels, stored):
+def test_what_lies_past_a_context_changes_nothing(kernels, stored, parts):
     """Other tokens of the last page, of another sequence before, and other sequences of the batch: not a bit."""
-    case, query = made(stored, [5, 37], 2, 64, 64, torch.float16)
-    before = attended(kernels, case, query, config(16))
+    case, query = made(stored, [20, 37], 2, 64, 64, torch.float16)
+    before = attended(kernels, case, query, config(16), parts)
     for pages in (case.pages.key, case.pages.value):
         last = pages[case.page_table[0, 0].long()]
-        last[:, 5:] = float("nan") if stored == "plain" else 255
+        last[:, 20:] = float("nan") if stored == "plain" else 255
     case.page_table = case.page_table.flip(0)[1:]
     case.context_lens = case.context_lens[:1]
-    assert torch.equal(attended(kernels, case, query[:1], config(16)), before[:1])
+    assert torch.equal(attended(kernels, case, query[:1], config(16), parts), before[:1])
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_parts_join_in_their_order(kernels, stored):
+    """Whichever arrives last: not a bit. On a GPU ten runs say so, elsewhere three orders of programs."""
+    case, query = made(stored, [272, 40, 17, 3], 8 if ON_GPU else 1, 64, 64, torch.float16)
+    before = attended(kernels, case, query, config(16), 4)
+    if ON_GPU:
+        assert all(torch.equal(attended(kernels, case, query, config(16), 4), before) for _ in range(9))
+        return
+    gl, shuffled = kernels.gl, random.Random(0)
+    orders = (iter, lambda programs: shuffled.sample(programs, len(programs)))
+    given = gl.order
+    try:
+        for gl.order in orders:
+            assert torch.equal(attended(kernels, case, query, config(16), 4), before)
+    finally:
+        gl.order = given
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -85,7 +114,8 @@ def test_scores_may_be_far_apart_and_scales_small(kernels, stored):
     case, query = made(stored, [40], 2, 64, 64, torch.float16)
     query *= 30.0
     expected = reference.paged_attention(query, case.pages, case, 64**-0.5)
-    assert error(attended(kernels, case, query, config(16)), expected) < 5e-3
+    for parts in (1, 2):
+        assert error(attended(kernels, case, query, config(16), parts), expected) < 5e-3
     if stored == "channels":
         case.pages.key_scale.mul_(1e-7)
         case.pages.value_scale.mul_(1e-3)
@@ -112,6 +142,21 @@ def test_the_other_form_does_what_this_one_does_not(splits, window):
     expected = reference.paged_attention(query, case.pages, case, scale, window)
     given = there.pages, there.context_lens, there.page_table, scale, window, splits
     assert error(decode_attention(query.to(DEVICE), *given, config=config(16)), expected) < 2e-3
+
+
+def test_parts_are_as_asked_or_as_configured_or_as_the_batch_needs(kernels, monkeypatch):
+    case, query = made("channels", [40, 3], 2, 64, 64, torch.float16)
+    there, seen, run = on_device(case), [], kernels.run
+    given = query.to(DEVICE), there.pages, there.context_lens, there.page_table, 64**-0.5
+    monkeypatch.setattr(forms, "facts", lambda device: CARD)
+    monkeypatch.setattr(forms, "_fragments", lambda kind: kernels)
+    monkeypatch.setattr(kernels, "run", lambda *given: seen.append(given[-1]) or run(*given))
+    expected = reference.paged_attention(query, case.pages, case, 64**-0.5)
+    for splits, more in ((None, {}), (None, {"parts": 2}), (4, {"parts": 2})):
+        assert error(decode_attention(*given, splits=splits, config={**config(16), **more}), expected) < 2e-3
+    monkeypatch.setattr(forms, "TILES", 3)  # more heads than there are counters: no parts
+    assert error(decode_attention(*given, config={**config(16), "parts": 2}), expected) < 2e-3
+    assert seen == [forms.MOST_SPLITS, 2, 4, 1]
 
 
 def test_a_triton_whose_gluon_is_another_one_runs_the_other_form(monkeypatch):
@@ -142,7 +187,9 @@ def test_every_configuration_over_unequal_contexts(stored, dtype):
     for tried in decode_fragments.candidates():
         assert decode_fragments.runs(tried, query, there.pages, MOST, facts(query.device))
         given = there.pages, there.context_lens, there.page_table, scale
-        out = decode_attention(query, *given, splits=1, config=tried)
+        splits = None if "parts" in tried else 1
+        out = decode_attention(query, *given, splits=splits, config=tried)
         worst = max(error(a, b) for a, b, length in zip(out, expected, lens, strict=True) if length)
         assert worst < TOLERANCES[dtype], tried
-        assert torch.equal(out, decode_attention(query, *given, splits=1, config=tried)), tried
+        for _ in range(9 if "parts" in tried else 1):
+            assert torch.equal(out, decode_attention(query, *given, splits=splits, config=tried)), tried

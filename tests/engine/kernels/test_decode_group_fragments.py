@@ -28,9 +28,9 @@ def kernels():
     names = (
         "load_order",
         "page_fragments",
+        "decode_joins",
         "decode_fragments",
         "group_operands",
-        "decode_joins",
         "decode_group_fragments",
     )
     return gluon_on_cpu.kernels(*names, language=gluon_on_cpu.EachWarp)[-1]
@@ -150,12 +150,14 @@ def test_queries_are_rotated_before(kernels, monkeypatch):
     slots = there.slots.to(DEVICE)
     given = there.context_lens, there.page_table, 8, 64**-0.5
     expected = rope_decode_attention(qkv, *rope, there.pages, slots, *given)
-    asked = []
-    monkeypatch.setattr(tuning, "lookup", lambda *key: asked.append(key) or config(16, 2))
+    asked, parts = [], []
+    run = kernels.run
+    monkeypatch.setattr(tuning, "lookup", lambda *key: asked.append(key) or {**config(16, 2), "parts": 3})
     monkeypatch.setattr(forms, "facts", lambda device: CARD if not ON_GPU else facts(device))
     monkeypatch.setattr(forms, "_fragments", lambda kind: kernels)
+    monkeypatch.setattr(kernels, "run", lambda *given: parts.append(given[-1]) or run(*given))
     out = rope_decode_attention(qkv, *rope, there.pages, slots, *given)
-    assert asked and error(out, expected) < 2e-3
+    assert asked and parts == [3] and error(out, expected) < 2e-3
 
 
 @pytest.mark.gpu
@@ -171,7 +173,7 @@ def test_every_configuration_over_unequal_contexts(stored, dtype, group, kv_head
     query = query.to(DEVICE)
     expected = reference.paged_attention(query, there.pages, there, scale)
     for tried in decode_group_fragments.candidates():
-        for splits in (1, 4):
+        for splits in (None,) if "parts" in tried else (1, 4):
             assert decode_group_fragments.runs(tried, query, there.pages, MOST, facts(query.device))
             given = there.pages, there.context_lens, there.page_table, scale
             out = decode_attention(query, *given, splits=splits, config=tried)
