@@ -1,7 +1,7 @@
 """The engine alone beside `ingot bench serving`: `python -m benchmarks.engine_alone KEY=VALUE ...`, its options.
 
-A process of its own for each round, as the server's engine is: one process of the same engine computes up to a quarter
-faster than another, for as long as it lives. Prints tokens a second.
+A process of its own for each round, as the server's engine is. Prints tokens a second, and the share of the processors
+that others took meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 
 from benchmarks import workload
 from benchmarks.options import read_options
+from benchmarks.others import Others
 from benchmarks.serving import ABOUT, Options, streams_of
 from benchmarks.subject import find_subject, tokens_per_step
 from benchmarks.timeline import run
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> int:
     run(engine, [Request(request.prompt_ids, min(request.new_tokens, 16)) for request in requests])
     gc.collect()
     gc.freeze()  # as an engine process does
-    print(run(engine, requests).tokens_per_second)
+    others = Others()
+    timeline = run(engine, requests)
+    print(timeline.tokens_per_second, others.share())
     engine.close()
     return 0
 

@@ -18,6 +18,8 @@ from benchmarks import workload
 from benchmarks.cold import workspace_of
 from benchmarks.http_client import Address, Answered, address_of, get, stream
 from benchmarks.options import option, read_options
+from benchmarks.others import Others
+from benchmarks.rounds import Compared, are_enough, median_of
 from benchmarks.rows import RESULTS, ROOT, check_out, provenance, record
 from benchmarks.subject import Subject, SubjectOptions, find_subject, tokens_per_step
 from benchmarks.timeline import percentile
@@ -30,7 +32,9 @@ request. Greedy, answers to their full length; lengths are log-normal (see `ingo
 url= names a running server (its key in INGOT_API_KEY); else a server is started for artifact=, folder= or shape=, and
 a last row compares `streams` requests at once through it with the same requests in an engine without a server:
 `http_overhead` is the share of the tokens a second that HTTP costs. Both are run `rounds` times, one after the other,
-each time in processes of their own, and the row is the round whose overhead is the median.
+each time in processes of their own, and the row is the round whose overhead is the median. A round in which other
+processes took more than a twentieth of the processors is made again, once for each that was asked for; those that count
+are the rounds in which others took least, at most `others_share`.
 """
 SHOWN = (
     "model",
@@ -94,22 +98,23 @@ def main(argv: list[str]) -> int:
     subject = find_subject(options)
     common = {**provenance(subject.device), "engine": "ingot", **subject.columns, "max_batch_size": options.batch}
     together = streams_of(options, subject)
-    compared: list[dict[str, object]] = []
+    compared: list[Compared] = []
     with workspace_of(subject) as (folder, _):
-        for number in range(options.rounds if together else 1):
+        while True:
             with started(subject, folder, options.batch) as address:
-                if number == 0:
+                if not compared:
                     at_rates(options, address, common, vocab_size=subject.config.vocab_size)
                 if not together:
-                    break
+                    return 0
                 send(address, together, [0.0] * len(together))  # the first time is not counted
+                watch = Others()
                 through_http = send(address, together, [0.0] * len(together))
-            compared.append(overhead(subject, together, through_http, engine_alone(argv)))
-    if compared:
-        compared.sort(key=lambda row: float(str(row["http_overhead"])))
-        overheads = " ".join(str(row["http_overhead"]) for row in compared)
-        row = {**common, **compared[len(compared) // 2], "overheads": overheads}
-        record(options.out, row, (*SHOWN, "overheads"))
+                others = watch.share()
+            offline, beside = engine_alone(argv)
+            compared.append(Compared(overhead(subject, together, through_http, offline), max(others, beside)))
+            if are_enough(compared, options.rounds):
+                break
+    record(options.out, {**common, **median_of(compared, options.rounds)}, (*SHOWN, "overheads", "others_share"))
     return 0
 
 
@@ -119,13 +124,14 @@ def streams_of(options: Options, subject: Subject) -> list[Request]:
     return workload.fixed(options.streams, options.streams_input, options.streams_output, **lengths)
 
 
-def engine_alone(argv: list[str]) -> float:
-    """Tokens a second of the engine without a server, in a process of its own."""
+def engine_alone(argv: list[str]) -> tuple[float, float]:
+    """Tokens a second of the engine without a server, in a process of its own, and the share that others took."""
     command = [sys.executable, "-m", "benchmarks.engine_alone", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise ValueError(f"the engine alone did not run: {(done.stderr.splitlines() or ['no word'])[-1]}")
-    return float(done.stdout.split()[-1])
+    offline, others = done.stdout.split()[-2:]
+    return float(offline), float(others)
 
 
 def at_rates(options: Options, address: Address, common: dict[str, object], *, vocab_size: int | None) -> None:

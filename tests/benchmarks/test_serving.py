@@ -30,6 +30,7 @@ def test_rates_and_the_engine_alone(tmp_path: Path) -> None:
     overheads = [float(each) for each in together["overheads"].split()]
     assert (len(overheads), overheads[1]) == (3, float(together["http_overhead"]))
     assert overheads == sorted(overheads)
+    assert 0 <= float(together["others_share"]) <= 1
 
 
 def test_a_running_server_and_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
