@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,7 @@ def tune(
         raise ValueError(f"kernels are tuned on a GPU; the device given is {device}")
     deadline = time.monotonic() + seconds
     found = []
-    processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with processes() as pool:
         for n, k in shapes:
             # What writes the residual stream has no more outputs than inputs, and reads no norm.
             possible = ["dense_linear"] if (n, k) == HEAD else [*MODULES, *(NORMED if n > k else ROUNDED)]
@@ -233,6 +233,12 @@ def tune(
                 del product
                 torch.cuda.empty_cache()
     return tuning.write(facts(device).name, found, versions(), folder)
+
+
+def processes() -> Pool:
+    """Processes that compile and check configurations at once, for a process that then times them alone."""
+    count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
+    return multiprocessing.get_context("spawn").Pool(count)
 
 
 @functools.lru_cache(maxsize=1)
