@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention_cases import CACHES, PAGE_LEN, pages_of
+from benchmarks.attention_cases import CACHES, PAGE_LEN, pages_of, token_bytes
 from benchmarks.kernel_registry import Setting
 from engine.config import ModelConfig
 from engine.kernels import decode_attention, norm, reference
@@ -30,9 +30,10 @@ from engine.kernels.tuning import Config
 
 # Sequences, their tokens on average (few tend to be long), and the sizes of the table that the result stands for.
 CASES = ((1, 1024, (1, 2, 4, 8)), (16, 1024, (16, 32)), (64, 1024, (64,)), (256, 384, (128, 256, 512)))
-# Caches that a measurement goes round, so that each is read from memory.
-COPIES = 3
-LAUNCHES = 4 * COPIES
+# Caches that a measurement goes round, so that each is read from memory: at least, at most, and bytes of all that are
+# several times what the L2 cache holds.
+FEWEST, MOST, ROTATED_BYTES = 3, 64, 200_000_000
+LAUNCHES = 12
 # The standard deviation of the logarithm of contexts that are unequal.
 SPREAD = 0.6
 # Contexts over which a configuration is checked, and the largest relative error of one: of its float16 values, and of
@@ -50,13 +51,14 @@ def unequal(batch: int, mean: int) -> list[int]:
 
 @dataclass
 class Layer:
-    """What a decode step of sequences of `lens` tokens does about attention in one layer of a model, in float16."""
+    """What a decode step of sequences of `lens` tokens does about attention in one layer of a model, in float16, over
+    `copies` caches by turns."""
 
     config: ModelConfig
     device: str
     kv: str
     lens: Sequence[int]
-    copies: int = COPIES
+    copies: int | None = None  # None: as many as no cache of the device holds
 
     def __post_init__(self) -> None:
         config, batch = self.config, len(self.lens)
@@ -71,7 +73,9 @@ class Layer:
         self.query_starts = torch.arange(batch + 1, dtype=torch.int32, device=self.device)
         self.context_lens = lens.int().to(self.device)
         self.page_table, self.slots = table.to(self.device), slots.to(self.device)
-        self.caches = [pages_of(setting, self.kv, int(counts.sum())) for _ in range(self.copies)]
+        fitting = ROTATED_BYTES // (sum(self.lens) * token_bytes(setting, self.kv))
+        copies = self.copies or max(FEWEST, min(fitting, MOST))
+        self.caches = [pages_of(setting, self.kv, int(counts.sum())) for _ in range(copies)]
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = torch.randn(batch, width, device=self.device).half()
         angles = torch.rand(batch, config.head_dim // 2, device=self.device)
@@ -83,13 +87,13 @@ class Layer:
 
     def query(self, copy: int = 0) -> Tensor:
         """Rotated queries; their K and V are in the pages then."""
-        pages = self.caches[copy % self.copies]
+        pages = self.caches[copy % len(self.caches)]
         eps, heads = self.config.norm_eps, self.config.num_heads
         return rope_write_kv(self.qkv, self.cos, self.sin, None, None, eps, pages, self.slots, heads)
 
     def attend(self, copy: int, config: Config | None, splits: int | None = None) -> Tensor:
         """Rotation, write and attention as `ops.rope_attention` has them: [B, heads, head_dim]."""
-        pages, lens, table = self.caches[copy % self.copies], self.context_lens, self.page_table
+        pages, lens, table = self.caches[copy % len(self.caches)], self.context_lens, self.page_table
         batch, kv_heads = len(self.qkv), pages.key.shape[1]
         if (splits or decode_attention.splits_for(batch, kv_heads, self.qkv.device)) == 1:
             query = self.query(copy)
@@ -118,7 +122,7 @@ class Layer:
         return norm.rms_norm(self.attend(copy, config).flatten(1), self.weight, self.config.norm_eps)
 
     def microseconds(self, config: Config | None) -> float:
-        return microseconds(lambda i: self.run(i, config), LAUNCHES)
+        return microseconds(lambda i: self.run(i, config), max(LAUNCHES, len(self.caches)))
 
     def error(self, config: Config | None, splits: int | None = None) -> float:
         """The largest relative error of a sequence over the first cache; infinite where a number is not finite."""
