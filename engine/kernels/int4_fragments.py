@@ -13,19 +13,19 @@ from triton.experimental.gluon import language as gl
 
 from engine.kernels.activation import SIGMOID
 
-# $4: a word of eight q; $5: -(1024 + z) twice. The high nibble of a byte makes 1024 + 16 q: a sixteenth is 64 + q.
+# $4: a word of eight q; $5: 1024 + z twice. The high nibble of a byte makes 1024 + 16 q: a sixteenth is 64 + q.
 _FLOAT16 = """{
     .reg .b32 q, w, z, sixteenth;
     mov.b32 sixteenth, 0x2c002c00;
     mov.b32 z, 0x63806380;
-    add.rn.f16x2 z, z, $5;
+    sub.rn.f16x2 z, z, $5;
     lop3.b32 q, $4, 0x000f000f, 0x64006400, 0xea;
-    add.rn.f16x2 $0, q, $5;
+    sub.rn.f16x2 $0, q, $5;
     lop3.b32 q, $4, 0x00f000f0, 0x64006400, 0xea;
     fma.rn.f16x2 $1, q, sixteenth, z;
     shr.u32 w, $4, 8;
     lop3.b32 q, w, 0x000f000f, 0x64006400, 0xea;
-    add.rn.f16x2 $2, q, $5;
+    sub.rn.f16x2 $2, q, $5;
     lop3.b32 q, w, 0x00f000f0, 0x64006400, 0xea;
     fma.rn.f16x2 $3, q, sixteenth, z;
 }"""
@@ -45,6 +45,10 @@ _BFLOAT16 = """{
     lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
     fma.rn.bf16x2 $3, q, one, $5;
 }"""
+# $2: two values of 16 bits.
+HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
+# From one tile of inputs to the next.
+WORDS, PAIRS = gl.constexpr(1024), gl.constexpr(64)
 UNPACK_FLOAT16, UNPACK_BFLOAT16 = gl.constexpr(_FLOAT16), gl.constexpr(_BFLOAT16)
 # The same times $6, a scale twice.
 _TIMES = "".join(f"    mul.rn.TYPE ${i}, ${i}, $6;\n" for i in range(4)) + "}"
@@ -53,8 +57,19 @@ SCALED_BFLOAT16 = gl.constexpr(_BFLOAT16[:-1] + _TIMES.replace("TYPE", "bf16x2")
 
 
 @gluon.jit
-def unpack(words, negative_zero, dtype: gl.constexpr):
-    """q - z of inputs 16i and up, i 0..3, in `dtype`: int16 words and -(1024 + z), or -(128 + z), of one shape.
+def int16_of(words):
+    """int32 [..] as int16 [.., 2]; no data moves.
+
+    A loop is to keep words whole: int16 would be put together again at its end, by an instruction a word that waits
+    until all of them have been loaded.
+    """
+    halves = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True, pack=1)
+    return gl.join(halves[0], halves[1])
+
+
+@gluon.jit
+def unpack(words, offset, dtype: gl.constexpr):
+    """q - z of inputs 16i and up, i 0..3, in `dtype`: int16 words and `offsets` of one shape.
 
     Each int16 is half of a word; two that are neighbours in registers are one operand.
     """
@@ -62,7 +77,7 @@ def unpack(words, negative_zero, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             UNPACK_FLOAT16,
             "=&r,=&r,=&r,=&r,r,r",
-            [words, negative_zero],
+            [words, offset],
             dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
             is_pure=True,
             pack=2,
@@ -71,7 +86,7 @@ def unpack(words, negative_zero, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             UNPACK_BFLOAT16,
             "=&r,=&r,=&r,=&r,r,r",
-            [words, negative_zero],
+            [words, offset],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
             is_pure=True,
             pack=2,
@@ -79,13 +94,13 @@ def unpack(words, negative_zero, dtype: gl.constexpr):
 
 
 @gluon.jit
-def unpack_scaled(words, negative_zero, scale, dtype: gl.constexpr):
+def unpack_scaled(words, offset, scale, dtype: gl.constexpr):
     """`unpack`, times a scale of `dtype`, rounded once."""
     if dtype == gl.float16:
         return gl.inline_asm_elementwise(
             SCALED_FLOAT16,
             "=&r,=&r,=&r,=&r,r,r,r",
-            [words, negative_zero, scale],
+            [words, offset, scale],
             dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
             is_pure=True,
             pack=2,
@@ -94,7 +109,7 @@ def unpack_scaled(words, negative_zero, scale, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             SCALED_BFLOAT16,
             "=&r,=&r,=&r,=&r,r,r,r",
-            [words, negative_zero, scale],
+            [words, offset, scale],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
             is_pure=True,
             pack=2,
@@ -102,10 +117,10 @@ def unpack_scaled(words, negative_zero, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
-def negative_zeros(scale_zero, dtype: gl.constexpr):
-    """-(1024 + z) as float16, or -(128 + z) as bfloat16, of words of scale and zero."""
+def offsets(scale_zero, dtype: gl.constexpr):
+    """1024 + z as float16, or -(128 + z) as bfloat16, of words of scale and zero."""
     if dtype == gl.float16:
-        bits = (scale_zero >> 16) | 0x8000
+        bits = scale_zero >> 16
     else:
         bits = ((scale_zero >> 16) & 15) | 0xC300
     return bits.to(gl.int16).to(dtype, bitcast=True)
@@ -132,13 +147,24 @@ def silu(x):
 
 
 @gluon.jit
-def left_operand(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr):
-    """[BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 16] int16; no data moves."""
+def rows_of(pairs, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scale and zero of every row [BLOCK_N], a slice of LAYOUT; no data moves."""
     # [tile of rows, w, r, half] -> [(tile of rows, w, half, r)]
     rows = pairs.reshape([BLOCK_N // 16, 8, 2]).permute([0, 2, 1]).reshape([BLOCK_N])
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, A), assert_trivial=True)
-    scale = rows.to(gl.int16).to(gl.float16, bitcast=True).to(dtype)
-    w = unpack_scaled(half, gl.expand_dims(negative_zeros(rows, dtype), 1), gl.expand_dims(scale, 1), dtype)
+    return gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
+def left_operand(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr, SCALED: gl.constexpr):
+    """[BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 16] int16, times their scales if SCALED; no
+    data moves."""
+    rows = rows_of(pairs, BLOCK_N, A)
+    offset = gl.expand_dims(offsets(rows, dtype), 1)
+    if SCALED:
+        scale = rows.to(gl.int16).to(gl.float16, bitcast=True).to(dtype)
+        w = unpack_scaled(half, offset, gl.expand_dims(scale, 1), dtype)
+    else:
+        w = unpack(half, offset, dtype)
     joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 16, i % 2, i // 2]
     joined = joined.permute([0, 3, 2, 1]).reshape([BLOCK_N, 64])
     return gl.convert_layout(joined, A, assert_trivial=True)
@@ -156,10 +182,10 @@ def bases(start, end):
 
 @gluon.constexpr_function
 def word_layout(block_n, warps):
-    """Of [(tile of rows, w, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
+    """Of [(tile of rows, w, a, r, t), 4 int32]: 16 bytes a thread, a warp reading what lies together."""
     rows = block_n * 4
-    registers = [[0, 1], [0, 2], [0, 4], [32, 0], *bases(64 * warps, rows)]
-    return gl.DistributedLinearLayout(registers, bases(1, 32), bases(64, 64 * warps), [], [rows, 8])
+    registers = [[0, 1], [0, 2], [32, 0], *bases(64 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, bases(1, 32), bases(64, 64 * warps), [], [rows, 4])
 
 
 @gluon.constexpr_function
@@ -171,38 +197,38 @@ def pair_layout(block_n, warps):
 
 
 @gluon.jit
-def load_words(words_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
-    """int16 [BLOCK_N * 4, 8] of a tile of inputs where it is `needed`, anything else where not.
-
-    What would lie past the last rows or inputs is another tile: x is zero there, or the rows are not stored.
-    """
+def word_places(words_ptr, first_tile, tile, tiles, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Pointers to the int32 [BLOCK_N * 4, 4] of a tile of inputs; what follows the last rows is the last tile of rows
+    again. The next tile of inputs is WORDS further."""
     LAYOUT: gl.constexpr = word_layout(BLOCK_N, gl.num_warps())
     p = gl.arange(0, BLOCK_N * 4, layout=gl.SliceLayout(1, LAYOUT))
     rows = first_tile + p // 256
     if RAGGED:
         rows = gl.minimum(rows, tile_rows - 1)
-    first = ((rows * tiles + gl.minimum(tile, tiles - 1)) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
-    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :], mask=needed)
+    first = ((rows * tiles + tile) * 2 + p // 32 % 2) * 128 + p // 64 % 4 * 32 + p % 32
+    inner = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))
+    return words_ptr + (first.to(gl.int64) * 4)[:, None] + inner[None, :]
 
 
 @gluon.jit
-def load_pairs(scale_zero_ptr, first_tile, tile, tiles, needed, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `load_words`."""
+def pair_places(scale_zero_ptr, first_tile, tile, tiles, tile_rows, RAGGED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Pointers to the scales and zeros int32 [BLOCK_N / 2, 2] that belong to the words of `word_places`. Those of the
+    next tile of inputs are PAIRS further."""
     LAYOUT: gl.constexpr = pair_layout(BLOCK_N, gl.num_warps())
     q = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
     rows = first_tile + q // 32
     if RAGGED:
         rows = gl.minimum(rows, tile_rows - 1)
-    first = (rows * tiles + gl.minimum(tile, tiles - 1)) * 64 + q % 32 * 2
+    first = (rows * tiles + tile) * 64 + q % 32 * 2
     half = gl.arange(0, 2, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(scale_zero_ptr + first[:, None] + half[None, :], mask=needed)
+    return scale_zero_ptr + first[:, None] + half[None, :]
 
 
 @gluon.jit
 def halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
     """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
-    # [tile of rows, w, a, r, t, half, h, e] -> [(tile of rows, w, half, r), (a, t, e), h]
-    words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2, 2]).permute([0, 4, 2, 1, 3, 6, 5])
-    first, second = words.reshape([BLOCK_N, 16, 2]).split()
+    # [tile of rows, w, a, r, t, half, h] -> [(tile of rows, w, half, r), (a, t), h]
+    words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5])
+    first, second = words.reshape([BLOCK_N, 8, 2]).split()
+    first, second = int16_of(first).reshape([BLOCK_N, 16]), int16_of(second).reshape([BLOCK_N, 16])
     return gl.convert_layout(first, A, assert_trivial=True), gl.convert_layout(second, A, assert_trivial=True)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from engine.kernels import dependent_launch
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import negative_zeros, scales, silu, turns_apart, unpack
+from engine.kernels.int4_fragments import int16_of, offsets, scales, silu, turns_apart, unpack
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -69,7 +69,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     tiles = weights.words.shape[1]
     _gemv[(-(-n // (16 * config["rows"])),)](
         x.contiguous(),
-        weights.words.view(torch.int16),
+        weights.words,
         weights.scale_zero,
         y if bias is None else bias,
         y,
@@ -103,11 +103,11 @@ def bases(start, end, rank):
 
 @gluon.constexpr_function
 def word_layout(rows, warps):
-    """Of [(warp, block, a, r, t), 8 int16]: 16 bytes a thread, a warp reading what lies together."""
+    """Of [(warp, block, a, r, t), 4 int32]: 16 bytes a thread, a warp reading what lies together."""
     lanes = bases(1, 32, 2)
-    registers = [[0, 1], [0, 2], [0, 4], *bases(32, 64 * rows, 2)]
+    registers = [[0, 1], [0, 2], *bases(32, 64 * rows, 2)]
     return gl.DistributedLinearLayout(
-        registers, lanes, bases(64 * rows, 64 * rows * warps, 2), [], [64 * rows * warps, 8]
+        registers, lanes, bases(64 * rows, 64 * rows * warps, 2), [], [64 * rows * warps, 4]
     )
 
 
@@ -121,13 +121,13 @@ def pair_layout(rows, warps):
 
 @gluon.jit
 def word_pointers(words_ptr, block, tile, tiles, ROWS: gl.constexpr, WARPS: gl.constexpr):
-    """Pointers to the int16 [P, 8] of tiles tile .. tile + WARPS - 1, one a warp."""
+    """Pointers to the int32 [P, 4] of tiles tile .. tile + WARPS - 1, one a warp."""
     LAYOUT: gl.constexpr = word_layout(ROWS, WARPS)
     p = gl.arange(0, 64 * ROWS * WARPS, layout=gl.SliceLayout(1, LAYOUT))
     here = tile + p // (64 * ROWS)
     first = ((block // 4 * tiles + here) * 2 + p // 32 % 2) * 128 + (block % 4 + p // 64 % ROWS) * 32 + p % 32
-    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
-    return words_ptr + (first.to(gl.int64) * 8)[:, None] + inner[None, :]
+    inner = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))
+    return words_ptr + (first.to(gl.int64) * 4)[:, None] + inner[None, :]
 
 
 @gluon.jit
@@ -194,18 +194,18 @@ def multiply(
 ):
     """total [WARPS, 16 ROWS, 8] and the product of each warp's tile of W with its inputs, eight operands of `dtype`."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    # [warp, block, a, r, t, half, h, e] -> [warp, (block, half, r), (a, t, e), h]
-    words = words.reshape([WARPS, ROWS, 2, 8, 4, 2, 2, 2]).permute([0, 1, 5, 3, 2, 4, 7, 6])
-    halves = words.reshape([WARPS, 16 * ROWS, 16, 2]).split()
+    # [warp, block, a, r, t, half, h] -> [warp, (block, half, r), (a, t), h]
+    words = words.reshape([WARPS, ROWS, 2, 8, 4, 2, 2]).permute([0, 1, 5, 3, 2, 4, 6])
+    halves = words.reshape([WARPS, 16 * ROWS, 8, 2]).split()
     part = gl.zeros([WARPS, 16 * ROWS, 8], gl.float32, MMA)
     for step in gl.static_range(8):
         if step % 4 == 0 or step * GROUPS % 8 == 0:
             # [warp, block, r, half] -> [warp, (block, half, r)]
             rows = pairs[step * GROUPS // 8].reshape([WARPS, ROWS, 8, 2]).permute([0, 1, 3, 2])
             rows = rows.reshape([WARPS, 16 * ROWS])
-            zero = gl.convert_layout(negative_zeros(rows, dtype), gl.SliceLayout(2, A), assert_trivial=True)
-            half = gl.convert_layout(halves[step // 4], A, assert_trivial=True)
-            w = unpack(half, gl.expand_dims(zero, 2), dtype)
+            offset = gl.convert_layout(offsets(rows, dtype), gl.SliceLayout(2, A), assert_trivial=True)
+            half = int16_of(halves[step // 4]).reshape([WARPS, 16 * ROWS, 16])
+            w = unpack(gl.convert_layout(half, A, assert_trivial=True), gl.expand_dims(offset, 2), dtype)
         part = mma_v2(w[step % 4], inputs[step], part)
         if (step + 1) * GROUPS % 8 == 0:
             scale = gl.convert_layout(scales(rows), gl.SliceLayout(2, MMA), assert_trivial=True)

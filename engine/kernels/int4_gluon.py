@@ -6,13 +6,12 @@ y^T = W x^T: W is the left operand of asynchronous matrix instructions, in regis
 no barrier waits for weights. The words of the next `ahead` tiles are in registers already while a tile is multiplied;
 half a tile is unpacked while the half before it is multiplied. x lies in a ring of tiles of [block_m, 128], of which
 `wait` arrive together and `slot` are given back together, once the products that read them are done.
+Weights are multiplied by their scales, or sums are ("scaled": "sums" in a configuration): the products of a tile, of
+which every row has one scale, are added up apart and times that scale to the total, while the next tile is multiplied.
 (Above 300 lines: one kernel, and what it needs is not used elsewhere.)
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +28,25 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import dependent_launch, split_tiles, splits
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import halves, left_operand, load_pairs, load_words, silu, turns_apart
+from engine.kernels.int4_fragments import (
+    PAIRS,
+    WORDS,
+    halves,
+    left_operand,
+    pair_places,
+    rows_of,
+    scales,
+    silu,
+    turns_apart,
+    word_places,
+)
+from engine.kernels.int4_gluon_configs import MOST_ROWS
+from engine.kernels.int4_gluon_configs import candidates as candidates
+from engine.kernels.int4_gluon_configs import default_config as default_config
 from engine.kernels.int4_weights import Int4Weights
+from engine.kernels.load_order import in_order
 from engine.kernels.tuning import Config
 
-MOST_ROWS = 4096
 # Two names that Triton changed after 3.6.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -49,113 +62,6 @@ def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bo
         and weights.in_features % 8 == 0
         and dtype in TYPES
     )
-
-
-def default_config(m: int, weights: Int4Weights, device: Device) -> dict[str, Any]:
-    """block_m rows of x and block_n of W a program; `splits` programs share a sum.
-
-    turn: tiles of an iteration, at whose end all products are waited for; ahead: tiles of W in registers, a divisor of
-    it; ring: tiles of x in shared memory, of which `wait` are waited for and `slot` given back at once. wait divides
-    slot and ring, slot divides turn, and where it is less, the ring holds more than a slot. With `places` only the
-    tiles that are left when the others have gone round so many programs a whole number of times are split.
-    """
-    n, tiles = weights.out_features, weights.words.shape[1]
-    if m <= 32:
-        parts = splits.near(-(-n // 64), device.multiprocessors, (3 if m <= 16 else 2,))[0]
-        block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        return _config(block_m, 64, 4, (4, 4, 8, 4, 4), min(parts, max(1, tiles // 4)))
-    if m <= 64:
-        return _config(64, 64, 4, (4, 4, 4, 4, 1), splits.near(-(-n // 64), device.multiprocessors, (2,))[0])
-    parts = splits.near(-(-n // 64) * -(-m // 128), device.multiprocessors, (1,))[0]
-    return _config(128, 64, 4, (4, 4, 6, 4, 1), parts)
-
-
-def _config(block_m: int, block_n: int, warps: int, loop: tuple[int, int, int, int, int], parts: int) -> dict[str, Any]:
-    """`loop` is turn, ahead, ring, slot and wait."""
-    turn, ahead, ring, slot, wait = loop
-    return {
-        "kernel": "gluon",
-        "block_m": block_m,
-        "block_n": block_n,
-        "warps": warps,
-        "turn": turn,
-        "ahead": ahead,
-        "ring": ring,
-        "slot": slot,
-        "wait": wait,
-        "splits": parts,
-    }
-
-
-def candidates(m: int, n: int, k: int, device: Device) -> Sequence[Config]:
-    """The configurations that tuning tries."""
-    if m > MOST_ROWS:
-        return []
-    narrow: tuple[tuple[int, int, int, int, int], ...]
-    wide: tuple[tuple[int, int, int, int, int], ...] = ()
-    if m <= 32:
-        block_m = max(8, 1 << (m - 1).bit_length())
-        narrow = ((4, 4, 4, 4, 4), (4, 4, 8, 4, 4), (4, 4, 8, 2, 2), (4, 4, 8, 4, 1), (8, 8, 8, 8, 1), (8, 8, 8, 8, 8))
-    elif m <= 64:
-        block_m = 64
-        narrow = ((4, 4, 4, 4, 1), (8, 8, 8, 8, 1), (8, 4, 8, 4, 1), (4, 4, 6, 2, 1), (4, 2, 4, 1, 1), (4, 2, 3, 1, 1))
-        wide = ((8, 8, 8, 8, 1), (4, 4, 6, 2, 1), (4, 2, 4, 1, 1))
-    else:
-        block_m = 128
-        narrow = ((4, 4, 6, 4, 1), (4, 4, 6, 2, 1), (8, 4, 6, 1, 1), (2, 2, 3, 2, 1), (4, 2, 3, 1, 1))
-        wide = ((4, 2, 6, 2, 1), (4, 4, 6, 1, 1))
-    shapes = [(block_m, 64, 4, loop) for loop in narrow] + [(block_m, 128, 8, loop) for loop in wide]
-    if m > 64:
-        shapes += [(128, 128, 4, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1), (8, 2, 3, 1, 1))]
-    if m > 128:
-        shapes += [(256, 128, 8, loop) for loop in ((2, 2, 3, 2, 1), (4, 2, 3, 1, 1))]
-    if m > 512:
-        shapes = shapes[-2:]
-    found: list[Config] = []
-    for block_m, block_n, warps, loop in shapes:
-        programs = -(-n // block_n) * -(-m // block_m)
-        for parts in splits.near(programs, device.multiprocessors, (1, 2, 3, 4) if m <= 64 else (1, 2)):
-            found.append(_config(block_m, block_n, warps, loop, parts))
-    return found + tails(m, n, k, device)
-
-
-def tails(m: int, n: int, k: int, device: Device) -> list[Config]:
-    """Those that split the last tiles alone: `places` programs go together, 1 to 3 a multiprocessor."""
-    shapes: tuple[tuple[int, int, int, tuple[int, int, int, int, int], tuple[int, ...]], ...]
-    if m <= 32:
-        block_m = max(8, 1 << (m - 1).bit_length())
-        shapes = (
-            (block_m, 64, 4, (8, 8, 8, 8, 1), (2, 3)),
-            (block_m, 64, 4, (4, 4, 8, 4, 4), (1, 2, 3)),
-            (block_m, 128, 8, (4, 4, 8, 4, 4), (1, 2)),
-            (block_m, 128, 8, (4, 4, 8, 4, 1), (1, 2)),
-        )
-    elif m <= 64:
-        shapes = (
-            (64, 64, 4, (4, 4, 4, 4, 1), (2, 3)),
-            (64, 128, 8, (4, 4, 4, 4, 1), (1, 2)),
-            (64, 128, 8, (4, 4, 4, 2, 1), (1, 2)),
-            (64, 128, 8, (4, 4, 6, 2, 1), (1, 2)),
-            (64, 256, 8, (4, 2, 6, 2, 1), (1,)),
-        )
-    else:
-        shapes = (
-            (128, 128, 8, (4, 4, 6, 1, 1), (1,)),
-            (128, 128, 8, (4, 4, 6, 2, 1), (1,)),
-            (128, 128, 4, (4, 2, 3, 1, 1), (2,)),
-            (128, 256, 8, (4, 2, 6, 1, 1), (1,)),
-            (128, 256, 8, (4, 2, 6, 2, 1), (1,)),
-        )
-    if m > 128:
-        shapes += ((256, 128, 8, (4, 2, 3, 1, 1), (1,)), (256, 128, 8, (2, 2, 3, 1, 1), (1,)))
-    found: list[Config] = []
-    for block_m, block_n, warps, loop, shares in shapes:
-        tiles, turns = -(-n // block_n) * -(-m // block_m), -(-k // (128 * loop[0]))
-        for share in shares:
-            places = share * device.multiprocessors
-            for parts in split_tiles.likely_parts(tiles, places, turns):
-                found.append({**_config(block_m, block_n, warps, loop, parts), "places": places})
-    return found
 
 
 def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *, gated: bool = False) -> Tensor:
@@ -181,7 +87,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     layout = gl.NVMMASharedLayout.get_default_for(box, TYPES[x.dtype])
     _gemm[grid](
         TensorDescriptor.from_tensor(x, box, layout),
-        weights.words.view(torch.int16),
+        weights.words,
         weights.scale_zero,
         y if bias is None else bias,
         y,
@@ -208,6 +114,7 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         SPLITS=1 if "places" in config else parts,
         TAIL="places" in config,
         FITS=longest * turn <= config["ring"],
+        SUMS=config.get("scaled") == "sums",
         num_warps=config["warps"],
         **dependent_launch.options(facts(x.device)),
     )
@@ -271,6 +178,7 @@ def _gemm(
     SPLITS: gl.constexpr,
     TAIL: gl.constexpr,
     FITS: gl.constexpr,
+    SUMS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """One tile of y^T [BLOCK_N, BLOCK_M], or a part of its sum.
@@ -297,10 +205,14 @@ def _gemm(
         turns = (split + 1) * all_turns // SPLITS - start // TURN
     first_tile, first_token = column * (BLOCK_N // 64), block * BLOCK_M
 
+    # What would lie past the inputs is zeros, as x is there.
+    remaining = gl.minimum(turns * TURN, tiles - start)
+    word_at = word_places(words_ptr, first_tile, start, tiles, tile_rows, RAGGED, BLOCK_N)
+    pair_at = pair_places(scale_zero_ptr, first_tile, start, tiles, tile_rows, RAGGED, BLOCK_N)
     words, pairs = (), ()
     for step in gl.static_range(AHEAD):
-        words = words + (load_words(words_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
-        pairs = pairs + (load_pairs(scale_zero_ptr, first_tile, start + step, tiles, True, tile_rows, RAGGED, BLOCK_N),)
+        words = words + (gl.load(word_at + step * WORDS, mask=step < remaining, other=0),)
+        pairs = pairs + (gl.load(pair_at + step * PAIRS, mask=step < remaining, other=0),)
     ring = gl.allocate_shared_memory(dtype, [RING, BLOCK_M, 128 * WAIT], x_desc.layout)
     barriers = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for piece in gl.static_range(RING):
@@ -314,30 +226,50 @@ def _gemm(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+    left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype, not SUMS)
     for turn in range(turns):
+        sums = total
+        scale = gl.expand_dims(scales(rows_of(pairs[0], BLOCK_N, MMA)), 1)
         for step in gl.static_range(TURN):
             used = turn * (TURN // WAIT) + step // WAIT
+            held = used % RING
+            if RING > TURN // WAIT and RING % (TURN // WAIT) == 0:  # addresses that differ by a constant
+                held = turn % (RING // (TURN // WAIT)) * (TURN // WAIT) + step // WAIT
             if step % WAIT == 0:
-                mbarrier.wait(barriers.index(used % RING), used // RING & 1)
-            x = ring.index(used % RING)
+                mbarrier.wait(barriers.index(held), used // RING & 1)
+            x = ring.index(held)
             right = x.slice(step % WAIT * 128, 64, 1).permute([1, 0])
-            total = warpgroup_mma(left, right, total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=[total])
+            if SUMS:
+                before, sums = sums, warpgroup_mma(left, right, total, use_acc=False, is_async=True)
+                sums, before = warpgroup_mma_wait(1, deps=[sums, before])
+                if step > 0:
+                    total += before * scale
+                scale = gl.expand_dims(scales(rows_of(pairs[0], BLOCK_N, MMA)), 1)
+            else:
+                sums = warpgroup_mma(left, right, sums, is_async=True)
+                sums = warpgroup_mma_wait(1, deps=[sums])
             # All products of the tile before are done now.
             if not FITS and step % SLOT == 0 and step > 0:
                 _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
-            second = left_operand(halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype)
+            second = left_operand(halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype, not SUMS)
             right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
-            total = warpgroup_mma(second, right, total, is_async=True)
-            tile, more = start + turn * TURN + step + AHEAD, step + AHEAD < TURN or turn + 1 < turns
-            words = words[1:] + (load_words(words_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
-            pairs = pairs[1:] + (load_pairs(scale_zero_ptr, first_tile, tile, tiles, more, tile_rows, RAGGED, BLOCK_N),)
+            sums = warpgroup_mma(second, right, sums, is_async=True)
+            more = step + AHEAD < remaining
+            words = words[1:] + (gl.load(word_at + (step + AHEAD) * WORDS, mask=more, other=0),)
+            pairs = pairs[1:] + (gl.load(pair_at + (step + AHEAD) * PAIRS, mask=more, other=0),)
+            in_order(WARPS)
             # The first half of the next tile is unpacked while the second of this one is multiplied.
-            total = warpgroup_mma_wait(1, deps=[total])
-            left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype)
+            sums = warpgroup_mma_wait(1, deps=[sums])
+            left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype, not SUMS)
         # A product that is on its way from one turn to the next would make the compiler wait for each.
-        total = warpgroup_mma_wait(0, deps=[total])
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        if SUMS:
+            total += sums * scale
+        else:
+            total = sums
+        word_at += TURN * WORDS
+        pair_at += TURN * PAIRS
+        remaining -= TURN
         if not FITS:
             used = (turn + 1) * (TURN // WAIT)
             _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)

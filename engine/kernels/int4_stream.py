@@ -35,8 +35,8 @@ from engine.kernels.tuning import Config
 
 # What the rows of x may take of a multiprocessor's shared memory.
 MOST_BYTES = 128 * 1024
-# int16 from one tile of inputs to the next.
-TILE = gl.constexpr(2048)
+# Words from one tile of inputs to the next.
+TILE = gl.constexpr(1024)
 
 
 def runs(m: int, dtype: torch.dtype, weights: Int4Weights, device: Device) -> bool:
@@ -115,7 +115,7 @@ def _launch(
         x if norm is None else norm,
         eps,
         y if total is None else total,
-        weights.words.view(torch.int16),
+        weights.words,
         weights.scale_zero,
         y if bias is None else bias,
         y,

@@ -102,9 +102,9 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
             assert sources[3] == "0xea"  # a & b | c
             registers[target] = read(sources[0]) & read(sources[1]) | read(sources[2])
         else:
-            name, kind = re.fullmatch(r"(add|mul|fma)\.rn\.(b?f16x2)", op).groups()
+            name, kind = re.fullmatch(r"(add|sub|mul|fma)\.rn\.(b?f16x2)", op).groups()
             a, b, *c = (floating(kind, read(source)) for source in sources)
-            value = a + b if name == "add" else a * b if name == "mul" else a * b + c[0]
+            value = {"add": a + b, "sub": a - b, "mul": a * b}[name] if name != "fma" else a * b + c[0]
             registers[target] = value.to(getattr(floats, kind)).view(torch.int16).numpy().view(np.uint32)
     return tuple(
         values(torch.from_numpy(registers[f"${i}"].copy()).view(torch.int16).view(dtype[i]).reshape(shape))

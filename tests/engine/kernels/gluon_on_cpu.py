@@ -129,11 +129,11 @@ def wait(barrier, phase, pred=True):
     assert done % PHASE == 0 and done // PHASE % 2 != int(phase), "this wait would not end"
 
 
-def multiply(left, right, total, is_async=False):
+def multiply(left, right, total, use_acc=True, is_async=False):
     left, right = (side.tensor if isinstance(side, Shared) else side for side in (left, right))
     floats = torch.float32 if left.is_floating_point() else torch.float64  # in float64 sums of int8 products are exact
     product = left.as_subclass(torch.Tensor).to(floats) @ right.as_subclass(torch.Tensor).to(floats)
-    return values(total + product.to(total.dtype))
+    return values(total * use_acc + product.to(total.dtype))
 
 
 class Language(types.ModuleType):
@@ -340,7 +340,7 @@ def modules(language):
         mbarrier=barrier,
         tma=types.SimpleNamespace(async_copy_global_to_shared=copy),
         warpgroup_mma=multiply,
-        warpgroup_mma_wait=lambda count, deps: deps[0],
+        warpgroup_mma_wait=lambda count, deps: deps[0] if len(deps) == 1 else tuple(deps),
     )
     module("triton.experimental.gluon.nvidia")
     module("triton.experimental.gluon.nvidia.hopper", TensorDescriptor=Descriptor)

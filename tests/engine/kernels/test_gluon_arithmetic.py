@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="test_int4_gluon runs t
 
 @pytest.fixture(scope="module")
 def kernels():
-    _, gemv, _, gluon = gluon_on_cpu.kernels("int4_fragments", "int4_gemv", "split_tiles", "int4_gluon")
+    names = "int4_fragments", "int4_gemv", "split_tiles", "load_order", "int4_gluon_configs", "int4_gluon"
+    _, gemv, *_, gluon = gluon_on_cpu.kernels(*names)
     return {"gemv": gemv, "gluon": gluon}
 
 
@@ -26,10 +27,10 @@ def gemv(rows, warps, ahead):
     return {"kernel": "gemv", "rows": rows, "warps": warps, "ahead": ahead}
 
 
-def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits, **places):
+def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits, **more):
     return {
         "kernel": "gluon", "block_m": block_m, "block_n": block_n, "warps": warps, "turn": turn, "ahead": ahead,
-        "ring": ring, "slot": slot, "wait": wait, "splits": splits, **places,
+        "ring": ring, "slot": slot, "wait": wait, "splits": splits, **more,
     }  # fmt: skip
 
 
@@ -54,6 +55,9 @@ def gluon(block_m, block_n, warps, turn, ahead, ring, slot, wait, splits, **plac
         (9, 136, 256, 128, gluon(16, 64, 4, 2, 2, 2, 2, 2, 3, places=2)),  # fewer turns than parts
         (9, 200, 512, 128, gluon(16, 64, 4, 2, 2, 4, 2, 2, 3, places=2)),  # none left to split
         (70, 584, 768, 128, gluon(64, 256, 8, 2, 2, 4, 1, 1, 2, places=4)),
+        (13, 72, 1152, 128, gluon(16, 64, 4, 4, 4, 8, 4, 4, 2, scaled="sums")),
+        (9, 200, 1152, 128, gluon(16, 128, 4, 2, 2, 4, 2, 2, 2, places=3, scaled="sums")),
+        (2, 64, 2048, 128, gluon(8, 64, 4, 4, 4, 8, 4, 1, 1, scaled="sums")),  # a ring of two turns, tile by tile
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -76,6 +80,7 @@ def test_the_product_is_that_of_the_weights(kernels, m, n, k, group, config, dty
         (3, 144, 384, 128, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1)),
         (70, 208, 640, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3)),
         (70, 336, 1280, 128, gluon(64, 128, 8, 2, 2, 2, 1, 1, 3, places=4)),
+        (3, 144, 384, 128, gluon(8, 64, 4, 2, 2, 4, 2, 2, 1, scaled="sums")),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -117,8 +122,9 @@ def test_every_code_and_zero_point_is_exact(kernels):
     for dtype in (torch.float16, torch.bfloat16):
         y = kernels["gemv"].run(x.to(dtype), weights, None, gemv(1, 1, 1))
         assert torch.equal(y.float(), expected.expand(8, 256))
-        y = kernels["gluon"].run(x.to(dtype), weights, None, gluon(8, 64, 4, 1, 1, 1, 1, 1, 1))
-        assert torch.equal(y.float(), expected.expand(8, 256))
+        for scaled in ({}, {"scaled": "sums"}):
+            y = kernels["gluon"].run(x.to(dtype), weights, None, gluon(8, 64, 4, 1, 1, 1, 1, 1, 1, **scaled))
+            assert torch.equal(y.float(), expected.expand(8, 256))
 
 
 def test_whoever_is_last_adds_the_parts_of_a_tile_in_their_order(kernels):
