@@ -39,7 +39,8 @@ def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: 
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
     that is unknown. `form` "fragments" is `decode_fragments` or `decode_group_fragments`, where it can do that; else
     the rest is what is meant, if `stages` are among it. `parts` into which that form cuts every context are in place of
-    `splits_for`: the more programs there are, the more evenly they end."""
+    `splits_for`: the more programs there are, the more evenly they end; with `least` none (of one query head a KV head)
+    has fewer tokens but the last."""
     found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
     return _default(kind, stored) if found is None else found
 

@@ -11,8 +11,6 @@ products is taken off by the sum of the other factor, as rounded.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -73,12 +71,12 @@ def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device)
 
 def candidates() -> list[Config]:
     """The configurations that tuning tries: tokens at once, blocks that are asked for before the kernel before has
-    ended, and parts that a context is cut into where a batch alone would not have it cut."""
-    tried: list[Config] = [
-        {"form": FORM, "block": block, "warps": 1, "asks": asks} for block in (16, 32) for asks in (0, 1, 2)
+    ended, and how contexts are cut where a batch alone would not have them cut: into `parts`, of `least` tokens."""
+    blocks: list[Config] = [{"form": FORM, "block": block, "warps": 1} for block in (16, 32)]
+    cuts = ({"parts": 2}, {"parts": 4}, {"parts": 8}, {"parts": 4, "least": 512}, {"parts": 8, "least": 512})
+    return [{**block, "asks": asks} for block in blocks for asks in (0, 1, 2)] + [
+        {**block, "asks": 1, **cut} for block in blocks for cut in cuts
     ]
-    some = [config for config in tried if config["asks"] == 1]
-    return tried + [{**config, "parts": parts} for config in some for parts in (2, 4, 8)]
 
 
 def run(
@@ -100,7 +98,6 @@ def run(
         _, arrivals = buffers(query.device)
         partial = torch.empty(batch, heads, parts, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(batch, heads, parts, dtype=torch.float32, device=query.device)
-    launch: dict[str, Any] = options(facts(query.device))
     # Programs start in this order, so those of a long context do before those of the shorter ones behind it.
     _attend[(parts, heads, batch)](
         query,
@@ -126,8 +123,9 @@ def run(
         BLOCK=config["block"],
         ASKS=config["asks"],
         PARTS=parts,
+        LEAST=config.get("least", 0) // config["block"],
         num_warps=1,
-        **launch,
+        **options(facts(query.device)),
     )
 
 
@@ -306,6 +304,7 @@ def _attend(
     BLOCK: gl.constexpr,
     ASKS: gl.constexpr,
     PARTS: gl.constexpr,
+    LEAST: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """A part of one sequence and KV head; `factor` is the scale of the scores times log2(e)."""
@@ -320,7 +319,7 @@ def _attend(
     if PARTS == 1:
         first, end = 0, all_blocks
     else:
-        share = gl.cdiv(all_blocks, PARTS)
+        share = gl.maximum(gl.cdiv(all_blocks, PARTS), LEAST)
         first = part * share
         end = gl.minimum(first + share, all_blocks)
     table = page_table + sequence * table_stride

@@ -31,8 +31,8 @@ def kernels():
     return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_joins", "decode_fragments")[-1]
 
 
-def config(block, asks=2):
-    return {"form": "fragments", "block": block, "warps": 1, "asks": asks}
+def config(block, asks=2, least=0):
+    return {"form": "fragments", "block": block, "warps": 1, "asks": asks, "least": least}
 
 
 def made(stored, lens, heads, head_dim, page_len, dtype):
@@ -55,20 +55,20 @@ def attended(kernels, case, query, config, parts=1):
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
-    ("head_dim", "page_len", "block", "parts", "dtype"),
+    ("head_dim", "page_len", "block", "parts", "least", "dtype"),
     [
-        (128, 64, 16, 1, torch.float16),
-        (64, 32, 32, 1, torch.bfloat16),
-        (128, 64, 16, 4, torch.float16),
-        (64, 64, 16, 3, torch.float16),
-        (64, 32, 16, 32, torch.bfloat16),
+        (128, 64, 16, 1, 0, torch.float16),
+        (64, 32, 32, 1, 0, torch.bfloat16),
+        (128, 64, 16, 4, 0, torch.float16),
+        (64, 64, 16, 3, 0, torch.float16),
+        (64, 32, 16, 32, 48, torch.bfloat16),
     ],
 )
-def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, parts, dtype):
-    """Parts: more than there are blocks, as many, fewer; some of one block, and some of none."""
+def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, parts, least, dtype):
+    """Parts: more than there are blocks, as many, fewer; some of one block, of at least three, and some of none."""
     case, query = made(stored, LENS, 4 if ON_GPU else 1, head_dim, page_len, dtype)
     expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5)
-    out = attended(kernels, case, query, config(block), parts).cpu()
+    out = attended(kernels, case, query, config(block, least=least), parts).cpu()
     for b, length in enumerate(LENS):
         if length:
             assert error(out[b], expected[b]) < TOLERANCES[dtype], length
