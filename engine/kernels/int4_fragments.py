@@ -1,4 +1,3 @@
-# ruff: noqa: RET505  (a branch of constants: the other is not compiled only if it is an else)
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """4-bit weights from 16-byte loads to the registers of matrix instructions, in Gluon: see Int4Weights for their order.
 
@@ -13,117 +12,91 @@ from triton.experimental.gluon import language as gl
 
 from engine.kernels.activation import SIGMOID
 
-# $4: a word of eight q; $5: 1024 + z twice. The high nibble of a byte makes 1024 + 16 q: a sixteenth is 64 + q.
+# $0 to $7: two results from each of w0 to w3; $8: a word of eight q; $9: 1024 + z. The high nibble of a byte makes
+# 1024 + 16 q: a sixteenth is 64 + q.
 _FLOAT16 = """{
-    .reg .b32 q, w, z, sixteenth;
+    .reg .b32 q, w, z, offset, scale, sixteenth, w0, w1, w2, w3;
+    mov.b32 offset, {$9, $9};
     mov.b32 sixteenth, 0x2c002c00;
     mov.b32 z, 0x63806380;
-    sub.rn.f16x2 z, z, $5;
-    lop3.b32 q, $4, 0x000f000f, 0x64006400, 0xea;
-    sub.rn.f16x2 $0, q, $5;
-    lop3.b32 q, $4, 0x00f000f0, 0x64006400, 0xea;
-    fma.rn.f16x2 $1, q, sixteenth, z;
-    shr.u32 w, $4, 8;
+    sub.rn.f16x2 z, z, offset;
+    lop3.b32 q, $8, 0x000f000f, 0x64006400, 0xea;
+    sub.rn.f16x2 w0, q, offset;
+    lop3.b32 q, $8, 0x00f000f0, 0x64006400, 0xea;
+    fma.rn.f16x2 w1, q, sixteenth, z;
+    shr.u32 w, $8, 8;
     lop3.b32 q, w, 0x000f000f, 0x64006400, 0xea;
-    sub.rn.f16x2 $2, q, $5;
+    sub.rn.f16x2 w2, q, offset;
     lop3.b32 q, w, 0x00f000f0, 0x64006400, 0xea;
-    fma.rn.f16x2 $3, q, sixteenth, z;
-}"""
-# $5: -(128 + z) twice. Eight bits of a bfloat16 are too few for the sixteenths.
+    fma.rn.f16x2 w3, q, sixteenth, z;
+"""
+# $9: -(128 + z). Eight bits of a bfloat16 are too few for the sixteenths.
 _BFLOAT16 = """{
-    .reg .b32 q, w, one;
+    .reg .b32 q, w, offset, scale, one, w0, w1, w2, w3;
+    mov.b32 offset, {$9, $9};
     mov.b32 one, 0x3f803f80;
-    lop3.b32 q, $4, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, q, one, $5;
-    shr.u32 w, $4, 4;
+    lop3.b32 q, $8, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 w0, q, one, offset;
+    shr.u32 w, $8, 4;
     lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $1, q, one, $5;
-    shr.u32 w, $4, 8;
+    fma.rn.bf16x2 w1, q, one, offset;
+    shr.u32 w, $8, 8;
     lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $2, q, one, $5;
-    shr.u32 w, $4, 12;
+    fma.rn.bf16x2 w2, q, one, offset;
+    shr.u32 w, $8, 12;
     lop3.b32 q, w, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $3, q, one, $5;
-}"""
-# $2: two values of 16 bits.
-HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
+    fma.rn.bf16x2 w3, q, one, offset;
+"""
+# The same times $10, a scale.
+_TIMES = "    mov.b32 scale, {$10, $10};\n" + "".join(f"    mul.rn.TYPE w{i}, w{i}, scale;\n" for i in range(4))
+_APART = "".join(f"    mov.b32 {{${2 * i}, ${2 * i + 1}}}, w{i};\n" for i in range(4)) + "}"
+UNPACK_FLOAT16, UNPACK_BFLOAT16 = gl.constexpr(_FLOAT16 + _APART), gl.constexpr(_BFLOAT16 + _APART)
+SCALED_FLOAT16 = gl.constexpr(_FLOAT16 + _TIMES.replace("TYPE", "f16x2") + _APART)
+SCALED_BFLOAT16 = gl.constexpr(_BFLOAT16 + _TIMES.replace("TYPE", "bf16x2") + _APART)
+OPERANDS, SCALED_OPERANDS = gl.constexpr("=&h," * 8 + "r,h"), gl.constexpr("=&h," * 8 + "r,h,h")
+EIGHT = gl.constexpr((gl.int16,) * 8)
 # From one tile of inputs to the next.
 WORDS, PAIRS = gl.constexpr(1024), gl.constexpr(64)
-UNPACK_FLOAT16, UNPACK_BFLOAT16 = gl.constexpr(_FLOAT16), gl.constexpr(_BFLOAT16)
-# The same times $6, a scale twice.
-_TIMES = "".join(f"    mul.rn.TYPE ${i}, ${i}, $6;\n" for i in range(4)) + "}"
-SCALED_FLOAT16 = gl.constexpr(_FLOAT16[:-1] + _TIMES.replace("TYPE", "f16x2"))
-SCALED_BFLOAT16 = gl.constexpr(_BFLOAT16[:-1] + _TIMES.replace("TYPE", "bf16x2"))
-
-
-@gluon.jit
-def int16_of(words):
-    """int32 [..] as int16 [.., 2]; no data moves.
-
-    A loop is to keep words whole: int16 would be put together again at its end, by an instruction a word that waits
-    until all of them have been loaded.
-    """
-    halves = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True, pack=1)
-    return gl.join(halves[0], halves[1])
 
 
 @gluon.jit
 def unpack(words, offset, dtype: gl.constexpr):
-    """q - z of inputs 16i and up, i 0..3, in `dtype`: int16 words and `offsets` of one shape.
+    """q - z of inputs 16i + e in `dtype`, i 0..3: each [.., e], of int32 words [..] and `offsets`.
 
-    Each int16 is half of a word; two that are neighbours in registers are one operand.
+    One word at a time and whole. A loop that kept int16 would put words together again at its end, by an instruction
+    for each that waits until all of them have been loaded; here two int16 as one operand would be copies of registers.
     """
-    if dtype == gl.float16:
-        return gl.inline_asm_elementwise(
-            UNPACK_FLOAT16,
-            "=&r,=&r,=&r,=&r,r,r",
-            [words, offset],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            UNPACK_BFLOAT16,
-            "=&r,=&r,=&r,=&r,r,r",
-            [words, offset],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+    ASM: gl.constexpr = UNPACK_FLOAT16 if dtype == gl.float16 else UNPACK_BFLOAT16
+    w = gl.inline_asm_elementwise(ASM, OPERANDS, [words, offset], dtype=EIGHT, is_pure=True, pack=1)
+    return _pairs(w, dtype)
 
 
 @gluon.jit
 def unpack_scaled(words, offset, scale, dtype: gl.constexpr):
-    """`unpack`, times a scale of `dtype`, rounded once."""
-    if dtype == gl.float16:
-        return gl.inline_asm_elementwise(
-            SCALED_FLOAT16,
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [words, offset, scale],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            SCALED_BFLOAT16,
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [words, offset, scale],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+    """`unpack`, times a scale, the bits of one of `dtype` as int16, rounded once."""
+    ASM: gl.constexpr = SCALED_FLOAT16 if dtype == gl.float16 else SCALED_BFLOAT16
+    w = gl.inline_asm_elementwise(ASM, SCALED_OPERANDS, [words, offset, scale], dtype=EIGHT, is_pure=True, pack=1)
+    return _pairs(w, dtype)
+
+
+@gluon.jit
+def _pairs(w, dtype: gl.constexpr):
+    return (
+        gl.join(w[0], w[1]).to(dtype, bitcast=True),
+        gl.join(w[2], w[3]).to(dtype, bitcast=True),
+        gl.join(w[4], w[5]).to(dtype, bitcast=True),
+        gl.join(w[6], w[7]).to(dtype, bitcast=True),
+    )
 
 
 @gluon.jit
 def offsets(scale_zero, dtype: gl.constexpr):
-    """1024 + z as float16, or -(128 + z) as bfloat16, of words of scale and zero."""
+    """1024 + z as float16, or -(128 + z) as bfloat16, of words of scale and zero: their bits, int16."""
     if dtype == gl.float16:
         bits = scale_zero >> 16
     else:
         bits = ((scale_zero >> 16) & 15) | 0xC300
-    return bits.to(gl.int16).to(dtype, bitcast=True)
+    return bits.to(gl.int16)
 
 
 @gluon.jit
@@ -155,19 +128,21 @@ def rows_of(pairs, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def left_operand(half, pairs, BLOCK_N: gl.constexpr, A: gl.constexpr, dtype: gl.constexpr, SCALED: gl.constexpr):
-    """[BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 16] int16, times their scales if SCALED; no
-    data moves."""
-    rows = rows_of(pairs, BLOCK_N, A)
+def left_operand(half, pairs, BLOCK_N: gl.constexpr, MMA: gl.constexpr, dtype: gl.constexpr, SCALED: gl.constexpr):
+    """The left operand [BLOCK_N, 64] of `dtype` from half the words of a tile, [BLOCK_N, 8] int32, times their scales
+    if SCALED; no data moves."""
+    rows = rows_of(pairs, BLOCK_N, gl.DotOperandLayout(0, MMA, 1))
     offset = gl.expand_dims(offsets(rows, dtype), 1)
     if SCALED:
-        scale = rows.to(gl.int16).to(gl.float16, bitcast=True).to(dtype)
+        scale = rows.to(gl.int16)
+        if dtype == gl.bfloat16:
+            scale = scale.to(gl.float16, bitcast=True).to(dtype).to(gl.int16, bitcast=True)
         w = unpack_scaled(half, offset, gl.expand_dims(scale, 1), dtype)
     else:
         w = unpack(half, offset, dtype)
-    joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 16, i % 2, i // 2]
-    joined = joined.permute([0, 3, 2, 1]).reshape([BLOCK_N, 64])
-    return gl.convert_layout(joined, A, assert_trivial=True)
+    joined = gl.join(gl.join(w[0], w[1]), gl.join(w[2], w[3]))  # [BLOCK_N, 8, e, i % 2, i // 2]
+    joined = joined.permute([0, 4, 3, 1, 2]).reshape([BLOCK_N, 64])
+    return gl.convert_layout(joined, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
 @gluon.constexpr_function
@@ -225,10 +200,10 @@ def pair_places(scale_zero_ptr, first_tile, tile, tiles, tile_rows, RAGGED: gl.c
 
 
 @gluon.jit
-def halves(words, BLOCK_N: gl.constexpr, A: gl.constexpr):
-    """Two [BLOCK_N, 16] int16: inputs 0 to 63 and 64 to 127 of a tile."""
+def halves(words, BLOCK_N: gl.constexpr, MMA: gl.constexpr):
+    """Two [BLOCK_N, 8] int32: inputs 0 to 63 and 64 to 127 of a tile."""
     # [tile of rows, w, a, r, t, half, h] -> [(tile of rows, w, half, r), (a, t), h]
     words = words.reshape([BLOCK_N // 16, 2, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5])
     first, second = words.reshape([BLOCK_N, 8, 2]).split()
-    first, second = int16_of(first).reshape([BLOCK_N, 16]), int16_of(second).reshape([BLOCK_N, 16])
-    return gl.convert_layout(first, A, assert_trivial=True), gl.convert_layout(second, A, assert_trivial=True)
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
+    return gl.convert_layout(first, LAYOUT, assert_trivial=True), gl.convert_layout(second, LAYOUT, assert_trivial=True)

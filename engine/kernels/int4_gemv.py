@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from engine.kernels import dependent_launch
 from engine.kernels.device import Device, facts
-from engine.kernels.int4_fragments import int16_of, offsets, scales, silu, turns_apart, unpack
+from engine.kernels.int4_fragments import offsets, scales, silu, turns_apart, unpack
 from engine.kernels.int4_weights import Int4Weights
 from engine.kernels.tuning import Config
 
@@ -66,7 +66,10 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
     """The product for x [M, in], M up to 8; `gated` as in `int4_linear`."""
     m, n = x.shape[0], weights.out_features
     y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    tiles = weights.words.shape[1]
+    tiles, whole = weights.words.shape[1], weights.in_features % 128 == 0
+    launch = dependent_launch.options(facts(x.device))
+    if (config["rows"], config["ahead"], weights.group_size) == (2, 2, 128) and whole and x.dtype == torch.float16:
+        launch["maxnreg"] = 128  # without a bound 130 to 138, for which a multiprocessor holds one program less
     _gemv[(-(-n // (16 * config["rows"])),)](
         x.contiguous(),
         weights.words,
@@ -81,12 +84,12 @@ def run(x: Tensor, weights: Int4Weights, bias: Tensor | None, config: Config, *,
         GROUP=weights.group_size,
         HAS_BIAS=bias is not None,
         GATED=gated,
-        WHOLE=weights.in_features % 128 == 0,
+        WHOLE=whole,
         ROWS=config["rows"],
         WARPS=config["warps"],
         AHEAD=config["ahead"],
         num_warps=config["warps"],
-        **dependent_launch.options(facts(x.device)),
+        **launch,
     )
     return y
 
@@ -194,6 +197,7 @@ def multiply(
 ):
     """total [WARPS, 16 ROWS, 8] and the product of each warp's tile of W with its inputs, eight operands of `dtype`."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    WORD: gl.constexpr = gl.DotOperandLayout(0, MMA, 1)
     # [warp, block, a, r, t, half, h] -> [warp, (block, half, r), (a, t), h]
     words = words.reshape([WARPS, ROWS, 2, 8, 4, 2, 2]).permute([0, 1, 5, 3, 2, 4, 6])
     halves = words.reshape([WARPS, 16 * ROWS, 8, 2]).split()
@@ -203,10 +207,11 @@ def multiply(
             # [warp, block, r, half] -> [warp, (block, half, r)]
             rows = pairs[step * GROUPS // 8].reshape([WARPS, ROWS, 8, 2]).permute([0, 1, 3, 2])
             rows = rows.reshape([WARPS, 16 * ROWS])
-            offset = gl.convert_layout(offsets(rows, dtype), gl.SliceLayout(2, A), assert_trivial=True)
-            half = int16_of(halves[step // 4]).reshape([WARPS, 16 * ROWS, 16])
-            w = unpack(gl.convert_layout(half, A, assert_trivial=True), gl.expand_dims(offset, 2), dtype)
-        part = mma_v2(w[step % 4], inputs[step], part)
+            offset = gl.convert_layout(offsets(rows, dtype), gl.SliceLayout(2, WORD), assert_trivial=True)
+            half = gl.convert_layout(halves[step // 4], WORD, assert_trivial=True)
+            w = unpack(half, gl.expand_dims(offset, 2), dtype)
+        left = w[step % 4].reshape([WARPS, 16 * ROWS, 16])
+        part = mma_v2(gl.convert_layout(left, A, assert_trivial=True), inputs[step], part)
         if (step + 1) * GROUPS % 8 == 0:
             scale = gl.convert_layout(scales(rows), gl.SliceLayout(2, MMA), assert_trivial=True)
             total += part * gl.expand_dims(scale, 2)

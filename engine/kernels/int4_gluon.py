@@ -189,7 +189,6 @@ def _gemm(
     gl.static_assert(FITS or SLOT == TURN or RING * WAIT > SLOT, "a tile would wait for the place of its own slot")
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     dtype: gl.constexpr = x_desc.dtype
     # The parts of a sum are whole turns: only the last part may reach past the inputs, where x is zero.
     if TAIL:
@@ -226,7 +225,7 @@ def _gemm(
             _fetch(x_desc, first_token, start + piece * WAIT, barriers.index(piece), ring.index(piece))
 
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
-    left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype, not SUMS)
+    left = left_operand(halves(words[0], BLOCK_N, MMA)[0], pairs[0], BLOCK_N, MMA, dtype, not SUMS)
     for turn in range(turns):
         sums = total
         scale = gl.expand_dims(scales(rows_of(pairs[0], BLOCK_N, MMA)), 1)
@@ -251,16 +250,17 @@ def _gemm(
             # All products of the tile before are done now.
             if not FITS and step % SLOT == 0 and step > 0:
                 _refill(x_desc, first_token, start, used, turns * (TURN // WAIT), barriers, ring, RING, SLOT, WAIT)
-            second = left_operand(halves(words[0], BLOCK_N, A)[1], pairs[0], BLOCK_N, A, dtype, not SUMS)
+            second = left_operand(halves(words[0], BLOCK_N, MMA)[1], pairs[0], BLOCK_N, MMA, dtype, not SUMS)
             right = x.slice(step % WAIT * 128 + 64, 64, 1).permute([1, 0])
             sums = warpgroup_mma(second, right, sums, is_async=True)
             more = step + AHEAD < remaining
             words = words[1:] + (gl.load(word_at + (step + AHEAD) * WORDS, mask=more, other=0),)
             pairs = pairs[1:] + (gl.load(pair_at + (step + AHEAD) * PAIRS, mask=more, other=0),)
-            in_order(WARPS)
+            if WAIT > 1:  # else the wait for the next tile's x is near, which no load passes
+                in_order(WARPS)
             # The first half of the next tile is unpacked while the second of this one is multiplied.
             sums = warpgroup_mma_wait(1, deps=[sums])
-            left = left_operand(halves(words[0], BLOCK_N, A)[0], pairs[0], BLOCK_N, A, dtype, not SUMS)
+            left = left_operand(halves(words[0], BLOCK_N, MMA)[0], pairs[0], BLOCK_N, MMA, dtype, not SUMS)
         # A product that is on its way from one turn to the next would make the compiler wait for each.
         sums = warpgroup_mma_wait(0, deps=[sums])
         if SUMS:

@@ -6,6 +6,8 @@ import types
 import numpy as np
 import torch
 
+INTEGERS = {2: torch.int16, 4: torch.int32}
+
 
 class Values(torch.Tensor):
     """A tensor with the methods that a kernel's tensors have."""
@@ -53,8 +55,8 @@ def permuted(first, second, selector):
 
 
 def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
-    """The few instructions of `int4_fragments`, on pairs of 16-bit elements along the last dimension; what only orders
-    loads is nothing."""
+    """The few instructions of `int4_fragments`, a word at a time (pack 1), and of others on pairs of 16-bit elements
+    along the last dimension; what only orders loads is nothing."""
     asm = getattr(asm, "value", asm)
     if asm.startswith("bar.warp.sync"):
         return operands[0]
@@ -62,37 +64,41 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
         words, codes, sums = (operand.contiguous().as_subclass(torch.Tensor) for operand in operands)
         bytes_of = [each.view(torch.int8).view(*each.shape, 4).int() for each in (words, codes)]
         return values((bytes_of[0] * bytes_of[1]).sum(-1).int() + sums)
-    if asm.startswith("mov.b32 {$0, $1}"):
-        halves = operands[0].int().contiguous().as_subclass(torch.Tensor).view(torch.int16)
-        return tuple(values(half) for half in halves.view(*operands[0].shape, 2).unbind(-1))
     if "movmatrix" in asm:
         return values(operands[0].to(dtype).reshape(-1, 8, 8).transpose(1, 2).reshape(operands[0].shape))
     if "shfl.sync.idx" in asm:
         return exchange(*operands, dtype)
-    if pack == 1:
+    if pack == 1 and not isinstance(dtype, tuple):
         return float_assembly(asm, *operands)
-    assert pack == 2
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
     results = len(dtype)
     registers = {}
     for number, operand in enumerate(operands):
-        bits = operand.expand(shape).contiguous().as_subclass(torch.Tensor).view(torch.int16)
-        registers[f"${results + number}"] = bits.numpy().view(np.uint32)
+        bits = operand.expand(shape).contiguous().as_subclass(torch.Tensor).view(INTEGERS[operand.element_size()])
+        bits = bits.numpy().view(np.uint32 if pack == 2 or operand.element_size() == 4 else np.uint16)
+        registers[f"${results + number}"] = bits.astype(np.uint32)
+    (words,) = {register.shape for register in registers.values()}
     floats = types.SimpleNamespace(f16x2=torch.float16, bf16x2=torch.bfloat16)
 
     def read(name):
         return registers[name] if name in registers else np.uint32(int(name, 0))
 
     def floating(kind, register):
-        bits = torch.from_numpy(np.broadcast_to(register, (*shape[:-1], shape[-1] // 2)).copy())
+        bits = torch.from_numpy(np.broadcast_to(register, words).copy())
         return bits.view(torch.int16).view(getattr(floats, kind)).float()
 
     for line in asm.strip("{} \n").split(";"):
         if not line.strip() or ".reg" in line:
             continue
         op, arguments = line.split(None, 1)
-        target, *sources = (part.strip() for part in arguments.split(","))
-        if op == "mov.b32":
+        target, *sources = (part.strip() for part in re.split(r",(?![^{]*})", arguments))
+        if op == "mov.b32" and "{" in target:
+            low, high = re.findall(r"[$\w]+", target)
+            registers[low], registers[high] = read(sources[0]) & np.uint32(0xFFFF), read(sources[0]) >> np.uint32(16)
+        elif op == "mov.b32" and "{" in sources[0]:
+            low, high = re.findall(r"[$\w]+", sources[0])
+            registers[target] = read(low) | read(high) << np.uint32(16)
+        elif op == "mov.b32":
             registers[target] = read(sources[0])
         elif op == "shr.u32":
             registers[target] = read(sources[0]) >> np.uint32(sources[1])
@@ -106,7 +112,8 @@ def inline_asm_elementwise(asm, constraints, operands, dtype, is_pure, pack):
             a, b, *c = (floating(kind, read(source)) for source in sources)
             value = {"add": a + b, "sub": a - b, "mul": a * b}[name] if name != "fma" else a * b + c[0]
             registers[target] = value.to(getattr(floats, kind)).view(torch.int16).numpy().view(np.uint32)
+    bits = (registers[f"${i}"].astype(np.uint32 if pack == 2 else np.uint16) for i in range(results))
     return tuple(
-        values(torch.from_numpy(registers[f"${i}"].copy()).view(torch.int16).view(dtype[i]).reshape(shape))
-        for i in range(results)
+        values(torch.from_numpy(each).view(torch.int16).view(kind).reshape(shape))
+        for each, kind in zip(bits, dtype, strict=True)
     )

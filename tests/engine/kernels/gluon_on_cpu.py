@@ -301,7 +301,7 @@ class Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid):
-        def launch(*arguments, num_warps, **constants):
+        def launch(*arguments, num_warps, maxnreg=None, **constants):
             gl = self.language
             gl.warps, gl.grid = num_warps, (*grid, 1, 1)[:3]
             arguments = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
