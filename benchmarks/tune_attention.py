@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ FEWEST, MOST, ROTATED_BYTES = 3, 64, 200_000_000
 LAUNCHES = 12
 # The standard deviation of the logarithm of contexts that are unequal.
 SPREAD = 0.6
+# A row of its own is for what takes less than this share of the time; each has graphs of its own.
+CLEARLY = 0.97
 # Contexts over which a configuration is checked, and the largest relative error of one: of its float16 values, and of
 # sums by matrix instructions.
 CHECKED = (1000, 272, 65, 17, 16, 1)
@@ -151,8 +153,9 @@ def problem(config: ModelConfig, device: str, case: tuple[str, int, Config]) -> 
 def tune_attention(
     config: ModelConfig, device: str, *, seconds: float, report: Callable[[str], None] = lambda line: None
 ) -> list[dict[str, Any]]:
-    """Rows of the table for the heads of a model: of each size the configuration that takes least over contexts that
-    are equal and such that are not. What is not reached within `seconds` has none."""
+    """Rows of the table for the heads of a model: of each size the configuration that takes least over equal contexts,
+    and a row of its own for unequal ones where another takes clearly less. What is not reached within `seconds` has
+    none."""
     deadline = time.monotonic() + seconds
     rows: list[dict[str, Any]] = []
     kind = "one" if config.num_heads == config.num_kv_heads else "group"
@@ -168,16 +171,21 @@ def tune_attention(
                 right = [case[2] for case, wrong in zip(cases, problems, strict=True) if case[0] == kv and not wrong]
                 lengths = [[context] * batch, *([unequal(batch, context)] if batch > 1 else [])]
                 layers = [Layer(config, device, kv, lens) for lens in lengths]
-                timed: list[tuple[float, Config]] = []
+                timed: list[tuple[list[float], Config]] = []
                 for tried in right:
                     if time.monotonic() < deadline:
-                        timed.append((fmean(layer.microseconds(tried) for layer in layers), tried))
+                        timed.append(([layer.microseconds(tried) for layer in layers], tried))
                 if not timed or len(timed) < len(right):
                     continue
-                us, best = min(timed, key=lambda each: each[0])
-                report(f"{layers[0].op} {batch}x{context}: {us:.1f} us, {best}")
-                where = {"op": layers[0].op, "n": config.num_kv_heads, "k": config.head_dim}
-                rows += [{**where, "m": size, "us": round(us, 2), "config": dict(best)} for size in sizes]
+                equal = min(timed, key=lambda each: each[0][0])
+                found = [(layers[0].op, equal[0][0], equal[1])]
+                other = min(timed, key=lambda each: each[0][-1])
+                if other[0][-1] < CLEARLY * equal[0][-1]:
+                    found.append((layers[0].op + decode_attention.UNEVEN, other[0][-1], other[1]))
+                for op, us, best in found:
+                    report(f"{op} {batch}x{context}: {us:.1f} us, {best}")
+                    where = {"op": op, "n": config.num_kv_heads, "k": config.head_dim}
+                    rows += [{**where, "m": size, "us": round(us, 2), "config": dict(best)} for size in sizes]
                 del layers
                 torch.cuda.empty_cache()
     return rows

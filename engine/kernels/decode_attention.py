@@ -25,6 +25,8 @@ LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
 WAVES = 2
 MOST_SPLITS = 32
+# What follows the name of an operation in rows for contexts of unequal lengths.
+UNEVEN = "_uneven"
 
 
 def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
@@ -34,15 +36,25 @@ def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
     return max(1, min(1 << (wanted.bit_length() - 1) if wanted else 1, MOST_SPLITS))
 
 
-def config_for(device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int) -> Config:
+def config_for(
+    device: Device, kind: str, stored: str, kv_heads: int, head_dim: int, batch: int, *, uneven: bool = False
+) -> Config:
     """How a kernel (`one` query head a KV head, or a `group`) goes through a context: `block` tokens at once, in
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
     that is unknown. `form` "fragments" is `decode_fragments` or `decode_group_fragments`, where it can do that; else
     the rest is what is meant, if `stages` are among it. `parts` into which that form cuts every context are in place of
-    `splits_for`: the more programs there are, the more evenly they end; with `least` none (of one query head a KV head)
-    has fewer tokens but the last."""
-    found = tuning.lookup(f"decode_{kind}_{stored}", device.name, kv_heads, head_dim, batch)
+    `splits_for`: the more programs there are, the more evenly they end. That costs where contexts are of
+    one length, so a table may have other rows for `uneven` ones."""
+    op, size = f"decode_{kind}_{stored}", (device.name, kv_heads, head_dim, batch)
+    found = (tuning.lookup(op + UNEVEN, *size) if uneven else None) or tuning.lookup(op, *size)
     return _default(kind, stored) if found is None else found
+
+
+def minds_lengths(pages: Pages, heads: int, batch: int) -> bool:
+    """Whether the table has a row of its own for contexts that are `uneven`."""
+    _, kv_heads, _, head_dim = pages.key.shape
+    op = f"decode_{'one' if heads == kv_heads else 'group'}_{storage_of(pages)}{UNEVEN}"
+    return tuning.lookup(op, facts(pages.key.device).name, kv_heads, head_dim, batch) is not None
 
 
 def _default(kind: str, stored: str) -> Config:
@@ -80,13 +92,17 @@ def decode_attention(
     splits: int | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
+    *,
+    uneven: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale) v for one token a sequence: query [B, heads, head_dim] -> the same shape.
 
     The last token of `context_lens` [B] is the query's own, whose K and V are in the pages already. A sequence of 0
-    tokens gets zeros. `config` overrides the table of the device; see `config_for`.
+    tokens gets zeros. `config` overrides the table of the device; see `config_for`, which is also told of `uneven`
+    contexts.
     """
     out = torch.empty_like(query) if out is None else out
+    config = config or _config(out, pages, uneven=uneven)
     _launch(query, pages, context_lens, page_table, scale, window, splits, out, config)
     return out
 
@@ -155,9 +171,10 @@ def _parts(asked: int | None, config: Config, query: Tensor, pages: Pages) -> in
     return _splits(asked or config.get("parts"), len(query), pages, query.device)
 
 
-def _config(out: Tensor, pages: Pages) -> Config:
+def _config(out: Tensor, pages: Pages, *, uneven: bool = False) -> Config:
     _, kv_heads, _, head_dim = pages.key.shape
-    return config_for(facts(out.device), _kind(out, pages), storage_of(pages), kv_heads, head_dim, len(out))
+    kind, stored = _kind(out, pages), storage_of(pages)
+    return config_for(facts(out.device), kind, stored, kv_heads, head_dim, len(out), uneven=uneven)
 
 
 def _by_fragments(
@@ -180,7 +197,7 @@ def _launch(
     window: int | None,
     splits: int | None,
     out: Tensor,
-    config: Config | None = None,
+    config: Config,
     **turning: Any,
 ) -> None:
     batch, heads, head_dim = out.shape
@@ -189,7 +206,6 @@ def _launch(
     if not batch:
         return
     kind, stored, device = _kind(out, pages), storage_of(pages), facts(query.device)
-    config = config or _config(out, pages)
     parts = _parts(splits, config, query, pages)
     fragments = None if turning else _by_fragments(config, query, pages, page_table, window, parts)
     if fragments:

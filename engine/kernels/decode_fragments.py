@@ -71,11 +71,10 @@ def runs(config: Config, query: Tensor, pages: Pages, most: int, device: Device)
 
 def candidates() -> list[Config]:
     """The configurations that tuning tries: tokens at once, blocks that are asked for before the kernel before has
-    ended, and how contexts are cut where a batch alone would not have them cut: into `parts`, of `least` tokens."""
+    ended, and parts that a context is cut into where a batch alone would not have it cut."""
     blocks: list[Config] = [{"form": FORM, "block": block, "warps": 1} for block in (16, 32)]
-    cuts = ({"parts": 2}, {"parts": 4}, {"parts": 8}, {"parts": 4, "least": 512}, {"parts": 8, "least": 512})
     return [{**block, "asks": asks} for block in blocks for asks in (0, 1, 2)] + [
-        {**block, "asks": 1, **cut} for block in blocks for cut in cuts
+        {**block, "asks": 1, "parts": parts} for block in blocks for parts in (2, 4, 8)
     ]
 
 
@@ -123,7 +122,6 @@ def run(
         BLOCK=config["block"],
         ASKS=config["asks"],
         PARTS=parts,
-        LEAST=config.get("least", 0) // config["block"],
         num_warps=1,
         **options(facts(query.device)),
     )
@@ -304,7 +302,6 @@ def _attend(
     BLOCK: gl.constexpr,
     ASKS: gl.constexpr,
     PARTS: gl.constexpr,
-    LEAST: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """A part of one sequence and KV head; `factor` is the scale of the scores times log2(e)."""
@@ -319,7 +316,7 @@ def _attend(
     if PARTS == 1:
         first, end = 0, all_blocks
     else:
-        share = gl.maximum(gl.cdiv(all_blocks, PARTS), LEAST)
+        share = gl.cdiv(all_blocks, PARTS)
         first = part * share
         end = gl.minimum(first + share, all_blocks)
     table = page_table + sequence * table_stride

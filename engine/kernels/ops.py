@@ -62,6 +62,8 @@ class Steps(PagedQueries, Protocol):
     @property
     def decode_lens(self) -> Tensor | None: ...
     @property
+    def uneven(self) -> bool: ...
+    @property
     def blocks(self) -> Tensor | None: ...
     @property
     def invariant(self) -> bool: ...
@@ -292,12 +294,21 @@ def paged_attention(query: Tensor, pages: Pages, batch: Steps, scale: float, win
             scale,
             window,
             out=out[: batch.decodes],
+            uneven=batch.uneven,
         )
     if len(batch.blocks):
         _kernels("prefill_attention").prefill_attention(
             query, pages, batch.query_starts, batch.context_lens, batch.page_table, batch.blocks, scale, window, out=out
         )
     return out
+
+
+def minds_lengths(pages: Pages, heads: int, sequences: int) -> bool:
+    """Whether decode attention of so many sequences is another one where their contexts are of unequal lengths."""
+    if not (on_kernels(pages.key) and can_read(pages)):
+        return False
+    minds: bool = _kernels("decode_attention").minds_lengths(pages, heads, sequences)
+    return minds
 
 
 def begin_step(

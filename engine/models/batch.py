@@ -30,6 +30,7 @@ class Batch:
     decode_lens  int32 [decodes]  of a padded batch, which has room for more than there is: `context_lens` of the
                                sequences that decode, and 0 for what `blocks` names and for rows without a sequence.
                                A sequence without a context may have tokens, whose results mean nothing
+    uneven       bool          contexts are of unequal lengths, which decode attention may be told of
     invariant    bool          attention by what `engine.kernels.invariant` says; `decodes` is 0, blocks are of all
     """
 
@@ -45,6 +46,7 @@ class Batch:
     blocks: Tensor | None = None
     drawn: Tensor | None = None
     decode_lens: Tensor | None = None
+    uneven: bool = False
     invariant: bool = False
 
 

@@ -35,10 +35,11 @@ def token_ids(sequence: Sequence, rows: Mapping[Sequence, int]) -> list[int]:
 
 class Size(NamedTuple):
     """Which graph: the number of tokens that it computes, and the sequences that it has room for; 0 of those where each
-    token is one of a sequence that decodes."""
+    token is one of a sequence that decodes. `uneven` is that of `Batch`."""
 
     tokens: int
     room: int = 0
+    uneven: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count, takewhile
 
 import numpy as np
@@ -19,6 +19,8 @@ from engine.runtime.staging import Staging
 # Rows of the header.
 FIELDS = 5
 IDS, POSITIONS, LENGTHS, IGNORES, SLOTS = range(FIELDS)
+# From there on attention of unequal contexts gains more by parts than these cost (docs/log.md).
+LONGER = 1.25
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -34,12 +36,23 @@ def room_for(size: Size) -> int:
     return FIELDS * aligned(size.tokens)
 
 
+def are_uneven(sequences: tuple[Sequence, ...]) -> bool:
+    """Whether the first of `sequences`, which are in the order of their contexts, longest first, is far longer than the
+    one in the middle."""
+    return bool(sequences) and sequences[0].cached > LONGER * sequences[len(sequences) // 2].cached
+
+
 class DecodeSteps:
     """Padded rows have no context and write to the spare slot."""
 
-    def __init__(self, staging: Staging, sizes: list[int], *, deterministic: bool) -> None:
-        """With `deterministic`, batches are `invariant`: each token is taken for a block of a prompt."""
-        self.sizes = [Size(size) for size in sizes]
+    def __init__(
+        self, staging: Staging, sizes: list[int], *, deterministic: bool, minds_lengths: Callable[[int], bool]
+    ) -> None:
+        """With `deterministic`, batches are `invariant`: each token is taken for a block of a prompt. Batch sizes that
+        `minds_lengths` have two graphs."""
+        minding = [] if deterministic else [size for size in sizes if minds_lengths(size)]
+        self.sizes = [*map(Size, sizes), *(Size(size, uneven=True) for size in minding)]
+        self._counts, self._minding = sizes, set(minding)
         self._staging = staging
         self._deterministic = deterministic
         most, device = max(sizes), staging.header.device
@@ -54,7 +67,8 @@ class DecodeSteps:
         # Those with more than one token are the last.
         if len(plan.drawing) < len(sequences) or (sequences and sequences[-1].scheduled > 1):
             return None
-        return next((size for size in self.sizes if size.tokens >= len(sequences)), None)
+        size = next((size for size in self._counts if size >= len(sequences)), None)
+        return None if size is None else Size(size, uneven=size in self._minding and are_uneven(sequences))
 
     def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: Size) -> Step:
         """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""
@@ -106,6 +120,7 @@ class DecodeSteps:
             rope_bases=None if staging.rope_bases is None else staging.rope_bases[:here],
             decodes=0 if self._deterministic else here,
             blocks=self._blocks[: here if self._deterministic else 0],
+            uneven=size.uneven,
             invariant=self._deterministic,
         )
 

@@ -67,7 +67,12 @@ class Graphs:
         self._staging = Staging(
             model, cache, drawn, room=max(rooms), max_batch_size=max_batch_size, session_len=session_len
         )
-        self._decode = DecodeSteps(self._staging, sizes.decode, deterministic=model.deterministic)
+        self._decode = DecodeSteps(
+            self._staging,
+            sizes.decode,
+            deterministic=model.deterministic,
+            minds_lengths=lambda rows: ops.minds_lengths(cache.layers[0], model.config.num_heads, rows),
+        )
         self._mixed = MixedSteps(self._staging, sizes.mixed)
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
         self._draws = model.ranks is None or model.ranks.rank == 0

@@ -117,6 +117,7 @@ class MixedSteps:
             rope_bases=None if staging.rope_bases is None else staging.rope_bases[:sequences],
             decodes=size.room,
             decode_lens=header["decode_lens"],
+            uneven=True,
             blocks=header["blocks"].view(-1, 2),
         )
 
@@ -140,7 +141,7 @@ def _layout(size: Size, flat: Integers) -> dict[str, Integers]:
 
 
 def _lengths(size: Size) -> dict[str, int]:
-    tokens, sequences = size
+    tokens, sequences, _ = size
     return {
         "token_ids": tokens,
         "positions": tokens,

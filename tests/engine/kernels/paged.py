@@ -39,6 +39,7 @@ class Case:
     slots: Tensor
     blocks: Tensor
     decodes: int
+    uneven: bool = False
 
 
 def paged_case(stored, kv_heads, head_dim, page_len, dtype, *, lens, new, seed=0):

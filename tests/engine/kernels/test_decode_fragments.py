@@ -31,8 +31,8 @@ def kernels():
     return gluon_on_cpu.kernels("load_order", "page_fragments", "decode_joins", "decode_fragments")[-1]
 
 
-def config(block, asks=2, least=0):
-    return {"form": "fragments", "block": block, "warps": 1, "asks": asks, "least": least}
+def config(block, asks=2):
+    return {"form": "fragments", "block": block, "warps": 1, "asks": asks}
 
 
 def made(stored, lens, heads, head_dim, page_len, dtype):
@@ -55,20 +55,20 @@ def attended(kernels, case, query, config, parts=1):
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
-    ("head_dim", "page_len", "block", "parts", "least", "dtype"),
+    ("head_dim", "page_len", "block", "parts", "dtype"),
     [
-        (128, 64, 16, 1, 0, torch.float16),
-        (64, 32, 32, 1, 0, torch.bfloat16),
-        (128, 64, 16, 4, 0, torch.float16),
-        (64, 64, 16, 3, 0, torch.float16),
-        (64, 32, 16, 32, 48, torch.bfloat16),
+        (128, 64, 16, 1, torch.float16),
+        (64, 32, 32, 1, torch.bfloat16),
+        (128, 64, 16, 4, torch.float16),
+        (64, 64, 16, 3, torch.float16),
+        (64, 32, 16, 32, torch.bfloat16),
     ],
 )
-def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, parts, least, dtype):
-    """Parts: more than there are blocks, as many, fewer; some of one block, of at least three, and some of none."""
+def test_attention_is_that_of_the_reference(kernels, stored, head_dim, page_len, block, parts, dtype):
+    """Parts: more than there are blocks, as many, fewer; some of one block, and some of none."""
     case, query = made(stored, LENS, 4 if ON_GPU else 1, head_dim, page_len, dtype)
     expected = reference.paged_attention(query, case.pages, case, head_dim**-0.5)
-    out = attended(kernels, case, query, config(block, least=least), parts).cpu()
+    out = attended(kernels, case, query, config(block), parts).cpu()
     for b, length in enumerate(LENS):
         if length:
             assert error(out[b], expected[b]) < TOLERANCES[dtype], length
@@ -157,6 +157,18 @@ def test_parts_are_as_asked_or_as_configured_or_as_the_batch_needs(kernels, monk
     monkeypatch.setattr(forms, "TILES", 3)  # more heads than there are counters: no parts
     assert error(decode_attention(*given, config={**config(16), "parts": 2}), expected) < 2e-3
     assert seen == [forms.MOST_SPLITS, 2, 4, 1]
+
+
+def test_unequal_contexts_may_have_a_row_of_their_own(monkeypatch):
+    rows = {"decode_one_channels": {"block": 16}, "decode_one_channels_uneven": {"parts": 4}}
+    monkeypatch.setattr(forms.tuning, "lookup", lambda op, device, n, k, m: rows.get(op) if m == 64 else None)
+    given = CARD, "one", "channels", 32, 128
+    assert forms.config_for(*given, 64) == {"block": 16}
+    assert forms.config_for(*given, 64, uneven=True) == {"parts": 4}
+    assert forms.config_for(*given, 32, uneven=True) == forms.config_for(*given, 32)
+    case, _ = made("channels", [40], 2, 64, 64, torch.float16)
+    assert forms.minds_lengths(case.pages, 2, 64) and not forms.minds_lengths(case.pages, 2, 32)
+    assert not forms.minds_lengths(case.pages, 4, 64), "four query heads on two are a group"
 
 
 def test_a_triton_whose_gluon_is_another_one_runs_the_other_form(monkeypatch):

@@ -51,6 +51,7 @@ def test_buckets(m, size):
 @pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_tables_hold_rows_of_known_operations(path):
     attention = {f"decode_{kind}_{kept}" for kind in ("one", "group") for kept in ("plain", "channels", "tokens")}
+    attention |= {f"{op}_uneven" for op in attention}
     fused = {"normed_int4_linear", "normed_int8_linear", "rounded_int8_linear"}
     for held in json.loads(path.read_text())["rows"]:
         assert held["op"] in {"int4_linear", "int8_linear", "dense_linear"} | fused | attention

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.config import Sampling
+from engine.kernels import ops
 from engine.models.cache import KVCache
 from engine.runtime.batch import Size, Step
 from engine.runtime.channel import HEADER, pack, unpack
@@ -81,6 +82,18 @@ def test_answers_are_the_same_with_graphs(way, temperature, monkeypatch):
         made.check()
     assert None not in seen and {size.room > 0 for size in seen} == {False, True}
     assert (made._scheduler.num_preemptions > 0) == way.startswith("preempted")
+
+
+def test_contexts_of_unequal_lengths_have_graphs_of_their_own(monkeypatch):
+    monkeypatch.setattr(ops, "minds_lengths", lambda pages, heads, sequences: sequences > 2)
+    made, plain = padded(make(tiny_model())), unpadded(make(tiny_model()))
+    option = Sampling(temperature=0, max_new_tokens=4, ignore_eos=True)
+    for lengths, expected in (([8] * 4, {Size(4)}), ([20, 4, 4, 4], {Size(4, uneven=True)}), ([20, 4], {Size(2)})):
+        seen = count_steps(made, monkeypatch)
+        prompts = [[(row * 7 + place) % 60 for place in range(length)] for row, length in enumerate(lengths)]
+        answers = made.generate(prompts, option)
+        assert {size for size in seen if not size.room} == expected
+        assert [one.token_ids for one in answers] == [one.token_ids for one in plain.generate(prompts, option)]
 
 
 def test_another_rank_computes_the_same_from_what_it_is_told(monkeypatch):

@@ -27,11 +27,11 @@ def test_sizes_end_within_the_budget_and_padding_is_bounded():
     for budget, batch in itertools.product((1, 3, 16, 100, 512, 2048, 8192), (1, 4, 64, 100, 256, 300)):
         sizes = mixed_sizes(budget=budget, max_batch_size=batch)
         largest = min(budget, 2048)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == (largest, min(batch, largest)) and len(sizes) <= 25
+        assert sizes == sorted(set(sizes)) and sizes[-1] == Size(largest, min(batch, largest)) and len(sizes) <= 25
         assert all(0 < size.room <= size.tokens for size in sizes)
         for sequences, tokens in itertools.product({1, batch}, range(257, largest + 1)):
             assert next(one for one in sizes if one.tokens >= tokens and one.room >= sequences).tokens - tokens < 256
-        for tokens, _ in sizes:  # 16 prompts fit whatever their lengths, and more where each has at least 64 tokens
+        for tokens, _, _ in sizes:  # 16 prompts fit whatever their lengths, and more where each has at least 64 tokens
             prompts = max(1, min(16, tokens // 2))
             longest = [tokens - 2 * (prompts - 1)] + [2] * (prompts - 1)
             assert sum(-(-length // QUERY_BLOCK) for length in longest) <= blocks_in(tokens)
@@ -59,7 +59,7 @@ class Both:
             model.config, num_pages=pages, page_len=PAGE_LEN, device=model.device, dtype=model.dtype, scales=scales
         )
         sizes = mixed_sizes(budget=budget, max_batch_size=MOST)
-        sizes = [Size(tokens, fewer) for tokens, room in sizes for fewer in sorted({min(3, room), room})]
+        sizes = [Size(tokens, fewer) for tokens, room, _ in sizes for fewer in sorted({min(3, room), room})]
         self.plain, self.padded = make(PAGES), make(PAGES + 1)
         self.drawn = torch.zeros(MOST, dtype=torch.int64, device=model.device)
         self.graphs = Graphs(
