@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from cli.arguments import Parser
+from cli.key_files import first_key
 from cli.target import Target, find_target, open_tokenizer
 from engine.config import EngineConfig
-from server.client import Client, Message, Params
+from server.client import Client, Message, Params, ServerError
 
 # A terminal obeys these: an answer must not move its cursor, name its window or write its clipboard.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -55,7 +54,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("partner", help="the URL of a server, or artifact=ID, or folder=WORKSPACE")
-    parser.add_argument("--api-key-file", metavar="FILE", help="the server's key; or INGOT_API_KEY")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="the server's key, in a file as serve.api_key_file; or INGOT_API_KEY"
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="most tokens of an answer")
@@ -72,7 +73,8 @@ def connect(options: argparse.Namespace) -> Partner:
     key, _, value = options.partner.partition("=")
     params = Params(temperature=options.temperature, max_tokens=options.max_tokens)
     if options.partner.startswith(("http://", "https://")):
-        return RemotePartner(Client(options.partner, api_key=read_api_key(options.api_key_file)), params)
+        with key_asked_for(options.partner):
+            return RemotePartner(Client(options.partner, api_key=first_key(options.api_key_file)), params)
     if key in ("artifact", "folder") and value:
         target = find_target(
             artifact=value if key == "artifact" else None,
@@ -86,10 +88,15 @@ def connect(options: argparse.Namespace) -> Partner:
     )
 
 
-def read_api_key(file: str | None) -> str:
-    if file:
-        return Path(file).expanduser().read_text(encoding="utf-8").strip()
-    return os.environ.get("INGOT_API_KEY", "")
+@contextmanager
+def key_asked_for(url: str) -> Iterator[None]:
+    """A 401 of the server, as what to do here."""
+    try:
+        yield
+    except ServerError as error:
+        if error.status != 401:
+            raise
+        raise ValueError(f"{url} does not know this key: give --api-key-file=FILE, or INGOT_API_KEY.") from error
 
 
 def converse(partner: Partner, *, system: str = "", words: dict[str, str] | None = None) -> None:

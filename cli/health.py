@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import httpx
 
 from cli.arguments import Parser
-from server.keys import read_key_lines
+from cli.key_files import first_key
 
 SECONDS = 5.0
 
@@ -25,6 +22,8 @@ def main(argv: list[str]) -> int:
     which = "live" if options.live else "ready"
     key = first_key(options.api_key_file)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if not options.url.startswith(("http://", "https://")):
+        raise ValueError(f"{options.url!r} is not the URL of a server: it begins with http:// or https://.")
     # No proxy and no redirect: the key goes to the address that was given and to nobody else.
     try:
         with httpx.Client(trust_env=False, timeout=SECONDS) as http:
@@ -38,15 +37,6 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{options.url} is not {which}: {status}.")
     print(status)
     return 0
-
-
-def first_key(file: str | None) -> str | None:
-    """A key as `ingot serve` reads them; None without any."""
-    if file is not None:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
-        return next(iter(read_key_lines(text, source=f"--api-key-file={file}").values()))
-    text = os.environ.get("INGOT_API_KEY", "")
-    return next(iter(read_key_lines(text, source="INGOT_API_KEY").values())) if text else None
 
 
 def said(response: httpx.Response) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from cli.checkout import conf_folder
 from pipelines.hydra_errors import paragraph
@@ -16,6 +16,14 @@ TEXT_KEYS = ("artifact", "folder", "waiver", "store", "serve.model_name", "serve
 TOP_KEYS = ("artifact", "folder", "waiver", "store", "serve")
 BEFORE_QUOTE = re.compile(r"(\\*)('|\Z)")
 BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
+REFUSED = re.compile(r"Error merging override serve\.(?P<name>\w+)=(?P<value>\S*)")
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    int | None: "null or a whole number",
+    float | None: "null or a number",
+}
 NAME = "ingot_serve"
 
 
@@ -65,14 +73,24 @@ def compose_serve(overrides: Sequence[str]) -> ServeCommand:
     except OverrideParseException as error:
         raise ValueError(f"{error.override!r} is not understood: {paragraph(error)}.") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(paragraph(error)) from error
+        raise ValueError(refused_value(error) or paragraph(error)) from error
+
+
+def refused_value(error: Exception) -> str | None:
+    """What is wrong with a value of the wrong type; None for any other error."""
+    said = REFUSED.search(paragraph(error))
+    if said is None:
+        return None
+    kind = KINDS.get(get_type_hints(ServeConfig).get(said["name"]), "")
+    return None if not kind else f"serve.{said['name']} is {said['value']!r}, but must be {kind}."
 
 
 def check_known(override: str) -> None:
     """Refuse what is no `key=value`, an unknown key, and a key of the artifact itself, which says why it is fixed."""
     key, equals, _ = override.partition("=")
     if not equals or not key[:1].isalpha():
-        raise ValueError(f"{override!r} is not understood: options are given as key=value, such as serve.port=23333.")
+        meant = f"artifact={override}" if override[:1].isalnum() else "serve.port=23333"
+        raise ValueError(f"{override!r} is not understood: options are given as key=value, such as {meant}.")
     name = key.removeprefix("serve.")
     if name in IMMUTABLE:
         raise ValueError(f"{key} belongs to the artifact and cannot be set when serving: {IMMUTABLE[name]}.")
@@ -83,6 +101,6 @@ def check_known(override: str) -> None:
         )
     known = [*TOP_KEYS, *(f"serve.{each.name}" for each in fields(ServeConfig))]
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
+        near = [f"serve.{key}"] if f"serve.{key}" in known else difflib.get_close_matches(key, known, n=1)
         meant = f"Did you mean {near[0]}? " if near else ""
         raise ValueError(f"there is no option {key!r}. {meant}`ingot serve --help` lists the options.")

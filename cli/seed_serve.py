@@ -21,7 +21,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from cli.arguments import Parser
-from cli.chat import LocalPartner, Partner, converse, read_api_key
+from cli.chat import LocalPartner, Partner, converse, key_asked_for
+from cli.key_files import first_key
 from cli.seed import parse_flags, switch
 from cli.seed_flags import log_level, origins, refuse
 from cli.target import CONFIG_INI, find_target
@@ -76,8 +77,9 @@ def api_client(argv: list[str]) -> int:
     parser.add_argument("session_id", nargs="?", type=int, default=0, metavar="ID", help="which of your sessions (0)")
     parser.add_argument("--api-key-file", metavar="FILE", help="a file with the server's key; or INGOT_API_KEY")
     options = parse_flags(parser, argv)
-    with Client(options.url, api_key=read_api_key(options.api_key_file)) as client:
-        client.models()  # a server that is not there is said before a message is typed
+    with Client(options.url, api_key=first_key(options.api_key_file)) as client:
+        with key_asked_for(options.url):
+            client.models()  # a server that is not there is said before a message is typed
         print("double enter to end input; `end` ends the session, `exit` the program", flush=True)
         converse(SessionPartner(client, options.session_id), words=WORDS)
     return 0

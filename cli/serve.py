@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import os
 import signal
 import socket
 import ssl
@@ -19,6 +18,7 @@ import uvicorn
 import yaml
 
 from cli.checkout import conf_folder
+from cli.key_files import read_keys
 from cli.main import fail
 from cli.overrides import ServeCommand, compose_serve
 from cli.target import Target, choose_goldens, find_target, open_tokenizer
@@ -29,7 +29,7 @@ from server.admission import Admission
 from server.app import create_app
 from server.config import AppConfig, ServeConfig, check_exposure
 from server.connection import connection_class
-from server.keys import Keys, read_key_lines
+from server.keys import Keys
 from server.traces import Traces
 
 HELP = """usage: ingot serve artifact=ID [KEY=VALUE ...] [--cfg job]
@@ -109,19 +109,6 @@ def shown(command: ServeCommand) -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
-def read_keys(config: ServeConfig) -> dict[str, str]:
-    """The keys of serve.api_key_file, else serve.api_key (with a warning), else INGOT_API_KEY; empty without any."""
-    if config.api_key_file is not None:
-        text = Path(config.api_key_file).expanduser().read_text(encoding="utf-8")
-        return read_key_lines(text, source=f"serve.api_key_file={config.api_key_file}")
-    if config.api_key is not None:
-        print("ingot: serve.api_key= can be seen in the process list; prefer serve.api_key_file=FILE", file=sys.stderr)
-        return read_key_lines(config.api_key, source="serve.api_key")
-    if "INGOT_API_KEY" in os.environ:
-        return read_key_lines(os.environ["INGOT_API_KEY"], source="INGOT_API_KEY")
-    return {}
-
-
 def tls_options(config: ServeConfig) -> dict[str, Any]:
     """uvicorn's options for TLS; empty without. ValueError where the two files cannot be used."""
     if config.tls_cert_file is None or config.tls_key_file is None:
@@ -152,7 +139,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Choose another serve.port, or 0 for any free one."
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another port, or 0 for any free one."
         ) from error
     return listener
 
@@ -218,10 +205,13 @@ async def serve(
         ending = asyncio.create_task(client.wait_ended())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, ending, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        at_once = False
         if stop.is_set() and not client.error:
-            await drain(app.state.admission, stop, ending, seconds=config.drain_timeout)
-        server.should_exit = True
+            at_once = await drain(app.state.admission, stop, ending, seconds=config.drain_timeout)
         failed = client.error
+        if at_once:
+            await client.close()  # what runs is told so, and its connections end
+        server.should_exit = True
         await serving
         for task in (ending, stopping):
             task.cancel()
@@ -234,9 +224,9 @@ async def serve(
             await asyncio.to_thread(traces.close)
 
 
-async def drain(admission: Admission, stop: asyncio.Event, ending: asyncio.Task[None], *, seconds: float) -> None:
-    """Let nobody in and wait until running requests have ended: for `seconds`, and no longer than to a second signal or
-    the end of the engine. The server answers meanwhile, that it is not ready."""
+async def drain(admission: Admission, stop: asyncio.Event, ending: asyncio.Task[None], *, seconds: float) -> bool:
+    """Let nobody in and wait until running requests have ended: for `seconds`, and no longer than to a second signal,
+    when it returns True, or the end of the engine. The server answers meanwhile, that it is not ready."""
     stop.clear()
     if admission.held:
         print(
@@ -247,6 +237,7 @@ async def drain(admission: Admission, stop: asyncio.Event, ending: asyncio.Task[
     await asyncio.wait({drained, again, ending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for task in (drained, again):
         task.cancel()
+    return stop.is_set()
 
 
 def warn_unmeasured(target: Target, config: ServeConfig) -> None:

@@ -139,7 +139,7 @@ class Page:
             with Client(self._url, api_key=key.strip()) as client:
                 return described(client)
         except ServerError as error:
-            return str(error)
+            return "The server does not know this key: type it under API key." if error.status == 401 else str(error)
 
     def _answer(
         self, messages: list[Message], text: str, settings: tuple[Any, ...], request: gr.Request

@@ -17,6 +17,16 @@ from server.shapes import RefusedField, error_body
 
 FIELD = re.compile(r"[a-z][a-z_]*")
 UNION_TAGS = {"body", "str", "int", "none"}
+FORMATS = {"text", "json_object", "json_schema", "regex", "grammar"}
+NOT_JSON = "The body is not valid JSON: it must be one object, in UTF-8, and not deeply nested."
+
+
+# Fields with a choice of types, where a validator names one of them.
+ALLOWED = {
+    "stop": "a string, or a list of up to 16 of them",
+    "messages": "a list of messages, or text",
+    "tool_choice": "'none', 'auto', 'required', or an object that names a function",
+}
 
 
 class RequestError(Exception):
@@ -79,7 +89,10 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    body = error_body(f"{request.method} {request.url.path}: {error.detail}", kind="invalid_request_error")
+    if error.status_code == 400:  # the framework's own, of a body that Python cannot read
+        body = error_body(NOT_JSON, kind="invalid_request_error")
+    else:
+        body = error_body(f"{request.method} {request.url.path}: {error.detail}", kind="invalid_request_error")
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
@@ -108,13 +121,17 @@ def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
             param = (_param(error["loc"]) + param).removeprefix(".")
         return error_body(str(refused), kind="invalid_request_error", param=param, code=refused.code)
     if error["type"] == "json_invalid":
-        return error_body("The body is not valid JSON.", kind="invalid_request_error")
+        return error_body(NOT_JSON, kind="invalid_request_error")
     param = _param(error["loc"])
     if error["type"] == "extra_forbidden":
         message, code = f"This server does not know the field {param!r}.", "unknown_parameter"
     elif error["type"] == "missing":
         missing = f"The field {param!r} is missing." if param else "The body is missing: send an object of JSON."
         message, code = missing, "missing_required_parameter"
+    elif not param and error["type"].endswith("_type"):
+        message, code = "The body must be an object of JSON.", "invalid_value"
+    elif param in ALLOWED and error["type"].endswith("_type"):
+        message, code = f"{param}: It must be {ALLOWED[param]}.", "invalid_value"
     else:
         message, code = f"{param or 'The body'}: {error['msg']}.", "invalid_value"
     return error_body(message, kind="invalid_request_error", param=param or None, code=code)
@@ -124,6 +141,8 @@ def _param(loc: Sequence[int | str]) -> str:
     """`messages[0].content` from pydantic's path, which also names the types that it tried."""
     text = ""
     for position, part in enumerate(loc):
+        if part in FORMATS and position and loc[position - 1] == "response_format":
+            continue  # the format that was asked for, not a field
         if isinstance(part, int):
             text += f"[{part}]"
         elif position == len(loc) - 1 and not text and part not in UNION_TAGS:

@@ -165,7 +165,8 @@ def grammar_errors(grammar: Grammar) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         said = LOCATION.sub("", " ".join(str(error).split()))
-        raise ValueError(f"the {grammar.kind} cannot be followed: {cut(said, 400)}") from error
+        kind = {"ebnf": "grammar", "json_schema": "schema"}.get(grammar.kind, grammar.kind)
+        raise ValueError(f"The {kind} cannot be followed: {cut(said, 400)}") from error
 
 
 def _xgrammar() -> Any:

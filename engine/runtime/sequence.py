@@ -146,4 +146,7 @@ def check_sampling(sampling: Sampling, *, vocab_size: int) -> None:
     )
     for name, holds, allowed in rules:
         if not holds:
+            wrong = [token for token, _ in sampling.logit_bias if not 0 <= token < vocab_size]
+            if name == "logit_bias" and wrong:
+                raise ValueError(f"{name} has the token id {wrong[0]}, but must be {allowed}.")
             raise ValueError(f"{name} is {shown(getattr(sampling, name))}, but must be {allowed}.")

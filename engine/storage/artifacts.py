@@ -23,6 +23,7 @@ SHORT = 12
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
 _SHOWN = 20
+_AGAIN = "`dvc repro -s -f publish` writes it again where it was built, `ingot artifacts pull` fetches what was pushed."
 LONGEST_PATH = 255
 
 
@@ -314,4 +315,4 @@ def _listed(problems: list[str]) -> str:
             ". Settings are not edited in an artifact: give them when serving (for example serve.session_len=2048, "
             "serve.cache_max_entry_count=0.5), which changes no file"
         )
-    return f"{shown}{more}{hint}"
+    return f"{shown}{more}{hint}. {_AGAIN}"

@@ -234,7 +234,7 @@ class Store:
         try:
             verify(folder, artifact_id)
         except ArtifactError as error:
-            logger.warning("%s; it will be replaced", error)
+            logger.warning("it will be replaced: %s", error)
             return False
         return True
 

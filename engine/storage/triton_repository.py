@@ -90,5 +90,5 @@ def verify_deployed(workspace: Path, *, model_name: str, tp: int) -> str | None:
     digests = hash_files(workspace, found & expected.keys())
     problems += [f"{path} has changed" for path, (sha256, _) in digests.items() if sha256 != expected[path].sha256]
     if problems:
-        raise ArtifactError(f"artifact {manifest.id[:SHORT]} in {workspace} is damaged: {'; '.join(sorted(problems))}")
+        raise ArtifactError(f"artifact {manifest.id[:SHORT]} in {workspace} is damaged: {'; '.join(sorted(problems))}.")
     return manifest.id

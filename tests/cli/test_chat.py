@@ -161,7 +161,13 @@ def test_with_a_server(
     assert "Hello é" in capsys.readouterr().out
     monkeypatch.setenv("INGOT_API_KEY", "wrong")
     assert main(["chat", url]) == 1
-    assert "a key, please" in capsys.readouterr().err
+    assert f"{url} does not know this key: give --api-key-file=FILE" in capsys.readouterr().err
+    monkeypatch.delenv("INGOT_API_KEY")
+    (tmp_path / "keys").write_text("alice: k\nbob: k2\n")
+    typed(monkeypatch, "hi\n\n")
+    assert main(["chat", url, "--api-key-file", str(tmp_path / "keys")]) == 0
+    assert main(["chat", url, "--api-key-file", str(tmp_path / "none")]) == 1
+    assert "none cannot be read: No such file or directory. Name a file" in capsys.readouterr().err
 
 
 def test_with_nobody(capsys: pytest.CaptureFixture[str]) -> None:

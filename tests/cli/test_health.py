@@ -66,7 +66,7 @@ def test_anything_but_a_ready_server_is_one_that_is_not(
     ("arguments", "message"),
     [
         ([], "required: URL"),
-        (["nowhere"], "does not answer"),
+        (["nowhere"], "'nowhere' is not the URL of a server"),
         (["http://127.0.0.1:1", "--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
     ],
 )

@@ -90,6 +90,23 @@ def test_after_a_signal_running_requests_end_and_none_is_let_in(folder: Path) ->
         assert "ending: 16 running requests have 50 s" in said
 
 
+def test_a_second_signal_ends_running_requests(folder: Path) -> None:
+    with server(f"folder={folder}", "serve.max_batch_size=1") as (process, url), httpx.Client(base_url=url) as http:
+        body = {"model": "tiny", "prompt": ["the cat"] * 8, "ignore_eos": True, "stream": True, "n": 128}
+        with http.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/health/ready").status_code == 200:
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert "engine_stopped" in rest[-1]
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0, said
+        assert "Traceback" not in said
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
 def test_it_speaks_https_with_a_certificate(folder: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

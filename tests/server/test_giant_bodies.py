@@ -61,12 +61,25 @@ def test_few_errors_are_told_of_many(shape: type[BaseModel], body: dict[str, Any
     ("body", "message"),
     [
         ("", "The body is missing: send an object of JSON."),
-        ("null", "The body: Input should be a valid dictionary"),
+        ("null", "The body must be an object of JSON."),
+        ("{", "The body is not valid JSON: it must be one object, in UTF-8, and not deeply nested."),
+        ("[" * 100_000, "The body is not valid JSON: it must be one object, in UTF-8, and not deeply nested."),
+        (b'{"model": "\xff"}', "The body is not valid JSON: it must be one object, in UTF-8, and not deeply nested."),
+        (
+            '{"model": "tiny", "messages": "a", "response_format": {"type": "regex"}}',
+            "The field 'response_format.regex' is missing.",
+        ),
+        ('{"model": "tiny", "messages": "a", "stop": 5}', "stop: It must be a string, or a list of up to 16 of them."),
+        ('{"model": "tiny", "messages": "a", "stop": [5]}', "stop[0]: Input should be a valid string."),
+        (
+            '{"model": "tiny", "messages": "a", "logit_bias": {"9999999": 1}}',
+            "logit_bias has the token id 9999999, but must be ids from 0 to",
+        ),
         ('{"model": "tiny", "messages": []}', "messages: Value should have at least 1 item"),
-        ('{"model": "tiny", "messages": 5}', "messages: Input should be a valid string."),
+        ('{"model": "tiny", "messages": 5}', "messages: It must be a list of messages, or text."),
     ],
 )
-def test_what_is_wrong_is_said_of_what_was_meant(served: Served, body: str, message: str) -> None:
+def test_what_is_wrong_is_said_of_what_was_meant(served: Served, body: str | bytes, message: str) -> None:
     headers = {**HEADERS, "Content-Type": "application/json"}
     answer = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=headers)
     assert answer.status_code == 400

@@ -75,7 +75,7 @@ def test_a_grammar_is_followed_whichever_way_the_answer_is_computed(model, way):
 
 def test_a_grammar_that_is_not_valid_leaves_nothing_behind(model):
     engine = make(model, eos=(END,))
-    with pytest.raises(ValueError, match="the regex cannot be followed"):
+    with pytest.raises(ValueError, match="The regex cannot be followed"):
         engine.add(PROMPTS[0], Sampling(grammar=Grammar(kind="regex", text="(")))
     assert not engine.has_work()
 

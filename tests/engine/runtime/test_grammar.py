@@ -108,13 +108,13 @@ class Letters:
 @pytest.mark.parametrize(
     ("grammar", "words"),
     [
-        (Grammar(kind="regex", text="(a"), "the regex cannot be followed: .*parenthesis"),
-        (Grammar(kind="ebnf", text="root ::= nobody"), "the ebnf cannot be followed: .*nobody"),
-        (Grammar(kind="json_schema", text="{"), "the json_schema cannot be followed"),
-        (Grammar(kind="structural_tag", text="[]"), "the structural_tag cannot be followed"),
+        (Grammar(kind="regex", text="(a"), "The regex cannot be followed: .*parenthesis"),
+        (Grammar(kind="ebnf", text="root ::= nobody"), "The grammar cannot be followed: .*nobody"),
+        (Grammar(kind="json_schema", text="{"), "The schema cannot be followed"),
+        (Grammar(kind="structural_tag", text="[]"), "The structural_tag cannot be followed"),
         (Grammar(kind="ebnf", text="root ::= root"), "allows no answer"),
         (Grammar(kind="json_schema", text='{"$ref": "#"}'), "allows no answer"),
-        (Grammar(kind="compiled", text="{}"), "the compiled cannot be followed"),
+        (Grammar(kind="compiled", text="{}"), "The compiled cannot be followed"),
     ],
 )
 def test_a_grammar_that_is_not_valid_is_refused(grammar, words):

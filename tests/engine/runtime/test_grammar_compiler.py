@@ -43,7 +43,7 @@ def test_what_is_compiled_elsewhere_is_learned_as_if_it_were_compiled_here(compi
 
 
 def test_a_grammar_that_is_not_valid_is_said_and_the_next_is_compiled(compiler):
-    with pytest.raises(ValueError, match="the regex cannot be followed"):
+    with pytest.raises(ValueError, match="The regex cannot be followed"):
         compiler.compile(Grammar(kind="regex", text="("))
     assert compiler.compile(Grammar(kind="json")).text
 
