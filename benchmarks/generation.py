@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from benchmarks import workload
 from benchmarks.options import option, read_options
 from benchmarks.peers import PeerOptions, check_peer, run_peer
-from benchmarks.rows import RESULTS, check_out, provenance, record
+from benchmarks.rows import RESULTS, check_out, provenance, record, say
 from benchmarks.subject import Subject, find_subject, tokens_per_step
 from benchmarks.timeline import Run, Timeline, milliseconds, run
 from benchmarks.workload import Request
@@ -120,6 +120,7 @@ def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Reques
     if options.peer is not None:
         yield from run_peer(options, subject, cases, at_once=largest)
         return
+    say(f"loading {subject.columns['model']}")
     begun = time.perf_counter()
     engine = subject.engine(
         session_len=max(options.input + options.output, 2),
@@ -131,6 +132,7 @@ def answered(options: Options, subject: Subject, cases: Sequence[Sequence[Reques
     )
     load_seconds = time.perf_counter() - begun
     for case in cases:
+        say(f"batch {len(case)}: {options.input} tokens in, {options.output} out, runs: {options.repeats}")
         run(engine, [Request(each.prompt_ids, min(each.new_tokens, WARM_UP_TOKENS)) for each in case])
         timelines = sorted((run(engine, case) for _ in range(options.repeats)), key=lambda each: each.seconds)
         yield Run(timeline=timelines[len(timelines) // 2], engine=subject.engine_name, load_seconds=load_seconds)

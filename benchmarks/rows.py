@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,3 +77,9 @@ def record(path: Path, row: Mapping[str, object], shown: Sequence[str]) -> None:
     if path != NOWHERE:
         append(path, row)
     print("  ".join(f"{name}={row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
+
+
+def say(text: str) -> None:
+    """What runs now, on a terminal alone: a row may take many minutes."""
+    if sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks import workload
 from benchmarks.options import option, read_options
 from benchmarks.peers import PeerOptions, check_peer, run_peer
-from benchmarks.rows import RESULTS, check_out, provenance, record
+from benchmarks.rows import RESULTS, check_out, provenance, record, say
 from benchmarks.subject import Subject, find_subject, tokens_per_step
 from benchmarks.timeline import Run, milliseconds, run
 from benchmarks.workload import Request
@@ -103,6 +103,7 @@ def answered(options: Options, subject: Subject, requests: list[Request]) -> Run
     if options.peer is not None:
         [done] = run_peer(options, subject, [requests], at_once=options.at_once, time_first=False)
         return done
+    say(f"loading {subject.columns['model']}")
     begun = time.perf_counter()
     engine = subject.engine(
         session_len=workload.longest(requests),
@@ -113,6 +114,7 @@ def answered(options: Options, subject: Subject, requests: list[Request]) -> Run
     )
     load_seconds = time.perf_counter() - begun
     run(engine, [Request(request.prompt_ids, min(request.new_tokens, 4)) for request in requests[: options.at_once]])
+    say(f"{len(requests)} requests, at most {options.at_once} at once")
     timeline = run(engine, requests)
     engine.close()
     return Run(timeline=timeline, engine=subject.engine_name, load_seconds=load_seconds)

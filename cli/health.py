@@ -6,6 +6,7 @@ import httpx
 
 from cli.arguments import Parser
 from cli.key_files import first_key
+from server.client import reason
 
 SECONDS = 5.0
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
         with httpx.Client(trust_env=False, timeout=SECONDS) as http:
             response = http.get(f"{options.url.rstrip('/')}/health/{which}", headers=headers)
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ValueError(f"{options.url} does not answer: {error or type(error).__name__}.") from error
+        raise ValueError(f"{options.url} does not answer: {reason(error)}.") from error
     if response.status_code == 401:
         raise ValueError(f"{options.url} does not know this key: give --api-key-file=FILE, or INGOT_API_KEY.")
     status = said(response)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ import httpx
 
 Message = dict[str, str]
 SECONDS_TO_CONNECT = 10
+ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 
 
 class ServerError(ValueError):
@@ -264,13 +266,18 @@ def check(response: httpx.Response) -> None:
     raise ServerError(text, status=response.status_code)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong with a connection, without the system's number and the full stop."""
+    return ERRNO.sub("", str(error)).rstrip(".") or type(error).__name__
+
+
 @contextlib.contextmanager
 def _failures(url: str) -> Iterator[None]:
     """What goes wrong on the way, as ServerError."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        text = f"no server answers at {url}: {error}. Start one with `ingot serve artifact=ID`."
+        text = f"no server answers at {url}: {reason(error)}. Start one with `ingot serve artifact=ID`."
         raise ServerError(text) from error
     except httpx.HTTPError as error:
         raise ServerError(f"the connection to the server failed: {error}") from error

@@ -39,3 +39,13 @@ def test_a_model_that_memory_cannot_hold_is_said_before_it_is_made(capsys: pytes
     said = capsys.readouterr().err
     assert "cpu has" in said
     assert "The weights (fp16, computed in float32)" in said
+
+
+def test_what_runs_is_said_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows.say("loading")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    rows.say("loading")
+    assert capsys.readouterr() == ("", "loading ...\n")

@@ -171,6 +171,9 @@ def test_with_a_server(
 
 
 def test_with_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    for partner, message in (("http://127.0.0.1:1", "no server answers"), ("demo", "nobody to chat with")):
+    for partner, message in (
+        ("http://127.0.0.1:1", "no server answers at http://127.0.0.1:1: Connection refused. Start one"),
+        ("demo", "nobody to chat with"),
+    ):
         assert main(["chat", partner]) == 1
         assert message in capsys.readouterr().err
