@@ -72,5 +72,6 @@ def check_open_page(url: str, host: str) -> None:
         raise ValueError(f"--server-name {host} opens the page to other machines, and {error}") from error
     raise ValueError(
         f"--server-name {host} would let every machine that reaches this one use {url}, which asks for no key. Give "
-        "the server a key (serve.api_key_file=FILE), or leave the page on 127.0.0.1 and come through `ssh -L`."
+        "the server a key (serve.api_key_file=FILE or INGOT_API_KEY), or leave the page on 127.0.0.1 and come through "
+        "`ssh -L`."
     )

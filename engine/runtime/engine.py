@@ -280,7 +280,9 @@ class Engine:
         return rope_base(self._model_config, limit) if is_dynamic(self._model_config) else None
 
     def _check_prompt(self, prompt_ids: list[int], *, most: int) -> None:
-        if not 0 < len(prompt_ids) <= most:
+        if not prompt_ids:
+            raise ValueError("The prompt is empty: it must have at least one token.")
+        if len(prompt_ids) > most:
             raise ValueError(
                 f"The prompt has {len(prompt_ids)} tokens, but with session_len {self.session_len} it can have 1 to "
                 f"{most}. Shorten the prompt or raise session_len."

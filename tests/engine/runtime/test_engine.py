@@ -117,7 +117,7 @@ def test_what_cannot_be_served_is_refused_in_words(model):
     for prompt, words in (
         (PROMPTS[0], "11 tokens.*session_len 8"),
         ([1] * 8, "8 tokens.*session_len 8"),
-        ([], "0 tokens"),
+        ([], "The prompt is empty"),
         ([1, CONFIG.vocab_size], f"token id {CONFIG.vocab_size}"),
         ([-1], "token id -1"),
     ):
