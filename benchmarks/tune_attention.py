@@ -26,7 +26,7 @@ from engine.kernels import decode_attention, norm, reference
 from engine.kernels.page_rows import storage_of
 from engine.kernels.rope_write_kv import rope_write_kv
 from engine.kernels.tune import microseconds, processes
-from engine.kernels.tuning import Config
+from engine.kernels.tuning import UNEVEN, Config
 
 # Sequences, their tokens on average (few tend to be long), and the sizes of the table that the result stands for.
 CASES = ((1, 1024, (1, 2, 4, 8)), (16, 1024, (16, 32)), (64, 1024, (64,)), (256, 384, (128, 256, 512)))
@@ -181,7 +181,7 @@ def tune_attention(
                 found = [(layers[0].op, equal[0][0], equal[1])]
                 other = min(timed, key=lambda each: each[0][-1])
                 if other[0][-1] < CLEARLY * equal[0][-1]:
-                    found.append((layers[0].op + decode_attention.UNEVEN, other[0][-1], other[1]))
+                    found.append((layers[0].op + UNEVEN, other[0][-1], other[1]))
                 for op, us, best in found:
                     report(f"{op} {batch}x{context}: {us:.1f} us, {best}")
                     where = {"op": op, "n": config.num_kv_heads, "k": config.head_dim}

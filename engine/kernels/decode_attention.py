@@ -19,14 +19,12 @@ from engine.kernels.page_rows import TOKENS, pointers, storage_of
 from engine.kernels.reference import Pages
 from engine.kernels.rope_write_kv import rope_write_kv
 from engine.kernels.splits import TILES, buffers
-from engine.kernels.tuning import Config
+from engine.kernels.tuning import UNEVEN, Config
 
 LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
 WAVES = 2
 MOST_SPLITS = 32
-# What follows the name of an operation in rows for contexts of unequal lengths.
-UNEVEN = "_uneven"
 
 
 def splits_for(batch: int, kv_heads: int, device: torch.device) -> int:
@@ -43,8 +41,8 @@ def config_for(
     `stages` of which all but one are on their way, by `warps`; from the table of the device, else what is good on one
     that is unknown. `form` "fragments" is `decode_fragments` or `decode_group_fragments`, where it can do that; else
     the rest is what is meant, if `stages` are among it. `parts` into which that form cuts every context are in place of
-    `splits_for`: the more programs there are, the more evenly they end. That costs where contexts are of
-    one length, so a table may have other rows for `uneven` ones."""
+    `splits_for`: the more programs there are, the more evenly they end. That costs where contexts are of one length, so
+    a table may have other rows for `uneven` ones."""
     op, size = f"decode_{kind}_{stored}", (device.name, kv_heads, head_dim, batch)
     found = (tuning.lookup(op + UNEVEN, *size) if uneven else None) or tuning.lookup(op, *size)
     return _default(kind, stored) if found is None else found
@@ -123,11 +121,13 @@ def rope_decode_attention(
     window: int | None = None,
     splits: int | None = None,
     config: Config | None = None,
+    *,
+    uneven: bool = False,
 ) -> Tensor:
     """`rope_write_kv` of one token a sequence, and the attention of its queries: [B, heads, head_dim]. A sequence of 0
-    tokens gets zeros; what is in its slot afterwards is not said."""
+    tokens gets zeros; what is in its slot afterwards is not said. `config` and `uneven` as in `decode_attention`."""
     out = torch.empty(len(qkv), heads, pages.key.shape[3], dtype=qkv.dtype, device=qkv.device)
-    config = config or _config(out, pages)
+    config = config or _config(out, pages, uneven=uneven)
     if _by_fragments(config, out, pages, page_table, window, _parts(splits, config, out, pages)):
         query = rope_write_kv(qkv, cos, sin, query_scale, head_norms, eps, pages, slots, heads)
         return decode_attention(query, pages, context_lens, page_table, scale, None, splits, out, config)

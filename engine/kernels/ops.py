@@ -345,9 +345,8 @@ def rope_attention(
     all_decode = batch.decodes == tokens and batch.decode_lens is None
     if kernels is not None and all_decode and kernels.splits_for(tokens, kv_heads, qkv.device) > 1:
         lens, table = batch.context_lens, batch.page_table
-        return kernels.rope_decode_attention(
-            qkv, *rope, head_norms, eps, pages, batch.slots, lens, table, heads, scale, window
-        )
+        given = pages, batch.slots, lens, table, heads, scale, window
+        return kernels.rope_decode_attention(qkv, *rope, head_norms, eps, *given, uneven=batch.uneven)
     query = rope_write_kv(qkv, *rope, head_norms, eps, pages, batch.slots, heads)
     return paged_attention(query, pages, batch, scale, window)
 

@@ -18,6 +18,8 @@ TABLES = Path(__file__).parent / "tuned"
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # A row of a table stands for shapes up to this ratio of N, and of K.
 NEAR = 2.0
+# What follows the name of an operation in rows for contexts of unequal lengths.
+UNEVEN = "_uneven"
 
 Config = Mapping[str, Any]
 
@@ -51,13 +53,16 @@ def lookup(op: str, device: str, n: int, k: int, m: int) -> Config | None:
 def write(device: str, rows: Sequence[Mapping[str, Any]], versions: Mapping[str, str], folder: Path = TABLES) -> Path:
     """Writes rows {op, n, k, m, config} as the table of a device, one row a line, and returns its path.
 
-    Rows of the same operation, n, k and m that an older table in `folder` holds are replaced; its other rows stay.
+    Rows of the same operation, n, k and m that an older table in `folder` holds are replaced, and with them those for
+    unequal contexts; its other rows stay.
     """
     path = folder / f"{device}.json"
     merged = {}
     if path.exists():
         for row in json.loads(path.read_text())["rows"]:
             merged[row["op"], row["n"], row["k"], row["m"]] = row
+    for row in rows:
+        merged.pop((row["op"] + UNEVEN, row["n"], row["k"], row["m"]), None)
     for row in rows:
         merged[row["op"], row["n"], row["k"], row["m"]] = dict(row)
     head = json.dumps({"device": device, **versions})[:-1]

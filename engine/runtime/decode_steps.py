@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import count, takewhile
 
 import numpy as np
@@ -45,14 +45,11 @@ def are_uneven(sequences: tuple[Sequence, ...]) -> bool:
 class DecodeSteps:
     """Padded rows have no context and write to the spare slot."""
 
-    def __init__(
-        self, staging: Staging, sizes: list[int], *, deterministic: bool, minds_lengths: Callable[[int], bool]
-    ) -> None:
-        """With `deterministic`, batches are `invariant`: each token is taken for a block of a prompt. Batch sizes that
-        `minds_lengths` have two graphs."""
-        minding = [] if deterministic else [size for size in sizes if minds_lengths(size)]
-        self.sizes = [*map(Size, sizes), *(Size(size, uneven=True) for size in minding)]
-        self._counts, self._minding = sizes, set(minding)
+    def __init__(self, staging: Staging, sizes: list[int], *, uneven: Collection[int], deterministic: bool) -> None:
+        """Of the batch sizes `uneven` ones have a second graph. With `deterministic`, batches are `invariant`: each
+        token is taken for a block of a prompt."""
+        self.sizes = [*map(Size, sizes), *(Size(size, uneven=True) for size in uneven)]
+        self._counts, self._uneven = sizes, frozenset(uneven)
         self._staging = staging
         self._deterministic = deterministic
         most, device = max(sizes), staging.header.device
@@ -68,7 +65,7 @@ class DecodeSteps:
         if len(plan.drawing) < len(sequences) or (sequences and sequences[-1].scheduled > 1):
             return None
         size = next((size for size in self._counts if size >= len(sequences)), None)
-        return None if size is None else Size(size, uneven=size in self._minding and are_uneven(sequences))
+        return None if size is None else Size(size, uneven=size in self._uneven and are_uneven(sequences))
 
     def step_of(self, plan: Plan, rows: Mapping[Sequence, int], number: int, size: Size) -> Step:
         """A plan as the graph of `size` reads it. `rows` is that of `build_batch`, `number` that of this step."""

@@ -23,22 +23,38 @@ from engine.runtime.staging import Staging
 
 
 class Sizes(NamedTuple):
-    """Which graphs there are, in order: for so many sequences that decode, and for mixed steps."""
+    """Which graphs there are, in order: for so many sequences that decode, and for mixed steps. `uneven` are those of
+    `decode` that have a second one, for contexts of unequal lengths (docs/decisions/0097)."""
 
     decode: list[int]
     mixed: list[Size]
+    uneven: list[int]
 
     @property
     def largest(self) -> Sizes:
         """The graphs whose memory the others fit into."""
-        return Sizes(self.decode[-1:], self.mixed[-1:])
+        last = self.decode[-1:]
+        return Sizes(last, self.mixed[-1:], [size for size in self.uneven if size in last])
+
+    @property
+    def number(self) -> int:
+        return len(self.decode) + len(self.mixed) + len(self.uneven)
 
 
-def graph_sizes(*, max_batch_size: int, num_tokens_per_iter: int, deterministic: bool) -> Sizes:
-    """The graphs of an engine. A `deterministic` model has none of mixed steps: it launches each product once for
-    every tile of tokens, thousands of kernels in a graph."""
-    mixed = [] if deterministic else mixed_sizes(budget=num_tokens_per_iter, max_batch_size=max_batch_size)
-    return Sizes(batch_sizes(max_batch_size), mixed)
+def graph_sizes(model: Decoder, cache: KVCache, *, max_batch_size: int, num_tokens_per_iter: int) -> Sizes:
+    """The graphs of an engine, the same in all ranks. A `deterministic` model has none of mixed steps: it launches each
+    product once for every tile of tokens, thousands of kernels in a graph; and its attention minds no lengths."""
+    decode = batch_sizes(max_batch_size)
+    if model.deterministic:
+        return Sizes(decode, [], [])
+
+    def minds_lengths(size: int) -> bool:
+        found = ops.minds_lengths(cache.layers[0], model.config.num_heads, size)
+        # Ranks on other kinds of GPUs may have other tables.
+        return found if model.ranks is None else bool(model.ranks.least(found, model.device))
+
+    mixed = mixed_sizes(budget=num_tokens_per_iter, max_batch_size=max_batch_size)
+    return Sizes(decode, mixed, [size for size in decode if minds_lengths(size)])
 
 
 class Graphs:
@@ -70,8 +86,8 @@ class Graphs:
         self._decode = DecodeSteps(
             self._staging,
             sizes.decode,
+            uneven=sizes.uneven,
             deterministic=model.deterministic,
-            minds_lengths=lambda rows: ops.minds_lengths(cache.layers[0], model.config.num_heads, rows),
         )
         self._mixed = MixedSteps(self._staging, sizes.mixed)
         self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)

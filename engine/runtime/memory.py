@@ -67,9 +67,7 @@ def working_memory(
     between = torch.cuda.mem_get_info(model.device)[0]
     drawn = torch.zeros(config.max_batch_size, dtype=torch.int64, device=model.device)
     sizes = graph_sizes(
-        max_batch_size=config.max_batch_size,
-        num_tokens_per_iter=config.num_tokens_per_iter,
-        deterministic=model.deterministic,
+        model, cache, max_batch_size=config.max_batch_size, num_tokens_per_iter=config.num_tokens_per_iter
     )
     graphs = Graphs(
         model,
@@ -86,7 +84,7 @@ def working_memory(
     gc.collect()
     torch.cuda.empty_cache()
     stays = before - torch.cuda.mem_get_info(model.device)[0]  # is missing from the free memory already
-    return max(used - stays, 0) + MARGIN + GRAPH * (len(sizes.decode) + len(sizes.mixed))
+    return max(used - stays, 0) + MARGIN + GRAPH * sizes.number
 
 
 def _full_step(model: Decoder, config: EngineConfig, *, session_len: int) -> Batch:

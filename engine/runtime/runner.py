@@ -80,11 +80,7 @@ class Runner:
                 eos_token_ids=eos_token_ids,
                 max_batch_size=max_batch_size,
                 session_len=session_len,
-                sizes=graph_sizes(
-                    max_batch_size=max_batch_size,
-                    num_tokens_per_iter=num_tokens_per_iter,
-                    deterministic=model.deterministic,
-                ),
+                sizes=graph_sizes(model, cache, max_batch_size=max_batch_size, num_tokens_per_iter=num_tokens_per_iter),
             )
 
     @torch.inference_mode()

@@ -158,6 +158,9 @@ def test_queries_are_rotated_before(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "run", lambda *given: parts.append(given[-1]) or run(*given))
     out = rope_decode_attention(qkv, *rope, there.pages, slots, *given)
     assert asked and parts == [3] and error(out, expected) < 2e-3
+    monkeypatch.setattr(tuning, "lookup", lambda op, *size: {**config(16, 2), "parts": 2} if "uneven" in op else {})
+    out = rope_decode_attention(qkv, *rope, there.pages, slots, *given, uneven=True)
+    assert parts == [3, 2] and error(out, expected) < 2e-3
 
 
 @pytest.mark.gpu

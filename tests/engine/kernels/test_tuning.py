@@ -43,6 +43,17 @@ def test_new_rows_replace_old_ones_of_the_same_product(tables):
     assert tuning.lookup("x", "card", 8, 8, 1) == {"kernel": "new"}
 
 
+def test_a_row_for_unequal_contexts_goes_with_the_row_beside_it(tables):
+    rows = [row(op, n, 8, 64, "old") for op in ("a", "a_uneven") for n in (8, 16)]
+    tuning.write("card", rows, {}, tables)
+    # Tuned again, where one configuration of the first is now good for all contexts, and not of the second.
+    tuning.write(
+        "card", [row("a", 8, 8, 64, "new"), row("a_uneven", 16, 8, 64, "new"), row("a", 16, 8, 64, "new")], {}, tables
+    )
+    assert [held["op"] for held in json.loads((tables / "card.json").read_text())["rows"]] == ["a", "a", "a_uneven"]
+    assert tuning.lookup("a_uneven", "card", 16, 8, 64) == {"kernel": "new"}
+
+
 @pytest.mark.parametrize(("m", "size"), [(1, 1), (3, 4), (16, 16), (17, 32), (5000, 4096)])
 def test_buckets(m, size):
     assert tuning.bucket(m) == size

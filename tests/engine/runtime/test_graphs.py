@@ -24,6 +24,31 @@ def test_sizes_end_with_the_largest_batch_and_padding_is_bounded():
             assert next(size for size in sizes if size >= batch) - batch < 64
 
 
+def test_graphs_for_unequal_contexts_are_counted_and_the_same_in_all_ranks(monkeypatch):
+    class Ranks:
+        def least(self, number, device):
+            return min(number, asked[-1] < 8)  # the other rank's table has no row for so many
+
+    def minds(pages, heads, sequences):
+        asked.append(sequences)
+        return sequences > 2
+
+    asked = []
+    monkeypatch.setattr(ops, "minds_lengths", minds)
+    model = tiny_model()
+    cache = KVCache(model.config, num_pages=2, page_len=4, device=DEVICE, dtype=model.dtype)
+
+    def sizes():
+        return graph_sizes(model, cache, max_batch_size=8, num_tokens_per_iter=16)
+
+    assert sizes().uneven == [4, 8] and sizes().number == 4 + len(sizes().mixed) + 2
+    assert sizes().largest.uneven == [8]
+    monkeypatch.setattr(model, "ranks", Ranks())
+    assert sizes().uneven == [4] and sizes().largest.uneven == []
+    monkeypatch.setattr(model, "deterministic", True)
+    assert sizes() == ([1, 2, 4, 8], [], [])
+
+
 def padded(engine: Engine, *, budget: int = 512) -> Engine:
     """An engine whose steps are padded as those of graphs, which on a GPU it has already."""
     runner = engine._runner
@@ -40,7 +65,7 @@ def padded(engine: Engine, *, budget: int = 512) -> Engine:
             eos_token_ids=engine.eos_token_ids,
             max_batch_size=most,
             session_len=engine.session_len,
-            sizes=graph_sizes(max_batch_size=most, num_tokens_per_iter=budget, deterministic=False),
+            sizes=graph_sizes(model, runner._cache, max_batch_size=most, num_tokens_per_iter=budget),
             captured=False,
         )
     return engine

@@ -69,7 +69,7 @@ class Both:
             eos_token_ids=(1,),
             max_batch_size=MOST,
             session_len=64,
-            sizes=Sizes([1, 2, MOST], sizes),
+            sizes=Sizes([1, 2, MOST], sizes, []),
             captured=captured,
         )
         self.rows: dict[Sequence, int] = {}
