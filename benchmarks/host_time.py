@@ -28,9 +28,9 @@ engine is seen that has run for a while (each token's text is found when it firs
 step in which the thread that steps the engine does not wait for the device (a GPU), or is not inside the model (a CPU):
 scheduling, staging, launching, sampling, text; `host_share` its share of the step. Both are medians; where a few steps
 are slow `host_mean_ms` and `host_most_ms` are far above. In steps of their own, since looking takes time:
-`host_processor_ms` is what the thread computed in the mean (the rest it was kept from it), of which `launch_ms` in
-calls that start the device's work, copies and a graph. Printed below the row is where such a thread spends its time, by
-Python's profiler, which slows Python down, so these are shares, not times.
+`host_processor_ms` is what the thread computed in the mean (the rest it was kept from it), and `launch_ms` how long it
+was, in the mean, in calls that start the device's work, copies and a graph. Printed below the row is where such a
+thread spends its time, by Python's profiler, which slows Python down, so these are shares, not times.
 """
 MEASURED = ("steps", "step_ms", "host_ms", "host_share", "host_mean_ms", "host_most_ms", "host_processor_ms")
 SHOWN = ("model", "recipe", "batch", "context", *MEASURED, "launch_ms")
