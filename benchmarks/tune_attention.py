@@ -25,7 +25,7 @@ from engine.config import ModelConfig
 from engine.kernels import decode_attention, norm, reference
 from engine.kernels.page_rows import storage_of
 from engine.kernels.rope_write_kv import rope_write_kv
-from engine.kernels.tune import microseconds, processes
+from engine.kernels.tune import all_checked, microseconds, processes
 from engine.kernels.tuning import UNEVEN, Config
 
 # Sequences, their tokens on average (few tend to be long), and the sizes of the table that the result stands for.
@@ -163,7 +163,7 @@ def tune_attention(
         for batch, context, sizes in CASES:
             splits = decode_attention.splits_for(batch, config.num_kv_heads, torch.device(device))
             cases = [(kv, splits, tried) for kv in CACHES for tried in decode_attention.candidates(kind)]
-            problems = pool.map(functools.partial(problem, config, device), cases, chunksize=1)
+            problems = all_checked(pool, functools.partial(problem, config, device), cases)
             for (kv, _, tried), wrong in zip(cases, problems, strict=True):
                 if wrong:
                     report(f"decode_{kind} {batch}x{context} {kv} {tried}: {wrong}")

@@ -8,8 +8,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def tune(
                 product = Product(op, n, k, device)
                 asked = [m for m in rows if op in MODULES or m <= normed_linear.MOST_ROWS]
                 cases = [(m, config) for m in asked for config in product.candidates(m)]
-                checks = pool.map(functools.partial(_check, op, n, k, device), cases, chunksize=1)
+                checks = all_checked(pool, functools.partial(_check, op, n, k, device), cases)
                 right: dict[int, list[Config]] = {}
                 for (m, config), problem in zip(cases, checks, strict=True):
                     if problem is None:
@@ -235,10 +236,23 @@ def tune(
     return tuning.write(facts(device).name, found, versions(), folder)
 
 
-def processes() -> Pool:
+def processes() -> ProcessPoolExecutor:
     """Processes that compile and check configurations at once, for a process that then times them alone."""
     count = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
-    return multiprocessing.get_context("spawn").Pool(count)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
+def all_checked(
+    pool: ProcessPoolExecutor, check: Callable[[Any], str | None], cases: Sequence[Any]
+) -> list[str | None]:
+    """What is wrong with each case. ValueError where a process died of one: a compiler may end the one it runs in."""
+    try:
+        return list(pool.map(check, cases))
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process that compiled and checked configurations has died, so tuning ends here: either a compiler "
+            "crashed on one of them, or memory ran out. The table keeps the rows that it has."
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)

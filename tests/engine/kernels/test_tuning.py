@@ -1,10 +1,11 @@
 """Tables of configurations: written, read, and chosen from."""
 
 import json
+import os
 
 import pytest
 
-from engine.kernels import tuning
+from engine.kernels import tune, tuning
 
 
 @pytest.fixture
@@ -52,6 +53,13 @@ def test_a_row_for_unequal_contexts_goes_with_the_row_beside_it(tables):
     )
     assert [held["op"] for held in json.loads((tables / "card.json").read_text())["rows"]] == ["a", "a", "a_uneven"]
     assert tuning.lookup("a_uneven", "card", 16, 8, 64) == {"kernel": "new"}
+
+
+def test_a_process_that_dies_of_a_configuration_ends_tuning():
+    with tune.processes() as pool:
+        assert tune.all_checked(pool, str.upper, ["a", "b"]) == ["A", "B"]
+        with pytest.raises(ValueError, match="has died"):
+            tune.all_checked(pool, os._exit, [1, 2, 3])
 
 
 @pytest.mark.parametrize(("m", "size"), [(1, 1), (3, 4), (16, 16), (17, 32), (5000, 4096)])
