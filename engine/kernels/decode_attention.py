@@ -19,7 +19,7 @@ from engine.kernels.page_rows import TOKENS, pointers, storage_of
 from engine.kernels.reference import Pages
 from engine.kernels.rope_write_kv import rope_write_kv
 from engine.kernels.splits import TILES, buffers
-from engine.kernels.tuning import UNEVEN, Config
+from engine.kernels.tuning import Config
 
 LOG2E = 1.4426950408889634
 # Programs per multiprocessor that keep the memory busy; a batch with fewer is split further.
@@ -43,16 +43,17 @@ def config_for(
     the rest is what is meant, if `stages` are among it. `parts` into which that form cuts every context are in place of
     `splits_for`: the more programs there are, the more evenly they end. That costs where contexts are of one length, so
     a table may have other rows for `uneven` ones."""
-    op, size = f"decode_{kind}_{stored}", (device.name, kv_heads, head_dim, batch)
-    found = (tuning.lookup(op + UNEVEN, *size) if uneven else None) or tuning.lookup(op, *size)
+    op = f"decode_{kind}_{stored}"
+    found = tuning.lookup(op, device.name, kv_heads, head_dim, batch, uneven=uneven)
     return _default(kind, stored) if found is None else found
 
 
 def minds_lengths(pages: Pages, heads: int, batch: int) -> bool:
     """Whether the table has a row of its own for contexts that are `uneven`."""
     _, kv_heads, _, head_dim = pages.key.shape
-    op = f"decode_{'one' if heads == kv_heads else 'group'}_{storage_of(pages)}{UNEVEN}"
-    return tuning.lookup(op, facts(pages.key.device).name, kv_heads, head_dim, batch) is not None
+    op = f"decode_{'one' if heads == kv_heads else 'group'}_{storage_of(pages)}"
+    size = facts(pages.key.device).name, kv_heads, head_dim, batch
+    return tuning.lookup(op, *size, uneven=True) is not tuning.lookup(op, *size)
 
 
 def _default(kind: str, stored: str) -> Config:

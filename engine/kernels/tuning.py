@@ -40,14 +40,18 @@ def table(device: str) -> dict[tuple[str, int], list[tuple[int, int, Config]]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(op: str, device: str, n: int, k: int, m: int) -> Config | None:
-    """The configuration of the nearest shape of M's bucket, or None where none is near."""
+def lookup(op: str, device: str, n: int, k: int, m: int, *, uneven: bool = False) -> Config | None:
+    """The configuration of the nearest shape of M's bucket, or None where none is near; with `uneven` that shape's row
+    for unequal contexts, where it has one."""
 
     def distance(row: tuple[int, int, Config]) -> float:
         return max(abs(math.log2(row[0] / n)), abs(math.log2(row[1] / k)))
 
     nearest = min(table(device).get((op, bucket(m)), ()), key=distance, default=None)
-    return nearest[2] if nearest is not None and distance(nearest) <= math.log2(NEAR) else None
+    if nearest is None or distance(nearest) > math.log2(NEAR):
+        return None
+    others = table(device).get((op + UNEVEN, bucket(m)), ()) if uneven else ()
+    return next((row[2] for row in others if row[:2] == nearest[:2]), nearest[2])
 
 
 def write(device: str, rows: Sequence[Mapping[str, Any]], versions: Mapping[str, str], folder: Path = TABLES) -> Path:

@@ -160,15 +160,22 @@ def test_parts_are_as_asked_or_as_configured_or_as_the_batch_needs(kernels, monk
 
 
 def test_unequal_contexts_may_have_a_row_of_their_own(monkeypatch):
-    rows = {"decode_one_channels": {"block": 16}, "decode_one_channels_uneven": {"parts": 4}}
-    monkeypatch.setattr(forms.tuning, "lookup", lambda op, device, n, k, m: rows.get(op) if m == 64 else None)
+    whole, cut = {"block": 16}, {"parts": 4}
+    rows = {
+        ("decode_one_channels", 64): [(32, 128, whole), (16, 128, whole)],
+        ("decode_one_channels_uneven", 64): [(32, 128, cut)],
+    }
+    monkeypatch.setattr(forms.tuning, "table", lambda device: rows)
+    monkeypatch.setattr(forms.tuning, "lookup", forms.tuning.lookup.__wrapped__)  # which remembers other tables
     given = CARD, "one", "channels", 32, 128
     assert forms.config_for(*given, 64) == {"block": 16}
     assert forms.config_for(*given, 64, uneven=True) == {"parts": 4}
     assert forms.config_for(*given, 32, uneven=True) == forms.config_for(*given, 32)
-    case, _ = made("channels", [40], 2, 64, 64, torch.float16)
-    assert forms.minds_lengths(case.pages, 2, 64) and not forms.minds_lengths(case.pages, 2, 32)
-    assert not forms.minds_lengths(case.pages, 4, 64), "four query heads on two are a group"
+    few = CARD, "one", "channels", 16, 128, 64
+    assert forms.config_for(*few, uneven=True) == whole, "a shape that was tuned takes no row of another"
+    pages = made("channels", [40], 32, 128, 64, torch.float16)[0].pages
+    assert forms.minds_lengths(pages, 32, 64) and not forms.minds_lengths(pages, 32, 32)
+    assert not forms.minds_lengths(pages, 64, 64), "two query heads a KV head are a group"
 
 
 def test_a_triton_whose_gluon_is_another_one_runs_the_other_form(monkeypatch):
