@@ -152,13 +152,13 @@ def test_queries_are_rotated_before(kernels, monkeypatch):
     expected = rope_decode_attention(qkv, *rope, there.pages, slots, *given)
     asked, parts = [], []
     run = kernels.run
-    monkeypatch.setattr(tuning, "lookup", lambda *key: asked.append(key) or {**config(16, 2), "parts": 3})
+    monkeypatch.setattr(tuning, "lookup", lambda *key, uneven: asked.append(key) or {**config(16, 2), "parts": 3})
     monkeypatch.setattr(forms, "facts", lambda device: CARD if not ON_GPU else facts(device))
     monkeypatch.setattr(forms, "_fragments", lambda kind: kernels)
     monkeypatch.setattr(kernels, "run", lambda *given: parts.append(given[-1]) or run(*given))
     out = rope_decode_attention(qkv, *rope, there.pages, slots, *given)
     assert asked and parts == [3] and error(out, expected) < 2e-3
-    monkeypatch.setattr(tuning, "lookup", lambda op, *size: {**config(16, 2), "parts": 2} if "uneven" in op else {})
+    monkeypatch.setattr(tuning, "lookup", lambda *key, uneven: {**config(16, 2), "parts": 2} if uneven else {})
     out = rope_decode_attention(qkv, *rope, there.pages, slots, *given, uneven=True)
     assert parts == [3, 2] and error(out, expected) < 2e-3
 
