@@ -19,7 +19,8 @@ from engine.runtime.staging import Staging
 # Rows of the header.
 FIELDS = 5
 IDS, POSITIONS, LENGTHS, IGNORES, SLOTS = range(FIELDS)
-# From there on attention of unequal contexts gains more by parts than these cost (docs/log.md).
+# Contexts of one length lose by parts and those whose longest is 4.3 times the middle one gain (docs/log.md); where
+# between them parts begin to pay has not been measured.
 LONGER = 1.25
 
 
